@@ -1,0 +1,16 @@
+"""Evaluates a model once: python eval.py checkpoint=<run> [group=option ...] [key=value ...]."""
+
+from omegaconf import DictConfig
+
+from fewtokens.runs.command import command
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """One evaluation."""
+    from fewtokens.runs.evaluation import run  # imports torch, which takes seconds, only once the config is known
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    command("eval", evaluate)

@@ -1,0 +1,215 @@
+"""A picture of where tokens look: one row per test image, drawn from `Tokens.origin` and thus the same for all methods.
+
+What a column shows is decided by the origin (B, tokens, patches) alone:
+
+- every patch belongs to one token at most, every token has one patch: selection; what was dropped is covered;
+- every patch belongs to one token at most: merging; groups of several patches are coloured;
+- a few tokens of many patches each: one heat map per token; where they are many: groups by the largest share.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fewtokens.analysis.cost import evaluating, plain, test_images
+from fewtokens.backbones.vit import ViT
+from fewtokens.tokens import Tokens
+
+Kind = Literal["selection", "groups", "maps"]
+LEAST_PIXELS = 128  # small pictures are enlarged to this, or the maps over them would be coarse too
+COVER = (0.42, 0.47, 0.58)  # over dropped patches: neither the black nor the white that pictures have
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the picture: a title, a picture per image, a note in each."""
+
+    title: str
+    pictures: Float[Tensor, "b 3 h w"]
+    notes: list[str]
+
+
+class TokenMaps:
+    """The measure that draws; it has no numbers. `picture` is the file of the last call, None if nothing was reduced.
+
+    Args:
+        num_images: Rows: the first test images.
+        max_columns: At most so many tokens, or stages of a method that acts in many blocks, evenly spread.
+    """
+
+    def __init__(self, num_images: int = 8, max_columns: int = 16) -> None:
+        self.num_images, self.max_columns = num_images, max_columns
+        self.picture: Path | None = None
+
+    def __call__(self, task: L.LightningModule, datamodule: L.LightningDataModule, run_dir: Path) -> dict[str, float]:
+        """Writes `run_dir/pictures/token_maps.png`.
+
+        Args:
+            task: Its `.model` is looked at.
+            datamodule: Set up for testing.
+            run_dir: Made if there is none.
+        """
+        self.picture = None
+        model, images = plain(task.model), test_images(task, datamodule, self.num_images)
+        columns = token_columns(model, images, self.max_columns)
+        if columns:
+            path = run_dir / "pictures" / "token_maps.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            FigureCanvasAgg(draw(columns)).print_png(path)
+            self.picture = path
+        return {}
+
+
+def token_columns(model: ViT, images: Float[Tensor, "b c h w"], most: int = 16) -> list[Column]:
+    """The columns of the picture, the images themselves first; none where no tokenizer reduced anything.
+
+    Args:
+        model: Any ViT.
+        images: As the model gets them.
+        most: Columns after the first, at most.
+    """
+    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        start, trace = model.embed(images), model.trace(images)
+    blocks = reducing_blocks([start, *trace])
+    if not blocks or start.grid is None:
+        return []
+    pictures = displayed(images)
+    columns = [Column("image", pictures, [""] * len(images))]
+    first = trace[blocks[0]]
+    if kind_of(_origin(first), most) == "maps":
+        covers = _origin(first).unbind(1)
+        titles = [f"token {number}" for number in range(1, len(covers) + 1)]
+        titles[0] = f"block {blocks[0]}\n{titles[0]}"
+        return columns + [
+            Column(title, heat(pictures, shares, start.grid), [""] * len(images))
+            for title, shares in zip(titles, covers, strict=True)
+        ]
+    if len(blocks) > most:
+        blocks = [blocks[i] for i in np.linspace(0, len(blocks) - 1, most).round().astype(int)]
+    return columns + [_stage(block, trace[block], pictures, start.grid) for block in blocks]
+
+
+def reducing_blocks(records: list[Tokens]) -> list[int]:
+    """Blocks that have fewer tokens after them than before; `records` are those before and after every block."""
+    counts = [_alive(tokens).sum(dim=1).float().mean().item() for tokens in records]
+    return [block for block, (before, after) in enumerate(pairwise(counts)) if after < before]
+
+
+def kind_of(origin: Float[Tensor, "b n patches"], few: int) -> Kind:
+    """How to draw tokens of this origin; up to `few` that overlap get a map each."""
+    held = origin > 1e-6 * origin.amax(dim=(1, 2), keepdim=True)
+    if (held.sum(dim=1) <= 1).all():
+        return "selection" if (held.sum(dim=2) <= 1).all() else "groups"
+    return "maps" if origin.shape[1] <= few else "groups"
+
+
+def displayed(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+    """Images of any number of channels as pictures between 0 and 1, from the least to the greatest value of each."""
+    images = images.float().cpu()
+    if images.shape[1] != 3:
+        images = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+    images = images - images.amin(dim=(1, 2, 3), keepdim=True)
+    images = images / images.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+    return F.interpolate(images, scale_factor=max(1, -(-LEAST_PIXELS // min(images.shape[2:]))), mode="nearest")
+
+
+def heat(
+    pictures: Float[Tensor, "b 3 h w"], shares: Float[Tensor, "b patches"], grid: tuple[int, int]
+) -> Float[Tensor, "b 3 h w"]:
+    """A token's share of every patch, from its least to its greatest, as colours over the grey picture."""
+    low, high = shares.amin(dim=1, keepdim=True), shares.amax(dim=1, keepdim=True)
+    # A map that is the same everywhere stays so: stretched, it would show rounding errors.
+    scaled = (shares - low) / (high - low).clamp_min(1e-3 * high.clamp_min(1e-12))
+    size = (pictures.shape[2], pictures.shape[3])
+    fine = F.interpolate(scaled.reshape(-1, 1, *grid), size=size, mode="bilinear")[:, 0]
+    colours = torch.from_numpy(colormaps["inferno"](fine.numpy())[..., :3]).float().permute(0, 3, 1, 2)
+    return 0.3 * pictures.mean(dim=1, keepdim=True) + 0.7 * colours
+
+
+def covered(
+    pictures: Float[Tensor, "b 3 h w"], kept: Bool[Tensor, "b patches"], grid: tuple[int, int]
+) -> Float[Tensor, "b 3 h w"]:
+    """The pictures with everything but the kept patches covered."""
+    shown = _enlarged(kept.int(), grid, pictures).bool()
+    return torch.where(shown, pictures, 0.15 * pictures + 0.85 * torch.tensor(COVER).view(3, 1, 1))
+
+
+def coloured(
+    pictures: Float[Tensor, "b 3 h w"], groups: Int[Tensor, "b patches"], grid: tuple[int, int]
+) -> Float[Tensor, "b 3 h w"]:
+    """The pictures with every group of several patches in a colour, and lines around them."""
+    several = (groups[:, :, None] == groups[:, None, :]).sum(dim=2) > 1
+    steps = np.arange(int(groups.max()) + 1)
+    # The golden ratio spreads any number of hues evenly; twenty fixed colours would come round again.
+    hues = np.stack([steps * 0.618034 % 1, 0.5 + steps % 3 * 0.2, 0.75 + steps % 2 * 0.25], axis=1)
+    palette = torch.from_numpy(hsv_to_rgb(hues)).float()
+    labels, merged = (_enlarged(values, grid, pictures)[:, 0] for values in (groups, several.int()))
+    colours = palette[labels].permute(0, 3, 1, 2)
+    tinted = torch.where(merged[:, None].bool(), 0.35 * pictures + 0.65 * colours, pictures)
+    edge = torch.zeros_like(labels, dtype=torch.bool)
+    edge[:, 1:] |= (labels[:, 1:] != labels[:, :-1]) & (merged[:, 1:] + merged[:, :-1] > 0)
+    edge[:, :, 1:] |= (labels[:, :, 1:] != labels[:, :, :-1]) & (merged[:, :, 1:] + merged[:, :, :-1] > 0)
+    return torch.where(edge[:, None], torch.ones(()), tinted)
+
+
+def draw(columns: list[Column]) -> Figure:
+    """The figure, one row per image; without pyplot, whose open figures are global."""
+    rows, (height, width) = len(columns[0].pictures), columns[0].pictures.shape[2:]
+    cell, head = (1.0, height / width), 0.36  # inches
+    figure = Figure(figsize=(cell[0] * len(columns), cell[1] * rows + head), dpi=120, facecolor="white")
+    top = cell[1] * rows / (cell[1] * rows + head)
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=top, wspace=0.05, hspace=0.05)
+    for place, column in enumerate(columns):
+        axes[0, place].set_title(column.title, fontsize=7, pad=3)
+        for row, (picture, note) in enumerate(zip(column.pictures, column.notes, strict=True)):
+            axis = axes[row, place]
+            axis.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy())
+            axis.set_axis_off()
+            badge = {"facecolor": "black", "edgecolor": "none", "alpha": 0.65, "pad": 1.2}
+            if note:
+                axis.text(0.97, 0.04, note, transform=axis.transAxes, ha="right", fontsize=6, color="white", bbox=badge)
+    return figure
+
+
+def _stage(block: int, tokens: Tokens, pictures: Float[Tensor, "b 3 h w"], grid: tuple[int, int]) -> Column:
+    origin, counts = _origin(tokens), _alive(tokens).sum(dim=1).tolist()
+    present = origin.amax(dim=1) > 0
+    if kind_of(origin, 0) == "selection":
+        drawn = covered(pictures, present, grid)
+    else:
+        drawn = covered(coloured(pictures, origin.argmax(dim=1), grid), present, grid)
+    same = min(counts) == max(counts)
+    title = f"block {block}\n" + (f"{counts[0]} tokens" if same else f"{min(counts)} to {max(counts)} tokens")
+    return Column(title, drawn, [""] * len(counts) if same else [str(count) for count in counts])
+
+
+def _origin(tokens: Tokens) -> Float[Tensor, "b n patches"]:
+    assert tokens.origin is not None
+    return tokens.origin.float().cpu()
+
+
+def _alive(tokens: Tokens) -> Bool[Tensor, "b n"]:
+    whole = tokens.x.new_ones(tokens.x.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
+    return whole[:, tokens.prefix :]
+
+
+def _enlarged(
+    values: Int[Tensor, "b patches"], grid: tuple[int, int], pictures: Float[Tensor, "b 3 h w"]
+) -> Int[Tensor, "b 1 h w"]:
+    maps = values.reshape(-1, 1, *grid)
+    down = torch.arange(pictures.shape[2]) * grid[0] // pictures.shape[2]
+    across = torch.arange(pictures.shape[3]) * grid[1] // pictures.shape[3]
+    return maps[:, :, down][:, :, :, across]

@@ -1,0 +1,164 @@
+"""Loggers: a csv file that survives a resume, and Weights & Biases that never stops a run."""
+
+import csv
+import logging
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from fewtokens.errors import FewtokensError
+
+log = logging.getLogger(__name__)
+
+
+class CsvLogger(Logger):
+    """Appends to `metrics.csv`: one row per call, a column per metric, `step` first.
+
+    Lightning's own overwrites the file when a run resumes.
+
+    Args:
+        directory: Of the run.
+    """
+
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        self.path = Path(directory) / "metrics.csv"
+        self.columns = self._rows()[0] if self.path.exists() else []
+
+    @property
+    def name(self) -> str:
+        """For Lightning."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """For Lightning."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The config lies beside the file already."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append a row, and new columns where there are any."""
+        row = {"step": step, **metrics}
+        new = [name for name in row if name not in self.columns]
+        if new:
+            old = self._rows()[1] if self.path.exists() else []
+            self.columns += new
+            self._write(old)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(row)
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after that step, because the run continues from there and will log it again."""
+        if self.path.exists():
+            self._write([row for row in self._rows()[1] if row["step"] and int(row["step"]) < step])
+
+    def _rows(self) -> tuple[list[str], list[dict[str, str]]]:
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if None not in row.values()]  # a row cut short by a kill
+            return list(reader.fieldnames or []), rows
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".csv.part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        part.replace(self.path)
+
+
+class WandbRun(WandbLogger):
+    """Weights & Biases: online with an account and a network, otherwise offline; resumed under the same run id.
+
+    Args:
+        directory: Of the run; holds `wandb/` and the run's id.
+        project: Project at Weights & Biases.
+        name: Name of the run there.
+        group: Group of the run there.
+        tags: Tags of the run there.
+        mode: "auto", "online" or "offline".
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        project: str = "fewtokens",
+        name: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        mode: Literal["auto", "online", "offline"] = "auto",
+    ) -> None:
+        if mode not in ("auto", "online", "offline"):
+            raise FewtokensError(
+                "W&B has three modes", expected="auto, online or offline", got=repr(mode), fix="set logger.wandb.mode=auto"
+            )
+        reason = why_offline() if mode == "auto" else None
+        if reason:
+            log.info("Weights & Biases runs offline: %s", reason)
+        super().__init__(
+            project=project,
+            name=name,
+            group=group,
+            tags=list(tags or []),
+            save_dir=directory,
+            id=_run_id(Path(directory) / "wandb_run_id"),
+            resume="allow",
+            offline=mode == "offline" or reason is not None,
+        )
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run; offline when the server does not answer after all."""
+        import wandb
+
+        try:
+            return super().experiment
+        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+            log.warning("Weights & Biases goes offline: %s", str(error).splitlines()[0])
+            self._offline = True
+            self._wandb_init["mode"] = "offline"
+            return super().experiment
+
+
+def why_offline() -> str | None:
+    """The reason not to try a connection, or None."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
+    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(host.hostname or ""):
+        return "no account (WANDB_API_KEY or wandb login)"
+    try:
+        socket.create_connection((host.hostname or "", host.port or 443), timeout=3).close()
+    except OSError:
+        return f"{host.hostname} does not answer"
+    return None
+
+
+def _in_netrc(host: str) -> bool:
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return path.is_file() and host in path.read_text()
+
+
+def _run_id(path: Path) -> str:
+    """Kept in the run directory, so that a resumed run goes on under its id."""
+    from wandb.util import generate_id
+
+    if not path.exists() and rank_zero_only.rank in (None, 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(generate_id()))
+    return path.read_text().strip() if path.exists() else str(generate_id())

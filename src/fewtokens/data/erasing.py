@@ -1,0 +1,64 @@
+"""Random erasing (Zhong et al., arXiv:1708.04896), by the law of timm's `RandomErasing`, for whole batches."""
+
+import math
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fewtokens.errors import FewtokensError
+
+_ATTEMPTS = 10  # as in timm: an image whose ten rectangles were all too large stays as it is
+
+
+class RandomErasing:
+    """Overwrites a random rectangle of normalised images.
+
+    Args:
+        p: Probability per image.
+        min_area: Smallest share of the image that is overwritten.
+        max_area: Largest share.
+        min_aspect: Smallest height / width; the largest is its inverse.
+        fill: "zero", the mean colour of the data, or "noise", a standard normal draw per pixel and channel.
+
+    Raises:
+        FewtokensError: If a number is out of range or the fill unknown.
+    """
+
+    on_normalised: ClassVar[bool] = True
+
+    def __init__(
+        self, p: float, *, min_area: float = 0.02, max_area: float = 1 / 3, min_aspect: float = 0.3, fill: str = "zero"
+    ) -> None:
+        if not (0 <= p <= 1 and 0 < min_area <= max_area <= 1 and 0 < min_aspect <= 1 and fill in ("zero", "noise")):
+            raise FewtokensError(
+                "RandomErasing needs a probability, shares of the image and a fill",
+                expected="0 <= p <= 1, 0 < min_area <= max_area <= 1, 0 < min_aspect <= 1, fill zero or noise",
+                got=f"p={p}, min_area={min_area}, max_area={max_area}, min_aspect={min_aspect}, fill={fill}",
+                fix="change the RandomErasing node in data.train_transforms",
+            )
+        self.p, self.area, self.log_aspect, self.fill = p, (min_area, max_area), -math.log(min_aspect), fill
+
+    def __call__(self, images: Float[Tensor, "b c h w"], generator: torch.Generator) -> Float[Tensor, "b c h w"]:
+        """Overwrites one rectangle in each drawn image."""
+        b, _, h, w = images.shape
+        rand = torch.rand(b, _ATTEMPTS, 5, generator=generator, device=images.device)
+        height, width = self._sides(rand[..., 0], rand[..., 1], h * w)
+        fits = (height < h) & (width < w)
+        first = fits.float().argmax(1, keepdim=True)  # the first attempt that fits
+        height, width = height.gather(1, first), width.gather(1, first)
+        u, v, chosen = (rand[..., i].gather(1, first) for i in (2, 3, 4))
+        top, left = (u * (h - height + 1)).floor(), (v * (w - width + 1)).floor()
+        y, x = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
+        inside = ((y >= top) & (y < top + height))[:, :, None] & ((x >= left) & (x < left + width))[:, None, :]
+        inside &= (fits.any(1) & (chosen[:, 0] < self.p))[:, None, None]
+        if self.fill == "zero":
+            return images.masked_fill(inside[:, None], 0.0)
+        noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+        return torch.where(inside[:, None], noise, images)
+
+    def _sides(self, area: Tensor, aspect: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+        share = (self.area[0] + area * (self.area[1] - self.area[0])) * pixels
+        ratio = torch.exp((2 * aspect - 1) * self.log_aspect)
+        return (share * ratio).sqrt().round(), (share / ratio).sqrt().round()

@@ -1,0 +1,33 @@
+"""An evaluation: the test set once, the measures, the report."""
+
+from omegaconf import DictConfig
+
+from fewtokens.runs import checkpoints, job, saved
+from fewtokens.runs.processes import one_job
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Evaluate as the config says.
+
+    Args:
+        cfg: The composed config: the run's own, with overrides on top; `checkpoint` names the run or file, or is null
+            for a model as it is configured.
+
+    Returns:
+        The numbers of report.json (on rank 0).
+    """
+    parts, ok = None, False
+    try:
+        parts = job.build(cfg)
+        if cfg.checkpoint is not None:
+            checkpoints.load_model(parts.task, saved.checkpoint_of(cfg.checkpoint))
+        with one_job(parts.directory, [f"+checkpoint='{cfg.checkpoint}'"] if cfg.checkpoint else ["+checkpoint=null"]):
+            parts.trainer.test(parts.task, parts.data, verbose=False)
+            metrics = parts.trainer.callback_metrics.items()
+            numbers = {name: float(value) for name, value in metrics if name.startswith("test/")}
+            more, pictures = job.measure(parts)
+            job.finish(parts, numbers | more, pictures)
+        ok = True
+        return numbers | more
+    finally:
+        job.close(parts, ok)

@@ -1,0 +1,114 @@
+"""What a run leaves behind: report.json (numbers), run.json (what ran, where and when), and a table on the screen."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("fewtokens", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "torchmetrics", "timm", "wandb")
+TABLE = (
+    ("test/top1", "test accuracy", "{:.2%}"),
+    ("test/top5", "test accuracy, top 5", "{:.2%}"),
+    ("cost/gmacs_dense", "GMACs per image, all tokens", "{:.4f}"),
+    ("cost/gmacs", "GMACs per image, with the tokenizer", "{:.4f}"),
+    ("cost/gmacs_keras", "GMACs in the Keras example's count", "{:.4f}"),
+    ("cost/params", "parameters", "{:,.0f}"),
+    ("throughput/images_per_s_dense", "images/s, all tokens", "{:,.0f}"),
+    ("throughput/images_per_s", "images/s, with the tokenizer", "{:,.0f}"),
+    ("train/seconds", "training time (s)", "{:,.0f}"),
+)
+
+
+def rank() -> int:
+    """Of this process among those of the job, before Lightning has set anything up."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
+
+
+def write(numbers: dict[str, float], directory: Path) -> None:
+    """Write report.json: one flat object of names and numbers."""
+    _write_json({name: float(value) for name, value in sorted(numbers.items())}, directory / "report.json")
+
+
+def read(directory: Path) -> dict[str, float] | None:
+    """The report of a finished run, or None."""
+    path = directory / "report.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_run(cfg: DictConfig, directory: Path, status: str) -> None:
+    """Write run.json: command, choices, versions, commit, device and times."""
+    path = directory / "run.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    choices = HydraConfig.get().runtime.choices
+    content = {
+        "name": cfg.name,
+        "status": status,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *HydraConfig.get().overrides.task]),
+        "choices": {k: str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None},
+        "seed": cfg.seed,
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "device": device(),
+        "started": before.get("started", now),
+        "written": now,
+    }
+    _write_json(content, path)
+
+
+def commit() -> str | None:
+    """The commit of the code, with "+changes" where the tree differs from it; None outside a repository."""
+    root = Path(__file__).parents[3]
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes.strip() else "")
+
+
+def device() -> str:
+    """What computes, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+
+
+def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]) -> None:
+    """The numbers that matter, and where the rest lies."""
+    table = Table(show_header=False)
+    for name, words, form in TABLE:
+        if name in numbers:
+            table.add_row(words, form.format(numbers[name]))
+    console = Console()
+    console.print(table)
+    for picture in pictures:
+        console.print(f"Where the tokens look: {picture}", soft_wrap=True)
+    console.print(f"Report: {directory / 'report.json'}", soft_wrap=True)
+
+
+def _write_json(content: Any, path: Path) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,73 @@
+"""A training run: fit, test the best checkpoint, measure, report."""
+
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from fewtokens.callbacks.loggers import CsvLogger
+from fewtokens.errors import FewtokensError
+from fewtokens.runs import checkpoints, job
+from fewtokens.runs.processes import one_job
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Train as the config says.
+
+    Args:
+        cfg: The composed config; `resume` names a run to continue.
+
+    Returns:
+        The numbers of report.json (on rank 0).
+    """
+    parts, ok = None, False
+    try:
+        parts = job.build(cfg)
+        start = _resume(cfg, parts)
+        with one_job(parts.directory, [f"+resume='{cfg.resume}'"] if cfg.resume else []):
+            began = time.monotonic()
+            parts.trainer.fit(parts.task, parts.data, ckpt_path=start, weights_only=True)
+            numbers = {"train/seconds": time.monotonic() - began, "train/epochs": float(parts.trainer.current_epoch)}
+            numbers |= _numbers(parts, "val/")
+            if cfg.test:
+                _load_best(parts)
+                parts.trainer.test(parts.task, parts.data, verbose=False)
+                numbers |= _numbers(parts, "test/")
+            more, pictures = job.measure(parts)
+            job.finish(parts, numbers | more, pictures)
+        ok = True
+        return numbers | more
+    finally:
+        job.close(parts, ok)
+
+
+def _resume(cfg: DictConfig, parts: job.Job) -> Path | None:
+    """The checkpoint to continue from, with the csv file cut back to it."""
+    if cfg.resume is None:
+        return None
+    path = Path(cfg.resume) / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise FewtokensError(
+            "A run is resumed from its last checkpoint",
+            expected=path,
+            got="no such file",
+            fix="start it anew; it ended before its first epoch",
+        )
+    step = int(checkpoints.read(path)["global_step"])
+    for logger in parts.loggers:
+        if isinstance(logger, CsvLogger):
+            logger.rewind(step)
+    return path
+
+
+def _load_best(parts: job.Job) -> None:
+    """The best weights by validation, where there was one; otherwise the last."""
+    folder = parts.directory / "checkpoints"
+    best = folder / "best.ckpt"
+    parts.trainer.strategy.barrier()
+    if best.is_file():
+        checkpoints.load_model(parts.task, best)
+
+
+def _numbers(parts: job.Job, prefix: str) -> dict[str, float]:
+    return {k: float(v) for k, v in parts.trainer.callback_metrics.items() if k.startswith(prefix)}

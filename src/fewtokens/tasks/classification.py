@@ -1,0 +1,131 @@
+"""The one task: classification of images, and of videos as stacks of views."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from fewtokens.errors import FewtokensError
+from fewtokens.tasks.mixing import Mix
+from fewtokens.tasks.optimization import Schedule, by_step, constant, parameter_groups
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Classifier(LightningModule):
+    """Trains and evaluates a model that maps samples to logits.
+
+    A sample is a stack of views: a batch is (views (B, V, *sample), targets (B,) or probabilities (B, classes)).
+    Training takes every view as a sample of its own; evaluation averages the logits over the views.
+
+    Args:
+        model: Samples (B, *sample) to logits (B, classes).
+        num_classes: Classes.
+        optimizer: Recipe, `optimizer(parameter_groups)`; its `weight_decay` is that of the decayed group.
+        schedule: `schedule(step, steps)` to a factor on the learning rate.
+        weight_decay: Weight decay of the parameters that have one.
+        decay: Which do: "matrices" or "all".
+        label_smoothing: Of the cross-entropy.
+        mix: Mixup and CutMix, or None.
+        compile: torch.compile the model, in place, so that names of parameters stay as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        schedule: Schedule = constant,
+        weight_decay: float = 0.0,
+        decay: Literal["matrices", "all"] = "matrices",
+        label_smoothing: float = 0.0,
+        mix: Mix | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise FewtokensError(
+                "Label smoothing is a share", expected="0 <= s < 1", got=label_smoothing, fix="set task.label_smoothing"
+            )
+        self.model, self.optimizer, self.schedule, self.mix = model, optimizer, schedule, mix
+        self.weight_decay, self.decay, self.label_smoothing = weight_decay, decay, label_smoothing
+        if compile:
+            self.model.compile()
+        self.train_loss = MeanMetric()
+        self.val_metrics, self.test_metrics = _metrics(num_classes), _metrics(num_classes)
+
+    def forward(self, views: Float[Tensor, "b v *sample"]) -> Float[Tensor, "b classes"]:
+        """Logits (B, classes), averaged over the views, in float32."""
+        logits = self.model(views.flatten(0, 1)).float()
+        return logits.unflatten(0, views.shape[:2]).mean(dim=1)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Cross-entropy of a batch."""
+        views, target = batch
+        samples, target = views.flatten(0, 1), target.repeat_interleave(views.shape[1], dim=0)
+        if self.mix is not None:
+            samples, target = self.mix(samples, target)
+        loss = self._loss(self.model(samples), target)
+        self.train_loss.update(loss.detach(), len(target))
+        self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True, rank_zero_only=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's mean loss over all ranks; a loss that is no number ends the run."""
+        loss = self.train_loss.compute()
+        self.train_loss.reset()
+        self.log("train/loss_epoch", loss, rank_zero_only=True)
+        if not torch.isfinite(loss):
+            raise FewtokensError(
+                "Training keeps a finite loss",
+                expected="a number",
+                got=f"{loss.item()} as mean of epoch {self.current_epoch}",
+                fix="lower optimizer.lr, set trainer.gradient_clip_val=1.0, or train in float32 (trainer.precision=32)",
+            )
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Count a batch of the validation set."""
+        self._evaluate(self.val_metrics, batch, "val")
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        """Count a batch of the test set."""
+        self._evaluate(self.test_metrics, batch, "test")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer over both parameter groups, and the schedule by step."""
+        optimizer = self.optimizer(parameter_groups(self.model, self.weight_decay, self.decay))
+        steps = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": by_step(optimizer, self.schedule, steps)}
+
+    def _loss(self, logits: Float[Tensor, "b k"], target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Tensor:
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
+
+    def _evaluate(self, metrics: nn.ModuleDict, batch: Batch, stage: str) -> None:
+        views, target = batch
+        logits = self(views)
+        # Smoothing belongs to training: the reported loss is the plain cross-entropy.
+        loss = F.cross_entropy(logits, target)
+        index = target if target.ndim == 1 else target.argmax(dim=1)
+        for name, metric in metrics.items():
+            assert isinstance(metric, Metric)
+            metric.update(loss, len(index)) if name == "loss" else metric.update(logits, index)
+            # Metric objects are gathered once, at the end of the epoch, so every sample counts once on any ranks.
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "top1")
+
+
+def _metrics(num_classes: int) -> nn.ModuleDict:
+    top5 = min(5, num_classes)
+    return nn.ModuleDict(
+        {
+            "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+            "top5": MulticlassAccuracy(num_classes, top_k=top5, average="micro", validate_args=False),
+            "loss": MeanMetric(),
+        }
+    )

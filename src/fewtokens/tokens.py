@@ -1,0 +1,140 @@
+"""Tokens: the one record that flows through every backbone."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fewtokens.errors import FewtokensError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of token sequences and what is known of them. An image is a clip of one frame.
+
+    Args:
+        x: Features (B, P+N, C): class and register tokens first, then patches, frame by frame.
+        prefix: P, the leading tokens that no tokenizer may touch.
+        frames: T, the frames in which the N patches are laid out; N is a multiple of T.
+        grid: (H, W), the lattice within a frame, row-major; None once it is broken.
+        size: How many patches each token stands for (B, P+N); None where every token stands for one.
+        mask: False where a slot is padding (B, P+N); None where there is none.
+        origin: Share of every input patch in every patch token (B, N, patches); None unless it was asked for.
+        trace: Collects the record after every block; None unless it was asked for.
+    """
+
+    x: Float[Tensor, "b n c"]
+    prefix: int = 0
+    frames: int = 1
+    grid: tuple[int, int] | None = None
+    size: Float[Tensor, "b n"] | None = None
+    mask: Bool[Tensor, "b n"] | None = None
+    origin: Float[Tensor, "b m patches"] | None = None
+    trace: "list[Tokens] | None" = None
+
+    @property
+    def patches(self) -> Float[Tensor, "b m c"]:
+        """The tokens without the prefix (B, N, C)."""
+        return self.x[:, self.prefix :] if self.prefix else self.x
+
+    @property
+    def num_patches(self) -> int:
+        """N, the tokens without the prefix, all frames together, padding included."""
+        return self.x.shape[1] - self.prefix
+
+    @property
+    def per_frame(self) -> Float[Tensor, "bt m c"]:
+        """The patches with every frame as a sample of its own (B*T, N/T, C)."""
+        return self.patches.reshape(self.x.shape[0] * self.frames, -1, self.x.shape[2])
+
+    def lattice(self, asked_by: str) -> tuple[int, int]:
+        """The grid (H, W) of a frame, for methods that cannot do without.
+
+        Raises:
+            FewtokensError: The lattice is broken or has padding, so that neighbours are no longer known.
+        """
+        if self.grid is None or self.mask is not None:
+            raise FewtokensError(
+                f"{asked_by} needs patches on a lattice",
+                expected="an intact (height, width) grid of patches",
+                got=f"{self.num_patches} patch tokens whose lattice an earlier tokenizer broke",
+                fix="place it before every tokenizer that drops or merges tokens, or use token_learner_v11",
+            )
+        return self.grid
+
+    def update(self, x: Float[Tensor, "b n c"]) -> Self:
+        """The same tokens with new features."""
+        return replace(self, x=x)
+
+    def resample(
+        self, patches: Float[Tensor, "b s c"], weights: Float[Tensor, "b s m"], grid: tuple[int, int] | None = None
+    ) -> Self:
+        """New patch tokens in place of the old, each a mixture of them; the prefix stays as it is.
+
+        Args:
+            patches: The new tokens (B, S, C), frame by frame.
+            weights: What of every old patch token went into each new one (B, S, N); kept only for `origin`.
+            grid: The lattice of the new tokens within a frame, if they have one.
+        """
+        patches = patches.to(self.x.dtype)  # autocast may hand in bfloat16; the residual stream stays as it is
+        x = torch.cat([self.x[:, : self.prefix], patches], dim=1) if self.prefix else patches
+        origin = None if self.origin is None else weights.detach().to(self.origin.dtype) @ self.origin
+        size = None if self.size is None else torch.ones_like(x[..., 0])
+        return replace(self, x=x, grid=grid, size=size, mask=None, origin=origin)
+
+    def resample_per_frame(
+        self, patches: Float[Tensor, "bt s c"], weights: Float[Tensor, "bt s m"], grid: tuple[int, int] | None = None
+    ) -> Self:
+        """`resample` with every frame as a sample of its own, as `per_frame` gave them (B*T, S, C)."""
+        batch = self.x.shape[0]
+        if self.origin is not None and self.frames > 1:
+            # A frame's tokens hold nothing of the other frames: the weights are blocks on a diagonal.
+            blocks = weights.unflatten(0, (batch, self.frames))
+            eye = torch.eye(self.frames, dtype=weights.dtype, device=weights.device)
+            weights = torch.einsum("btsm,tu->btsum", blocks, eye).flatten(3).flatten(1, 2)
+        return self.resample(patches.reshape(batch, -1, patches.shape[2]), weights, grid)
+
+    def select(self, index: Int[Tensor, "b k"], mask: Bool[Tensor, "b k"] | None = None) -> Self:
+        """Keep some patch tokens, in the order given; the prefix stays. The lattice and the frames are lost.
+
+        Args:
+            index: Positions among the patch tokens (B, K).
+            mask: False where a slot of `index` is padding; None where all are real.
+        """
+        batch, prefix = self.x.shape[0], self.prefix
+        lead = torch.arange(prefix, device=index.device).expand(batch, -1)
+        rows = torch.cat([lead, index + prefix], dim=1)
+        x = self.x.gather(1, rows[..., None].expand(-1, -1, self.x.shape[2]))
+        size = None if self.size is None else self.size.gather(1, rows)
+        kept = None if self.mask is None else self.mask.gather(1, rows)
+        if mask is not None:
+            whole = torch.cat([mask.new_ones(batch, prefix), mask], dim=1)
+            kept = whole if kept is None else kept & whole
+        origin = self.origin
+        if origin is not None:
+            origin = origin.gather(1, index[..., None].expand(-1, -1, origin.shape[2]))
+            origin = origin if mask is None else origin * mask[..., None]
+        return replace(self, x=x, frames=1, grid=None, size=size, mask=kept, origin=origin)
+
+    def bias(self) -> Float[Tensor, "b 1 1 n"] | None:
+        """Sizes and padding as one additive attention term; None when there is nothing to add.
+
+        None keeps the fused attention kernel without mask available. log(size) is ToMe's proportional attention.
+        """
+        if self.size is None and self.mask is None:
+            return None
+        bias = torch.zeros_like(self.x[..., 0]) if self.size is None else self.size.log().to(self.x.dtype)
+        if self.mask is not None:
+            bias = bias.masked_fill(~self.mask, float("-inf"))
+        return bias[:, None, None, :]
+
+    def mean(self) -> Float[Tensor, "b c"]:
+        """Mean of the patch tokens (B, C), in which sizes count and padding does not."""
+        if self.size is None and self.mask is None:
+            return self.patches.mean(dim=1)
+        weight = torch.ones_like(self.x[..., 0]) if self.size is None else self.size.to(self.x.dtype)
+        weight = weight if self.mask is None else weight * self.mask
+        weight = weight[:, self.prefix :, None]
+        return (self.patches * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)

@@ -1,0 +1,287 @@
+"""timm's models around our encoder: the same numbers to the bit, weights from files, and what is refused."""
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fewtokens.backbones import pretrained
+from fewtokens.backbones.pretrained import timm_vit
+from fewtokens.backbones.vit import ViT
+from fewtokens.errors import FewtokensError
+from fewtokens.tokenizers.base import Tokenizer
+
+NONE = {"at": 0, "build": Tokenizer}
+TINY = "vit_tiny_patch16_224"
+SHALLOW = {"depth": 2}
+
+
+def theirs(name: str = TINY, size: int = 32, classes: int = 5, **options: Any) -> nn.Module:
+    """timm's own model with random weights, of which none is zero or one as at the start."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=size, num_classes=classes, **{**SHALLOW, **options}).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def ours(name: str = TINY, size: int = 32, classes: int = 5, **settings: Any) -> ViT:
+    arguments = {"options": SHALLOW, "tokenizer": NONE, **settings}
+    return timm_vit(name=name, image_size=size, num_classes=classes, **arguments).eval()
+
+
+def random_images(size: int, channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{'encoder' if name.startswith('blocks.') else 'trunk'}.{name}": value for name, value in state.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_tiny_patch16_224", 32),
+        ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", 32),
+        ("deit_tiny_patch16_224", 32),
+        ("deit_tiny_distilled_patch16_224", 32),
+        ("deit3_small_patch16_224", 32),
+        ("vit_small_patch14_reg4_dinov2", 28),
+        ("vit_base_patch32_clip_224", 64),
+        ("vit_base_patch32_clip_quickgelu_224", 64),
+        ("vit_base_patch16_siglip_224", 32),
+        ("vit_base_patch16_gap_224", 32),
+        ("vit_base_patch16_reg4_gap_256", 32),
+    ],
+)
+def test_logits_are_timms_to_the_bit(name: str, size: int) -> None:
+    reference, model = theirs(name, size), ours(name, size)
+    model.load_state_dict(as_ours(reference.state_dict()))
+    expected = reference(random_images(size))
+    assert expected.std() > 1e-3
+    assert (model(random_images(size)) - expected).abs().max().item() == 0.0
+
+
+@torch.no_grad()
+def test_the_distilled_model_answers_with_both_heads_when_it_learns_from_a_teacher() -> None:
+    name = "deit_tiny_distilled_patch16_224"
+    reference, model = theirs(name), ours(name)
+    model.load_state_dict(as_ours(reference.state_dict()))
+    for trunk in (reference, model.trunk):
+        trunk.set_distilled_training(True)
+        trunk.train()
+    found, expected = model.train()(random_images(32)), reference(random_images(32))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def test_other_channels_and_classes() -> None:
+    assert ours(classes=7, channels=1)(random_images(32, channels=1)).shape == (2, 7)
+    assert ours(classes=0)(random_images(32)).shape == (2, 192)
+
+
+# --- weights from a file
+
+
+def saved(state: Any, path: Path) -> str:
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return str(path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+@pytest.mark.parametrize("name", [TINY, "deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224"])
+def test_weights_from_a_file(name: str, ending: str, tmp_path: Path) -> None:
+    reference = theirs(name)
+    model = ours(name, weights=saved(reference.state_dict(), tmp_path / f"weights{ending}"))
+    assert torch.equal(model(random_images(32)), reference(random_images(32)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_weights_that_lie_one_level_down(key: str, tmp_path: Path) -> None:
+    reference = theirs()
+    model = ours(weights=saved({key: reference.state_dict(), "epoch": 3}, tmp_path / "weights.pth"))
+    assert torch.equal(model(random_images(32)), reference(random_images(32)))
+
+
+@torch.no_grad()
+def test_weights_of_another_image_size_are_resampled_as_timm_does(tmp_path: Path) -> None:
+    reference = theirs(size=32)
+    model = ours(size=48, weights=saved(reference.state_dict(), tmp_path / "weights.pth"))
+    reference.set_input_size((48, 48))
+    torch.testing.assert_close(model(random_images(48)), reference(random_images(48)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "heads"), [(TINY, 1), ("deit_tiny_distilled_patch16_224", 2)])
+def test_a_head_of_another_size_starts_anew_and_it_is_said(
+    name: str, heads: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = theirs(name, classes=9)
+    with caplog.at_level(logging.WARNING):
+        model = ours(name, classes=5, weights=saved(reference.state_dict(), tmp_path / "weights.pth"))
+    assert len(caplog.messages) == 2 * heads
+    assert "head.weight is (9, 192), the model's is (5, 192); it starts anew" in caplog.messages[0]
+    features = model.trunk.norm(model.encoder(model.embed(random_images(32))).x)
+    assert torch.equal(features, reference.forward_features(random_images(32)))
+    assert model(random_images(32)).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_a_head_that_the_file_lacks_or_the_model_lacks(tmp_path: Path) -> None:
+    reference = theirs()
+    expected = reference.forward_features(random_images(32))
+    state = reference.state_dict()
+    headless = {name: value for name, value in state.items() if not name.startswith("head.")}
+    models = [
+        ours(weights=saved(headless, tmp_path / "headless.pth")),
+        ours(weights=saved(state, tmp_path / "weights.pth"), classes=0),
+    ]
+    for model in models:
+        assert torch.equal(model.trunk.norm(model.encoder(model.embed(random_images(32))).x), expected)
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "wrong"),
+    [
+        ("vit_small_patch16_224", {}, r"missing \[\], unexpected \[\], of another shape \[.*\(0, 0 and [1-9]\d* in all\)"),
+        (TINY, {"depth": 3}, r"missing \[\], unexpected \['blocks\.2\..*\(0, 12 and 0 in all\)"),
+        (TINY, {"depth": 1}, r"missing \['blocks\.1\..*\(12, 0 and 0 in all\)"),
+        ("deit_tiny_distilled_patch16_224", {}, r"unexpected \['dist_token'\], of another shape \['pos_embed'\]"),
+        ("resnet18", None, r"missing \['blocks\.0\..*unexpected \['bn1\."),
+    ],
+)
+def test_weights_of_another_model_are_refused(other: str, options: dict | None, wrong: str, tmp_path: Path) -> None:
+    model = timm.create_model(other, num_classes=5) if options is None else theirs(other, **options)
+    path = saved(model.state_dict(), tmp_path / "weights.pth")
+    said = (
+        rf"(?s)weights\.pth holds the weights of this model\. Expected: the \d+ names and shapes of VisionTransformer\. "
+        rf"Found: .*{wrong}.* To do: set backbone\.name"
+    )
+    with pytest.raises(FewtokensError, match=said):
+        ours(weights=path)
+
+
+class Payload:
+    """What a hostile file would hold: code that runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("ran"),)
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = saved({"model": Payload()}, tmp_path / "weights.pth")
+    said = (
+        r"^Weights are a \.safetensors file or a torch file of plain tensors\. Expected: .*weights_only=True\. "
+        r"Found: .*weights\.pth: UnpicklingError: .*To do: convert the file to \.safetensors"
+    )
+    with pytest.raises(FewtokensError, match=said):
+        ours(weights=path)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+@pytest.mark.parametrize("content", [b"", b"not weights", pickle.dumps({"a": 1})], ids=["empty", "text", "pickle"])
+def test_files_that_are_neither_are_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FewtokensError, match=r"^Weights are a \.safetensors file .* Found: .*weights\.\w+: \w+: .* To do:"):
+        ours(weights=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], {"model": [1]}, {"epoch": 3}], ids=str)
+def test_torch_files_of_something_else_are_refused(content: Any, tmp_path: Path) -> None:
+    path = saved(content, tmp_path / "weights.pth")
+    with pytest.raises(FewtokensError, match=r"^Weights are a \.safetensors file .* Found: .*weights\.\w+: \w+: .* To do:"):
+        ours(weights=path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    said = r"^backbone\.weights is a file\. Expected: an existing file\. Found: .*nowhere\.pth\. To do: check the path"
+    with pytest.raises(FewtokensError, match=said):
+        ours(weights=str(tmp_path / "nowhere.pth"))
+    with pytest.raises(FewtokensError, match=r"^backbone\.weights is a file"):
+        ours(weights=str(tmp_path))
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("resnet18", r"ResNet \(blocks: not looked at\)"),
+        ("vit_relpos_small_patch16_224", r"VisionTransformerRelPos \(blocks: not looked at\)"),
+        ("vit_small_patch16_18x2_224", r"VisionTransformer \(blocks: ParallelThingsBlock\)"),
+        ("eva02_tiny_patch14_224", r"Eva \(blocks: not looked at\)"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, SHALLOW], ids=str)
+def test_other_families_are_refused(name: str, kind: str, options: dict[str, int]) -> None:
+    said = (
+        r"^Tokenizers work inside timm's VisionTransformer with its standard blocks\. Expected: a vit, deit, .*"
+        rf"Found: {name} is a {kind}\. To do: choose another with backbone\.name=deit_small_patch16_224"
+    )
+    with pytest.raises(FewtokensError, match=said):
+        ours(name, options=options)
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("vit_tiny_patch16_244", TINY), ("deit_tinny_patch16_224", "deit_tiny_patch16")])
+def test_an_unknown_name_comes_with_a_near_one(wrong: str, near: str) -> None:
+    said = rf"^backbone\.name is a name of timm's\. Expected: .*{near}.* Found: {wrong}\. To do: list them with: .*list_models"
+    with pytest.raises(FewtokensError, match=said):
+        ours(wrong)
+
+
+def test_a_name_like_none_comes_with_an_example() -> None:
+    with pytest.raises(FewtokensError, match=r"such as vit_small_patch16_224\. Found: q\."):
+        ours("q")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"options": {"dept": 2}}, {"options": {"global_pool": "median"}}, {"options": {"num_heads": 7}}],
+    ids=str,
+)
+def test_settings_that_timm_does_not_take(changes: dict[str, Any]) -> None:
+    said = (
+        rf"(?s)^timm builds {TINY} from these settings\. Expected: settings that the model takes\. Found: \{{.*"
+        r"To do: check data\.image_size, data\.channels and backbone\.options"
+    )
+    with pytest.raises(FewtokensError, match=said):
+        ours(**changes)
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_patches_must_tile_the_image(size: int) -> None:
+    """timm alone would build a model of no patches, or leave pixels at the edge unseen."""
+    with pytest.raises(FewtokensError, match=rf"^Patches tile the image\. .*divides {size}x{size}\. Found: 16x16\. To do"):
+        ours(size=size)
+
+
+def test_no_network_is_said_and_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **settings: Any) -> nn.Module:
+        if pretrained:
+            raise ConnectionError("no route to host")
+        return create(name, **settings)
+
+    monkeypatch.setattr(pretrained.timm, "create_model", offline)
+    said = (
+        rf"^timm fetches the weights of {TINY} over the network\. Expected: a pretrained tag and a connection, .*"
+        r"Found: ConnectionError: no route to host\. To do: download the file elsewhere and set backbone\.weights=<file>"
+    )
+    with pytest.raises(FewtokensError, match=said):
+        ours(pretrained=True)

@@ -1,0 +1,195 @@
+"""ViT: what it builds, what it pools, what it refuses."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from fewtokens.backbones.vit import ViT, vit
+from fewtokens.errors import FewtokensError
+from fewtokens.tokenizers.base import Tokenizer
+from fewtokens.tokenizers.token_fuser import TokenFuser
+from fewtokens.tokenizers.token_learner import TokenLearner, TokenLearnerV11
+from fewtokens.tokens import Tokens
+
+NONE = {"at": 0, "build": Tokenizer}
+SIZES: dict[str, Any] = {"image_size": (8, 16), "patch_size": 4, "num_classes": 5, "dim": 16, "depth": 2, "heads": 2}
+POOLS = ["token", "avg", "max", "avgmax", "map"]
+
+
+def build(**changes: Any) -> ViT:
+    torch.manual_seed(0)
+    return vit(**{"tokenizer": NONE, **SIZES, **changes}).eval()
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (2, 3, 8, 16)), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_plain_model_is_timms_of_the_same_arguments(pool: str) -> None:
+    ours = build(pool=pool, options={"mlp_ratio": 2, "reg_tokens": 2})
+    torch.manual_seed(0)
+    theirs = VisionTransformer(
+        img_size=(8, 16),
+        patch_size=4,
+        num_classes=5,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=2,
+        reg_tokens=2,
+        class_token=pool == "token",
+        global_pool=pool,
+    ).eval()
+    assert torch.equal(ours(images()), theirs(images()))
+
+
+@torch.no_grad()
+def test_embed_tells_prefix_and_grid() -> None:
+    tokens = build(options={"reg_tokens": 2}).embed(images())
+    assert (tokens.prefix, tokens.frames, tokens.grid) == (3, 1, (2, 4))
+    assert tokens.x.shape == (2, 3 + 8, 16)
+    assert tokens.size is tokens.mask is tokens.origin is tokens.trace is None
+
+
+@torch.no_grad()
+def test_sizes_may_be_pairs_and_patches_oblong() -> None:
+    assert build(image_size=[8, 12], patch_size=[4, 2]).embed(images(1, 3, 8, 12)).grid == (2, 6)
+
+
+def test_places_know_the_backbone() -> None:
+    place = build(options={"reg_tokens": 2}).encoder.tokenizers[1].place
+    assert (place.dim, place.heads, place.block, place.depth) == (16, 2, 1, 2)
+    assert (place.prefix, place.class_token, place.frames, place.grid) == (3, True, 1, (2, 4))
+    assert not build(pool="avg").encoder.tokenizers[0].place.class_token
+
+
+@torch.no_grad()
+def test_dynamic_image_size_gives_the_grid_of_each_image() -> None:
+    model = build(options={"dynamic_img_size": True}, tokenizer={"at": 1, "build": partial(TokenLearner, num_tokens=3)})
+    assert model.embed(images(1, 3, 12, 20)).grid == (3, 5)
+    assert model(images(1, 3, 12, 20)).shape == (1, 5)
+
+
+def test_patch_dropout_breaks_the_lattice_in_training_alone() -> None:
+    model = build(options={"patch_drop_rate": 0.5})
+    assert model.train().embed(images()).grid is None
+    assert model.eval().embed(images()).grid == (2, 4)
+
+
+@torch.no_grad()
+def test_trace_follows_every_patch_through_every_block() -> None:
+    model = build(depth=3, tokenizer={"at": 1, "build": partial(TokenLearnerV11, num_tokens=3)})
+    first, second, third = model.trace(images())
+    assert [r.num_patches for r in (first, second, third)] == [8, 3, 3]
+    assert torch.equal(first.origin, torch.eye(8).expand(2, -1, -1))
+    torch.testing.assert_close(second.origin.sum(dim=2), torch.ones(2, 3))
+    assert torch.equal(third.origin, second.origin)
+    torch.testing.assert_close(model.classify(third), model(images()), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_trace_of_a_fuser_shows_the_few_tokens_in_the_block() -> None:
+    inner = partial(TokenLearnerV11, num_tokens=3)
+    model = build(depth=3, tokenizer={"at": "1:", "build": partial(TokenFuser, inner=inner)})
+    records = model.trace(images())
+    assert [r.num_patches for r in records] == [8, 3, 3]
+    assert all(r.origin.shape == (2, r.num_patches, 8) for r in records)
+
+
+# --- the head, when tokens have sizes and slots are padded
+
+
+def pooled(pool: str, **options: Any) -> tuple[ViT, Tokens]:
+    """A model with a class token wherever timm allows one, and what its encoder could give it."""
+    model = build(pool=pool, options={"class_token": True, **options})
+    return model, Tokens(torch.randn(2, 1 + 6, 16), prefix=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("include_prefix", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
+def test_padding_does_not_reach_the_logits(pool: str, include_prefix: bool) -> None:
+    model, tokens = pooled(pool, pool_include_prefix=include_prefix)
+    padded = torch.cat([tokens.x, 100 * torch.randn(2, 3, 16)], dim=1)
+    mask = torch.tensor([True] * 7 + [False] * 3).expand(2, -1)
+    expected = model.trunk.forward_head(model.trunk.norm(tokens.x))
+    torch.testing.assert_close(model.classify(Tokens(padded, prefix=1, mask=mask)), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("include_prefix", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_token_of_size_three_counts_as_three(pool: str, include_prefix: bool) -> None:
+    model, tokens = pooled(pool, pool_include_prefix=include_prefix)
+    copies = torch.tensor([1, 1, 3, 1, 1, 2, 1])
+    repeated = model.trunk.forward_head(model.trunk.norm(tokens.x.repeat_interleave(copies, dim=1)))
+    sized = replace(tokens, size=copies.float().expand(2, -1))
+    torch.testing.assert_close(model.classify(sized), repeated, rtol=1e-5, atol=1e-6)
+
+
+def test_no_weight_decay_names_positions_class_and_register_tokens() -> None:
+    model = build(options={"reg_tokens": 2})
+    named = {name for name, _ in model.named_parameters()}
+    assert model.no_weight_decay() & named == {"trunk.pos_embed", "trunk.cls_token", "trunk.reg_token"}
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"patch_size": 5},
+            r"Patches tile the image\. Expected: a patch size that divides 8x16\. Found: 5x5\. To do: set backbone\.patch_size",
+        ),
+        ({"patch_size": 0}, r"Patches tile the image\..* Found: 0x0\."),
+        ({"patch_size": 16}, r"Patches tile the image\..* Found: 16x16\."),
+        ({"patch_size": (4, 3)}, r"Patches tile the image\..* Found: 4x3\."),
+        (
+            {"heads": 3},
+            r"heads share the width among them\. Expected: a number of heads that divides 16\. Found: 3\. "
+            r"To do: set backbone\.heads or backbone\.dim",
+        ),
+        ({"heads": 0}, r"heads share the width .* Found: 0\."),
+        ({"dim": 0}, r"heads share the width"),
+        ({"depth": 0}, r"A ViT has blocks\. Expected: backbone\.depth >= 1\. Found: 0\. To do: set backbone\.depth=4"),
+        (
+            {"options": {"mlp_rato": 2}},
+            r"backbone\.options are arguments of timm's VisionTransformer\. Expected: names and values that it takes\. "
+            r"Found: .*mlp_rato.*\. To do: see help\(timm",
+        ),
+        ({"pool": "median"}, r"backbone\.options are arguments .* Found: .*median"),
+        ({"options": {"class_token": False}}, r"backbone\.options are arguments .* Found: .*'class_token': False"),
+        ({"options": {"norm_layer": "nonorm"}}, r"backbone\.options are arguments .* Found: .*nonorm"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(FewtokensError, match=f"(?s){said}"):
+        build(**changes)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 8, 16), (3, 8, 16), (2, 4, 3, 8, 16)], ids=str)
+def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+    said = (
+        r"^A ViT takes images of the size that it was built for\. Expected: \(batch, channels, height, width\) = "
+        r"\(B, 3, 8, 16\)\. Found: \([\d, ]+\)\. To do: set data\.image_size and data\.channels"
+    )
+    check: Callable[[Tensor], object] = build().embed
+    with pytest.raises(FewtokensError, match=said):
+        check(images(*shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 16), (2, 3, 9, 16)], ids=str)
+def test_a_dynamic_image_size_still_needs_whole_patches_and_the_right_channels(shape: tuple[int, ...]) -> None:
+    said = r"^A ViT takes images .* Expected: .* = \(B, 3, a multiple of 4, a multiple of 4\)\. Found: \([\d, ]+\)\."
+    with pytest.raises(FewtokensError, match=said):
+        build(options={"dynamic_img_size": True}).embed(images(*shape))

@@ -1,0 +1,35 @@
+"""Small data made on the spot: nothing here reads the real data sets."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+MakeFolders = Callable[..., Path]
+
+
+@pytest.fixture
+def make_folders(tmp_path: Path) -> MakeFolders:
+    """Writes pictures as <root>/<part>/<class>/<n>.<suffix> and returns the root."""
+
+    def make(
+        parts: tuple[str, ...] = ("train", "test"),
+        classes: tuple[str, ...] = ("a", "b", "c"),
+        count: int = 8,
+        size: tuple[int, int] = (32, 32),
+        suffix: str = "png",
+    ) -> Path:
+        rng = np.random.default_rng(0)
+        for part in parts:
+            for name in classes:
+                folder = tmp_path / "set" / part / name
+                folder.mkdir(parents=True)
+                for index in range(count):
+                    pixels = rng.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+                    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+                    image.save(folder / f"{index:04d}.{suffix}")
+        return tmp_path / "set"
+
+    return make

@@ -1,0 +1,62 @@
+"""Sharding: exactly once, and a pure function of (seed, epoch)."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewtokens.data.samplers import EvalSampler, TrainSampler
+from fewtokens.errors import FewtokensError
+
+sizes, worlds = st.integers(8, 200), st.integers(1, 8)
+
+
+@given(sizes, worlds)
+def test_evaluation_sees_every_sample_once(size: int, world: int) -> None:
+    seen = [index for rank in range(world) for index in EvalSampler(size, rank=rank, world=world)]
+    assert sorted(seen) == list(range(size))
+
+
+@given(sizes, worlds, st.integers(0, 5), st.integers(0, 5))
+def test_training_ranks_are_disjoint_equal_and_repeatable(size: int, world: int, seed: int, epoch: int) -> None:
+    def shards() -> list[list[int]]:
+        return [
+            list(TrainSampler(size, batch_size=4, seed=seed, rank=r, world=world, epoch=epoch)) for r in range(world)
+        ]
+
+    seen = shards()
+    flat = [index for shard in seen for index in shard]
+    assert {len(shard) for shard in seen} == {size // world}
+    assert len(set(flat)) == len(flat)
+    assert set(flat) <= set(range(size))
+    assert seen == shards()
+
+
+def test_epochs_and_seeds_differ() -> None:
+    sampler = TrainSampler(50, batch_size=4, seed=1)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(TrainSampler(50, batch_size=4, seed=2)) != first
+
+
+@given(st.integers(0, 12))
+def test_skip_holds_for_its_epoch_alone_and_keeps_the_length(batches: int) -> None:
+    full = {epoch: list(TrainSampler(50, batch_size=4, epoch=epoch)) for epoch in range(3)}
+    sampler = TrainSampler(50, batch_size=4, epoch=1)
+    sampler.skip(1, batches)
+    assert list(sampler) == list(sampler) == full[1][4 * batches :]  # twice: Lightning may ask more than once
+    assert len(sampler) == 50
+    sampler.set_epoch(2)
+    assert list(sampler) == full[2]
+
+
+def test_stamps_carry_epoch_and_index() -> None:
+    plain = list(TrainSampler(10, batch_size=2, epoch=3))
+    assert [divmod(stamp, 10) for stamp in TrainSampler(10, batch_size=2, epoch=3, stamped=True)] == [
+        (3, index) for index in plain
+    ]
+
+
+def test_fewer_samples_than_processes_are_refused() -> None:
+    with pytest.raises(FewtokensError, match="at least 4 samples"):
+        TrainSampler(3, batch_size=1, world=4)

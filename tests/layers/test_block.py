@@ -1,0 +1,148 @@
+"""Attention and Block: timm's numbers, what the evidence says, and that padding touches nothing."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from timm.layers.attention import Attention as TimmAttention
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import Tensor, nn
+
+from fewtokens.layers.attention import Attention, Evidence
+from fewtokens.layers.block import Block
+from fewtokens.tokens import Tokens
+
+norm_layer = partial(nn.LayerNorm, eps=1e-6)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def block(**settings: Any) -> Block:
+    torch.manual_seed(0)
+    return Block(24, 3, qkv_bias=True, norm_layer=norm_layer, attn_layer=Attention, **settings)
+
+
+def explicit_attention(evidence: Evidence) -> Tensor:
+    """Softmax of q k^T / sqrt(D) + bias, one query at a time in float64."""
+    query, key = evidence.query.double(), evidence.key.double()
+    rows = []
+    for n in range(query.shape[2]):
+        logits = (query[:, :, n, None] * key).sum(dim=-1) / query.shape[3] ** 0.5
+        if evidence.bias is not None:
+            logits = logits + evidence.bias[:, :, 0].double()
+        weights = (logits - logits.max(dim=-1, keepdim=True).values).exp()
+        rows.append(weights / weights.sum(dim=-1, keepdim=True))
+    return torch.stack(rows, dim=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"qk_norm": True}, {"scale_norm": True}, {"gated": True}], ids=str)
+def test_attention_is_timms_to_the_bit(settings: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    ours = Attention(24, 3, qkv_bias=True, norm_layer=nn.LayerNorm, **settings)
+    theirs = TimmAttention(24, 3, qkv_bias=True, norm_layer=nn.LayerNorm, **settings)
+    theirs.load_state_dict(ours.state_dict())
+    x = randn(2, 7, 24)
+    assert torch.equal(ours.mix(ours.observe(x, None), x), theirs(x))
+
+
+@pytest.mark.parametrize("settings", [{}, {"init_values": 0.1}, {"drop_path": 0.5}, {"proj_drop": 0.3}], ids=str)
+def test_block_is_timms_to_the_bit_in_training_too(settings: dict[str, float]) -> None:
+    ours = block(**settings).train()
+    theirs = TimmBlock(24, 3, qkv_bias=True, norm_layer=norm_layer, **settings).train()
+    theirs.load_state_dict(ours.state_dict())
+    x = randn(4, 7, 24)
+    torch.manual_seed(1)
+    expected = theirs(x)
+    torch.manual_seed(1)
+    assert torch.equal(ours(Tokens(x)).x, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_rows_of_the_evidence_are_the_softmax_that_mixed_the_values(qk_norm: bool, biased: bool) -> None:
+    layer = block(qk_norm=qk_norm)
+    size, mask = torch.rand(2, 6) + 0.5, torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    tokens = Tokens(randn(2, 6, 24), size=size, mask=mask) if biased else Tokens(randn(2, 6, 24))
+    attended, evidence = layer.attend(tokens)
+    weights = explicit_attention(evidence)
+    for n in (1, 2, 6):
+        rows = evidence.rows(n)
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows, weights[:, :, :n].float())
+    mixed = (evidence.rows(6) @ evidence.value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attended.x, tokens.x + layer.attn.proj(mixed), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_are_float32_for_half_precision_evidence() -> None:
+    query, key, value = (randn(1, 2, 5, 4, seed=i).bfloat16() for i in range(3))
+    rows = Evidence(query, key, value, None, scale=0.5).rows(1)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.sum(dim=-1), torch.ones(1, 2, 1))
+
+
+@torch.no_grad()
+def test_forward_is_attend_then_feed() -> None:
+    layer, tokens = block(init_values=0.1), Tokens(randn(2, 5, 24))
+    attended, _ = layer.attend(tokens)
+    normed = layer.norm1(tokens.x)
+    assert torch.equal(attended.x, tokens.x + layer.ls1(layer.attn.mix(layer.attn.observe(normed, None), normed)))
+    assert torch.equal(layer.feed(attended).x, attended.x + layer.ls2(layer.mlp(layer.norm2(attended.x))))
+    assert torch.equal(layer(tokens).x, layer.feed(attended).x)
+
+
+@torch.no_grad()
+def test_attention_dropout_acts_in_training_alone() -> None:
+    layer, tokens = block(attn_drop=0.5), Tokens(randn(2, 5, 24))
+    layer.eval()
+    assert torch.equal(layer(tokens).x, layer(tokens).x)
+    layer.train()
+    assert not torch.equal(layer(tokens).x, layer(tokens).x)
+
+
+@torch.no_grad()
+def test_a_block_records_what_leaves_it_when_asked() -> None:
+    layer, trace = block(), []
+    out = layer(Tokens(randn(2, 5, 24), trace=trace))
+    assert [record.x for record in trace] == [out.x]
+    assert layer(Tokens(randn(2, 5, 24))).trace is None
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1.0, 1e4], ids=lambda g: f"garbage {g}")
+@pytest.mark.parametrize("sized", [False, True], ids=["no sizes", "sizes"])
+def test_padding_never_changes_real_tokens(garbage: float, sized: bool) -> None:
+    """Two blocks and the mean of 6 real tokens among 10 slots equal those of the 6 alone, whatever the padding holds."""
+    layers = [block(), block(qk_norm=True)]
+    slots = torch.tensor([0, 1, 3, 4, 8, 9])
+    real, sizes = randn(2, 6, 24), randn(2, 6, seed=3).abs() + 0.5
+    padded = garbage * randn(2, 10, 24, seed=7)
+    padded[:, slots] = real
+    padded.requires_grad_()
+    size, mask = torch.full((2, 10), 3.0), torch.zeros(2, 10, dtype=torch.bool)
+    size[:, slots], mask[:, slots] = sizes, True
+    alone = Tokens(real, prefix=1, size=sizes if sized else None)
+    among = Tokens(padded, prefix=1, size=size if sized else None, mask=mask)
+    for layer in layers:
+        alone, among = layer(alone), layer(among)
+    torch.testing.assert_close(among.x[:, slots], alone.x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(among.mean(), alone.mean(), rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(among.mean().sum() + among.x[:, 0].sum(), padded)
+    assert gradient[:, ~mask[0]].abs().max() == 0
+    assert gradient[:, slots].abs().min() > 0
+
+
+@torch.no_grad()
+def test_a_token_of_size_three_acts_as_three_equal_tokens() -> None:
+    """Proportional attention (ToMe, section 3) and the mean."""
+    layer, x = block(), randn(2, 5, 24)
+    size = torch.tensor([[1.0, 3.0, 1.0, 2.0, 1.0]]).expand(2, -1)
+    copies = x.repeat_interleave(torch.tensor([1, 3, 1, 2, 1]), dim=1)
+    merged, repeated = layer(Tokens(x, prefix=1, size=size)), layer(Tokens(copies, prefix=1))
+    torch.testing.assert_close(merged.x, repeated.x[:, [0, 1, 4, 5, 7]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merged.mean(), repeated.mean(), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,347 @@
+"""Tokenizers as parts: their start, their gradients, what they do to the record, and what they refuse."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewtokens.errors import FewtokensError
+from fewtokens.layers.attention import Attention
+from fewtokens.layers.block import Block
+from fewtokens.tokenizers.base import Place, Pooler, Tokenizer
+from fewtokens.tokenizers.token_fuser import Fuse, TokenFuser
+from fewtokens.tokenizers.token_learner import (
+    MapPooler,
+    MaskMlp,
+    TokenLearner,
+    TokenLearnerV11,
+    TokenLearnerV11Grouped,
+    lecun_normal_,
+)
+from fewtokens.tokens import Tokens
+
+DIM, GRID = 16, (3, 5)
+PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=1, grid=GRID)
+POOLERS = [
+    pytest.param(partial(TokenLearner, num_tokens=4), id="1.0 sum"),
+    pytest.param(partial(TokenLearner, num_tokens=4, pooling="mean"), id="1.0 mean"),
+    pytest.param(partial(TokenLearnerV11, num_tokens=4), id="1.1"),
+    pytest.param(partial(TokenLearnerV11Grouped, num_tokens=4), id="1.1 grouped"),
+]
+Recipe = Callable[[Place], Pooler]
+
+
+def block() -> Block:
+    return Block(DIM, 2, qkv_bias=True, attn_layer=Attention)
+
+
+def image() -> Tokens:
+    return Tokens(torch.randn(2, 1 + 15, DIM), prefix=1, grid=GRID)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+# --- the interface
+
+
+@torch.no_grad()
+def test_the_plain_tokenizer_is_the_block() -> None:
+    layer, tokens = block(), image()
+    assert torch.equal(Tokenizer(PLACE)(tokens, layer).x, layer(tokens).x)
+    assert list(Tokenizer(PLACE).parameters()) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", POOLERS)
+def test_a_pooler_pools_and_then_runs_the_block(build: Recipe) -> None:
+    tokenizer, layer, tokens = build(PLACE), block(), image()
+    assert tokenizer.place is PLACE
+    out = tokenizer(tokens, layer)
+    assert torch.equal(out.x, layer(tokenizer.pool(tokens)).x)
+    assert out.x.shape == (2, 1 + 4, DIM)
+
+
+def test_a_new_pooler_must_say_how() -> None:
+    with pytest.raises(NotImplementedError):
+        Pooler(PLACE, 1).pool(image())
+    with pytest.raises(NotImplementedError):
+        MapPooler(PLACE, 1).pool(image())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", POOLERS)
+def test_the_origin_of_a_pooled_token_is_its_map(build: Recipe) -> None:
+    tokenizer, tokens = build(PLACE), replace(image(), origin=torch.eye(15).expand(2, 15, 15))
+    few = tokenizer.pool(tokens)
+    assert few.origin is not None
+    assert few.origin.shape == (2, 4, 15)
+    assert torch.equal(few.origin, tokenizer.maps(tokens.per_frame, tokens))
+    if not isinstance(tokenizer, TokenLearner):  # a softmax over positions, not over tokens
+        torch.testing.assert_close(few.origin.sum(dim=2), torch.ones(2, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [TokenLearnerV11, TokenLearnerV11Grouped])
+def test_forms_without_convolutions_need_no_lattice_and_no_order(kind: type[MapPooler]) -> None:
+    tokenizer, tokens = kind(PLACE, 4), image()
+    shuffled = tokens.select(torch.randperm(15).expand(2, 15))
+    assert shuffled.grid is None
+    torch.testing.assert_close(tokenizer.pool(shuffled).x, tokenizer.pool(tokens).x)
+
+
+@torch.no_grad()
+def test_sizes_restart_at_one_after_pooling() -> None:
+    few = TokenLearnerV11(PLACE, 4).pool(replace(image(), size=torch.full((2, 16), 3.0)))
+    assert few.size is not None
+    assert few.size.tolist() == [[1.0] * 5] * 2
+
+
+@torch.no_grad()
+def test_token_fuser_keeps_lattice_frames_sizes_and_origin() -> None:
+    tokens = replace(image(), size=torch.full((2, 16), 3.0), origin=torch.eye(15).expand(2, 15, 15))
+    out = TokenFuser(PLACE, partial(TokenLearner, num_tokens=4))(tokens, block())
+    assert (out.x.shape, out.prefix, out.frames, out.grid) == (tokens.x.shape, 1, 1, GRID)
+    assert out.size is tokens.size
+    assert out.origin is tokens.origin
+
+
+# --- dropout
+
+
+@torch.no_grad()
+def test_dropout_of_11_makes_logits_neutral_and_is_off_in_eval() -> None:
+    """As in scenic: it acts on the logits, so a dropped position weighs exp(0) and is not removed."""
+    tokenizer = TokenLearnerV11(PLACE, 4, dropout=0.5)
+    seen: list[Tensor] = []
+    tokenizer.mlp.register_forward_hook(lambda _, __, out: seen.append(out))
+    tokenizer.train().pool(Tokens(torch.randn(8, 15, DIM), grid=GRID))
+    assert 0.4 < (seen[0] == 0).float().mean().item() < 0.6
+    tokenizer.eval().pool(Tokens(torch.randn(8, 15, DIM), grid=GRID))
+    assert (seen[1] != 0).all()
+
+
+@torch.no_grad()
+def test_other_dropouts_act_on_the_values_and_on_the_output_in_training_alone() -> None:
+    grouped, tokens = TokenLearnerV11Grouped(PLACE, 4, dropout=0.5), image()
+    assert 0.3 < (grouped.train().values(tokens.patches) == 0).float().mean().item() < 0.7
+    assert (grouped.eval().values(tokens.patches) != 0).all()
+    fuse, few = Fuse(DIM, 4, dropout=0.5), torch.randn(2, 4, DIM)
+    nn.init.ones_(fuse.gain)
+    assert 0.3 < (fuse.train()(few, tokens.patches) == 0).float().mean().item() < 0.7
+    assert (fuse.eval()(few, tokens.patches) != 0).all()
+
+
+# --- initialisation
+
+
+def test_lecun_normal_has_variance_one_over_fan_in_and_is_cut_at_two_deviations() -> None:
+    """Of the normal before it is cut; 1 / 0.8796 wider than what comes out."""
+    weight = torch.empty(64, 32, 3, 3)
+    lecun_normal_(weight)
+    std = (32 * 9) ** -0.5
+    assert weight.std().item() == pytest.approx(std, rel=0.02)
+    assert abs(weight.mean().item()) < 0.02 * std
+    limit = 2 * std / 0.8796256610342398
+    assert 0.95 * limit < weight.abs().max().item() <= limit
+
+
+def test_token_learner_10_and_grouped_start_as_lecun_normal() -> None:
+    wide = Place(dim=384, heads=2, block=0, depth=1)
+    tokenizer, grouped = TokenLearner(wide, 16), TokenLearnerV11Grouped(wide, 16, groups=4)
+    assert tokenizer.convs[0].weight.std().item() == pytest.approx((384 * 9) ** -0.5, rel=0.05)
+    for conv in tokenizer.convs[1:]:
+        assert conv.weight.std().item() == pytest.approx((16 * 9) ** -0.5, rel=0.1)
+    for conv in (grouped.group, grouped.value):
+        assert conv.weight.std().item() == pytest.approx((384 / 4) ** -0.5, rel=0.05)
+    assert grouped.project.weight.std().item() == pytest.approx(384**-0.5, rel=0.05)
+    convolutions = [*tokenizer.convs, grouped.group, grouped.project, grouped.value]
+    assert all(conv.bias is None for conv in convolutions)
+
+
+def test_the_mask_mlp_starts_as_flaxs() -> None:
+    mlp = MaskMlp(384, 64, 16, 0.0, "tanh")
+    for layer in (mlp.fc1, mlp.fc2):
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert 0.98 * bound < layer.weight.abs().max().item() <= bound
+        assert 0 < layer.bias.abs().max().item() < 6e-6
+
+
+@torch.no_grad()
+def test_sum_pooling_starts_with_large_and_equal_tokens_and_mean_pooling_does_not() -> None:
+    """Measured on the official code: std 7 at 14x14 and width 192, for all sigmoids are about 0.5."""
+    at, x = Place(dim=192, heads=3, block=0, depth=1), torch.randn(4, 196, 192)
+    tokens = Tokens(x, grid=(14, 14))
+    summed, mean = TokenLearner(at, 8).pool(tokens).x, TokenLearner(at, 8, pooling="mean").pool(tokens).x
+    assert 5 < summed.std().item() < 9
+    assert torch.corrcoef(summed[0]).mean().item() > 0.95
+    assert mean.std().item() == pytest.approx(7 / 196, rel=0.3)
+    assert TokenLearner(at, 8).pool(replace(tokens, x=x + 1)).x.mean().item() == pytest.approx(98, rel=0.1)
+    assert TokenLearnerV11(at, 8).pool(tokens).x.std().item() < 0.2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init", ["gentle", "official"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_token_fuser_starts_as_the_identity_on_patches(init: str, normalize: bool) -> None:
+    fuse = Fuse(DIM, 4, init=init, normalize=normalize)
+    assert (fuse(torch.randn(2, 4, DIM), torch.randn(2, 15, DIM)) == 0).all()
+    tokenizer = TokenFuser(PLACE, partial(TokenLearnerV11, num_tokens=4), init=init, normalize=normalize)
+    tokens = image()
+    assert torch.equal(tokenizer(tokens, block()).patches, tokens.patches)
+
+
+# --- gradients
+
+
+NOISE = 1e-10  # far above the rounding of float64, far below any real gradient here
+
+
+def gradients(tokenizer: Tokenizer, layer: Block, tokens: Tokens, target: Tensor) -> dict[str, float]:
+    """Largest gradient of each parameter of tokenizer and block, in float64."""
+    for module in (tokenizer, layer):
+        module.double().zero_grad()
+    patches = tokenizer(tokens.update(tokens.x.double()), layer).patches
+    (patches * target[:, : patches.shape[1]]).sum().backward()
+    named = [*tokenizer.named_parameters(), *((f"block.{name}", p) for name, p in layer.named_parameters())]
+    return {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in named}
+
+
+def without_gradient(found: dict[str, float]) -> set[str]:
+    return {name for name, size in found.items() if size < NOISE}
+
+
+@pytest.mark.parametrize("build", POOLERS)
+def test_gradients_reach_every_parameter_of_a_token_learner(build: Recipe) -> None:
+    """All but those that add the same to a token's logit everywhere: a softmax over positions cannot see it. That is so
+    in the official forms too, whose parameters these are.
+    """
+    tokenizer = build(PLACE)
+    found = gradients(tokenizer, block(), image(), torch.randn(2, 15, DIM))
+    blind = {TokenLearner: set(), TokenLearnerV11: {"mlp.fc2.bias"}, TokenLearnerV11Grouped: {"norm.bias"}}
+    assert without_gradient(found) == blind[type(tokenizer)]
+
+
+@pytest.mark.parametrize("build", POOLERS)
+def test_gradients_reach_every_patch_of_the_input(build: Recipe) -> None:
+    tokens = image()
+    tokens.x.requires_grad_()
+    build(PLACE)(tokens, block()).patches.square().sum().backward()
+    assert tokens.x.grad is not None
+    assert (tokens.x.grad.abs().sum(dim=2) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("init", "normalize", "first"),
+    [
+        # The mixing is zero: nothing passes to the maps or to the tokens, and norm2 of zeros has no direction.
+        ("official", True, {"fuse.mix.weight", "fuse.norm2.bias"}),
+        ("official", False, {"fuse.mix.weight", "fuse.mix.bias"}),
+        # The output's gain is zero: it alone moves first, and everything else from the second step on.
+        ("gentle", True, {"fuse.gain"}),
+        ("gentle", False, {"fuse.gain"}),
+    ],
+)
+def test_gradients_of_the_token_fuser(init: str, normalize: bool, first: set[str]) -> None:
+    """At the first step `first` alone learn, in either initialisation: from the patches, all others, the inner
+    tokenizer and the block included, have no gradient. After one step every parameter has one but the bias of the
+    mixing under norm2: one number per token, equal in all channels, is what a norm over channels takes away.
+    """
+    inner = partial(TokenLearner, num_tokens=4)
+    tokenizer, layer = TokenFuser(PLACE, inner, init=init, normalize=normalize), block()
+    tokens, target = image(), torch.randn(2, 15, DIM)
+    found = gradients(tokenizer, layer, tokens, target)
+    assert set(found) - without_gradient(found) == first
+    torch.optim.SGD([*tokenizer.parameters(), *layer.parameters()], lr=1e-2).step()
+    blind = {"fuse.mix.bias"} if normalize else set()
+    assert without_gradient(gradients(tokenizer, layer, tokens, target)) == blind
+
+
+def test_the_gentle_start_of_the_token_fuser_is_gentler() -> None:
+    """A tiny step of 1e-6 leaves the gentle fuser near zero and throws the official one (LayerNorm of a zero vector)."""
+    moved = {}
+    for init in ("official", "gentle"):
+        torch.manual_seed(0)
+        fuse, tokens, original = Fuse(DIM, 4, init=init), torch.randn(2, 4, DIM), torch.randn(2, 15, DIM)
+        (fuse(tokens, original) * torch.randn(2, 15, DIM)).sum().backward()
+        torch.optim.SGD(fuse.parameters(), lr=1e-6).step()
+        moved[init] = fuse(tokens, original).std().item()
+    assert moved["gentle"] < 1e-4
+    assert moved["official"] > 100 * moved["gentle"]
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (
+            partial(TokenLearner, num_tokens=0),
+            r"TokenLearner makes at least one token\. Expected: num_tokens >= 1\. Found: 0\. "
+            r"To do: set tokenizer\.build\.num_tokens",
+        ),
+        (
+            partial(TokenLearnerV11, num_tokens=-1),
+            r"TokenLearnerV11 makes at least one token\. Expected: num_tokens >= 1\. Found: -1\. To do: set tokenizer",
+        ),
+        (
+            partial(TokenLearner, pooling="max"),
+            r"pools by sum or by mean\. Expected: 'sum' or 'mean'\. Found: 'max'\. To do: .*build\.pooling=mean",
+        ),
+        (
+            partial(TokenLearner, gelu="erf"),
+            r"GELU has two forms here\. Expected: 'tanh' .* or 'none' .*\. Found: 'erf'\. To do: set gelu=tanh or gelu=none",
+        ),
+        (partial(TokenLearnerV11, gelu="erf"), r"GELU has two forms"),
+        (
+            partial(TokenLearnerV11Grouped, groups=5),
+            r"groups of a grouped convolution divide the width\. Expected: a divisor of 16\. Found: 5\. "
+            r"To do: set tokenizer\.build\.groups",
+        ),
+        (partial(TokenLearnerV11Grouped, groups=0), r"Expected: a divisor of 16\. Found: 0\."),
+        (
+            partial(TokenFuser, inner=Tokenizer),
+            r"wraps a tokenizer that makes a fixed number of tokens\. Expected: token_learner, .*"
+            r"Found: Tokenizer\. To do: choose it with",
+        ),
+        (
+            partial(TokenFuser, inner=TokenLearner, init="zero"),
+            r"two initialisations\. Expected: 'gentle' or 'official'\. Found: 'zero'\. To do: .*build\.init=gentle",
+        ),
+        (partial(TokenFuser, inner=TokenLearner, gelu="erf"), r"GELU has two forms"),
+    ],
+)
+def test_settings_that_cannot_be(build: Callable[[Place], Tokenizer], said: str) -> None:
+    with pytest.raises(FewtokensError, match=said):
+        build(PLACE)
+
+
+def test_token_learner_10_refuses_a_broken_lattice() -> None:
+    said = (
+        r"^TokenLearner 1\.0, a convolution over positions, needs patches on a lattice\. Expected: an intact .* grid .*"
+        r"Found: 4 patch tokens whose lattice an earlier tokenizer broke\. To do: place it before .*token_learner_v11"
+    )
+    few = TokenLearnerV11(PLACE, 4).pool(image())
+    with pytest.raises(FewtokensError, match=said):
+        TokenLearner(PLACE, 2).pool(few)
+
+
+@pytest.mark.parametrize("build", POOLERS)
+def test_padding_is_refused(build: Recipe) -> None:
+    tokenizer = build(PLACE)
+    padded = replace(image(), mask=torch.ones(2, 16, dtype=torch.bool))
+    said = (
+        rf"^{type(tokenizer).__name__} mixes all patches, so none may be padding\. Expected: tokens without padding\. "
+        r"Found: padded tokens, from an adaptive tokenizer before it\. To do: place it first"
+    )
+    with pytest.raises(FewtokensError, match=said):
+        tokenizer.pool(padded)
+    with pytest.raises(FewtokensError, match=said):
+        TokenFuser(PLACE, build)(padded, block())

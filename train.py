@@ -1,0 +1,16 @@
+"""Trains a model and evaluates it: python train.py [group=option ...] [key=value ...]."""
+
+from omegaconf import DictConfig
+
+from fewtokens.runs.command import command
+
+
+def train(cfg: DictConfig) -> None:
+    """One training run."""
+    from fewtokens.runs.training import run  # imports torch, which takes seconds, only once the config is known
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    command("train", train)
