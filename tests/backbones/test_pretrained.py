@@ -155,7 +155,11 @@ def test_a_head_that_the_file_lacks_or_the_model_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "options", "wrong"),
     [
-        ("vit_small_patch16_224", {}, r"missing \[\], unexpected \[\], of another shape \[.*\(0, 0 and [1-9]\d* in all\)"),
+        (
+            "vit_small_patch16_224",
+            {},
+            r"missing \[\], unexpected \[\], of another shape \[.*\(0, 0 and [1-9]\d* in all\)",
+        ),
         (TINY, {"depth": 3}, r"missing \[\], unexpected \['blocks\.2\..*\(0, 12 and 0 in all\)"),
         (TINY, {"depth": 1}, r"missing \['blocks\.1\..*\(12, 0 and 0 in all\)"),
         ("deit_tiny_distilled_patch16_224", {}, r"unexpected \['dist_token'\], of another shape \['pos_embed'\]"),
@@ -196,14 +200,18 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("content", [b"", b"not weights", pickle.dumps({"a": 1})], ids=["empty", "text", "pickle"])
 def test_files_that_are_neither_are_refused(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(FewtokensError, match=r"^Weights are a \.safetensors file .* Found: .*weights\.\w+: \w+: .* To do:"):
+    with pytest.raises(
+        FewtokensError, match=r"^Weights are a \.safetensors file .* Found: .*weights\.\w+: \w+: .* To do:"
+    ):
         ours(weights=str(tmp_path / name))
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], {"model": [1]}, {"epoch": 3}], ids=str)
 def test_torch_files_of_something_else_are_refused(content: Any, tmp_path: Path) -> None:
     path = saved(content, tmp_path / "weights.pth")
-    with pytest.raises(FewtokensError, match=r"^Weights are a \.safetensors file .* Found: .*weights\.\w+: \w+: .* To do:"):
+    with pytest.raises(
+        FewtokensError, match=r"^Weights are a \.safetensors file .* Found: .*weights\.\w+: \w+: .* To do:"
+    ):
         ours(weights=path)
 
 
@@ -237,7 +245,9 @@ def test_other_families_are_refused(name: str, kind: str, options: dict[str, int
         ours(name, options=options)
 
 
-@pytest.mark.parametrize(("wrong", "near"), [("vit_tiny_patch16_244", TINY), ("deit_tinny_patch16_224", "deit_tiny_patch16")])
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("vit_tiny_patch16_244", TINY), ("deit_tinny_patch16_224", "deit_tiny_patch16")]
+)
 def test_an_unknown_name_comes_with_a_near_one(wrong: str, near: str) -> None:
     said = rf"^backbone\.name is a name of timm's\. Expected: .*{near}.* Found: {wrong}\. To do: list them with: .*list_models"
     with pytest.raises(FewtokensError, match=said):
@@ -266,7 +276,9 @@ def test_settings_that_timm_does_not_take(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("size", [8, 40])
 def test_patches_must_tile_the_image(size: int) -> None:
     """timm alone would build a model of no patches, or leave pixels at the edge unseen."""
-    with pytest.raises(FewtokensError, match=rf"^Patches tile the image\. .*divides {size}x{size}\. Found: 16x16\. To do"):
+    with pytest.raises(
+        FewtokensError, match=rf"^Patches tile the image\. .*divides {size}x{size}\. Found: 16x16\. To do"
+    ):
         ours(size=size)
 
 

@@ -149,7 +149,8 @@ def test_no_weight_decay_names_positions_class_and_register_tokens() -> None:
     [
         (
             {"patch_size": 5},
-            r"Patches tile the image\. Expected: a patch size that divides 8x16\. Found: 5x5\. To do: set backbone\.patch_size",
+            r"Patches tile the image\. Expected: a patch size that divides 8x16\. Found: 5x5\. "
+            r"To do: set backbone\.patch_size",
         ),
         ({"patch_size": 0}, r"Patches tile the image\..* Found: 0x0\."),
         ({"patch_size": 16}, r"Patches tile the image\..* Found: 16x16\."),

@@ -26,7 +26,14 @@ def model_with(build: object, pool: str = "token") -> ViT:
     """A ViT with the tokenizer before its second block; no parameter is zero, as the fuser's would be."""
     torch.manual_seed(0)
     model = vit(
-        image_size=16, patch_size=4, num_classes=5, dim=16, depth=2, heads=2, pool=pool, tokenizer={"at": 1, "build": build}
+        image_size=16,
+        patch_size=4,
+        num_classes=5,
+        dim=16,
+        depth=2,
+        heads=2,
+        pool=pool,
+        tokenizer={"at": 1, "build": build},
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -54,7 +61,7 @@ def test_compiled_equals_eager(build: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", TOKENIZERS)
+@pytest.mark.parametrize("build", [TOKENIZERS[1], TOKENIZERS[-1]])
 def test_compiled_by_inductor_equals_eager(build: object) -> None:
     check_compiled(build, "inductor")
 

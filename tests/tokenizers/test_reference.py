@@ -105,7 +105,9 @@ def token_learner_grouped(x: Array, p: Params, groups: int) -> Array:
 def token_fuser(tokens: Array, original: Array, p: Params, normalize: bool, kind: str) -> Array:
     """Tokens (S, C) onto original (N, C)."""
     values = layer_norm(tokens, p, "norm1") if normalize else tokens
-    mixed = np.stack([(p["mix.weight"][s, :, None] * values).sum(axis=0) + p["mix.bias"][s] for s in range(len(tokens))])
+    mixed = np.stack(
+        [(p["mix.weight"][s, :, None] * values).sum(axis=0) + p["mix.bias"][s] for s in range(len(tokens))]
+    )
     mixed = layer_norm(mixed, p, "norm2") if normalize else mixed
     out = sigmoid(mask_mlp(original, p, "", kind)) @ mixed
     return out * p.get("gain", 1.0)
@@ -217,6 +219,7 @@ def test_frames_share_weights_and_do_not_mix(kind: type[MapPooler]) -> None:
     tokens = random_tokens(shape)
     few = tokenizer.pool(tokens)
     alone = [
-        tokenizer.pool(Tokens(tokens.patches[:, 12 * t : 12 * t + 12], grid=tokens.grid)).x for t in range(tokens.frames)
+        tokenizer.pool(Tokens(tokens.patches[:, 12 * t : 12 * t + 12], grid=tokens.grid)).x
+        for t in range(tokens.frames)
     ]
     torch.testing.assert_close(few.patches, torch.cat(alone, dim=1), rtol=1e-12, atol=1e-12)

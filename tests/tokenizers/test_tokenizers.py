@@ -264,7 +264,7 @@ def test_gradients_of_the_token_fuser(init: str, normalize: bool, first: set[str
 
 
 def test_the_gentle_start_of_the_token_fuser_is_gentler() -> None:
-    """A tiny step of 1e-6 leaves the gentle fuser near zero and throws the official one (LayerNorm of a zero vector)."""
+    """A tiny step of 1e-6 leaves the gentle fuser near zero and throws the official one (a norm of a zero vector)."""
     moved = {}
     for init in ("official", "gentle"):
         torch.manual_seed(0)
@@ -297,7 +297,8 @@ def test_the_gentle_start_of_the_token_fuser_is_gentler() -> None:
         ),
         (
             partial(TokenLearner, gelu="erf"),
-            r"GELU has two forms here\. Expected: 'tanh' .* or 'none' .*\. Found: 'erf'\. To do: set gelu=tanh or gelu=none",
+            r"GELU has two forms here\. Expected: 'tanh' .* or 'none' .*\. Found: 'erf'\. "
+            r"To do: set gelu=tanh or gelu=none",
         ),
         (partial(TokenLearnerV11, gelu="erf"), r"GELU has two forms"),
         (

@@ -123,8 +123,8 @@ def test_images(task: L.LightningModule, datamodule: L.LightningDataModule, coun
     dtype = next(task.parameters()).dtype
     found: list[Tensor] = []
     for batch in datamodule.test_dataloader():
-        batch = tuple(part[: count - sum(map(len, found))].to(task.device) for part in batch)
-        views, _ = datamodule.on_after_batch_transfer(batch, 0)
+        wanted = tuple(part[: count - sum(map(len, found))].to(task.device) for part in batch)
+        views, _ = datamodule.on_after_batch_transfer(wanted, 0)
         found.append(views[:, 0].to(dtype))
         if sum(map(len, found)) >= count:
             break

@@ -14,8 +14,9 @@ one image. The profiler counts the operations that have an entry in its registry
 | Rsqrt | 2 per output | LayerNormalization |
 | Einsum, AddV2, Erf, Sigmoid, Resize | none | **all products of MultiHeadAttention**, its biases, residuals |
 
-- LayerNormalization (epsilon 1e-6 is too small for the fused kernel): two Means, a SquaredDifference, a Rsqrt per token,
-  and x * (inv * gamma) + (beta - mean * inv * gamma) with inv * gamma broadcast to the full size: three Muls, a Sub.
+- LayerNormalization (epsilon 1e-6 is too small for the fused kernel): two Means, a SquaredDifference, a Rsqrt per
+  token, and x * (inv * gamma) + (beta - mean * inv * gamma) with inv * gamma broadcast to the full size: three
+  Muls, a Sub.
 - Exact GELU, 0.5 * x * (1 + erf(x / sqrt 2)): two Muls and a RealDiv.
 - MultiHeadAttention: the queries' scaling (a Mul over heads * key width) and the Softmax; nothing else.
 - TokenLearner 1.0: a Mul of maps and features spread to (S, N, C), and the Mean over it. 1.1: an Einsum, so nothing.
@@ -59,7 +60,7 @@ def keras_flops(model: ViT, source_size: tuple[int, int] = (32, 32)) -> int:
     if not is_keras_example(model):
         raise FewtokensError(
             "The Keras example's FLOPs are those of its own models",
-            expected="keras_mini_vit with the plain tokenizer, TokenLearner 1.0 (pooling=mean, gelu=none) or grouped 1.1",
+            expected="keras_mini_vit with tokenizer none, token_learner (pooling=mean, gelu=none) or the grouped one",
             got=sorted({type(part).__name__ for part in (*model.encoder.blocks, *model.encoder.tokenizers)}),
             fix="report cost/gmacs, which counts any model",
         )

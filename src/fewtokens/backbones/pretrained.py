@@ -67,8 +67,9 @@ def timm_vit(
             got=f"{type(error).__name__}: {error}",
             fix="download the file elsewhere and set backbone.weights=<file> backbone.pretrained=false",
         ) from error
+    # timm would leave pixels at the edge unseen
     patch_size, heads = tuple(trunk.patch_embed.patch_size), trunk.blocks[0].attn.num_heads
-    check_sizes(image_size, patch_size, trunk.embed_dim, heads, len(trunk.blocks))  # timm would cut off what is left over
+    check_sizes(image_size, patch_size, trunk.embed_dim, heads, len(trunk.blocks))
     if weights is not None:
         load_weights(trunk, Path(weights))
     return ViT(trunk, tokenizer)

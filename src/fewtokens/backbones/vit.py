@@ -1,6 +1,6 @@
 """ViT: timm's VisionTransformer with our blocks and a tokenizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypedDict
 
@@ -17,7 +17,7 @@ from fewtokens.layers.block import Block
 from fewtokens.tokenizers.base import Place
 from fewtokens.tokens import Tokens
 
-Size = int | tuple[int, int]
+Size = int | Sequence[int]
 
 
 class TokenizerRecipe(TypedDict):

@@ -105,14 +105,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--workers", type=int, default=2, help="worker processes of the usual pipeline")
+    # One thread against two workers is unfair to us, but dependable: two threads on a busy machine wait for each other.
+    parser.add_argument("--threads", type=int, default=1, help="threads of this package's pipeline")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     facts = {"num_classes": 10, "image_size": 32, "batch_size": args.batch_size}
     data: InMemory = Generated(**facts) if args.generated else Cifar10(args.root, val_images=0, **facts)
     data.setup()
     samples = data.dataset("train")
     assert samples is not None
     usual_name = f"usual: PIL, one by one, {args.workers} workers"
-    ours_name = f"fewtokens: batched, {torch.get_num_threads()} threads"
+    ours_name = f"fewtokens: batched, {args.threads} thread(s)"
     ways: dict[str, Callable[[], Iterator[int]]] = {
         usual_name: lambda: usual(samples.samples, args.batch_size, args.workers),
         ours_name: lambda: ours(data),

@@ -46,14 +46,19 @@ class Attention(TimmAttention):
 
     def mix(self, evidence: Evidence, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """The values, mixed by attention and projected (B, N, C); x is what `observe` was given."""
-        mixed = F.scaled_dot_product_attention(
-            evidence.query,
-            evidence.key,
-            evidence.value,
-            attn_mask=None if evidence.bias is None else evidence.bias.to(evidence.query.dtype),
-            dropout_p=self.attn_drop.p if self.training else 0.0,
-        )
+        mixed = self._attend(evidence)
         mixed = self.norm(mixed.transpose(1, 2).reshape(x.shape[0], -1, self.attn_dim))
         if self.gate is not None:
             mixed = mixed * torch.sigmoid(self.gate(x))
         return self.proj_drop(self.proj(mixed))
+
+    def _attend(self, evidence: Evidence) -> Float[Tensor, "b h n d"]:
+        dropout = self.attn_drop.p if self.training else 0.0
+        query, key, value = evidence.query, evidence.key, evidence.value
+        bias = None if evidence.bias is None else evidence.bias.to(query.dtype)
+        if dropout and query.device.type == "cpu":
+            # The CPU has no fused kernel with dropout, and torch's fallback goes through float32 copies.
+            logits = (query * self.scale) @ key.transpose(-2, -1)
+            weights = (logits if bias is None else logits + bias).softmax(dim=-1)
+            return F.dropout(weights, dropout) @ value
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
