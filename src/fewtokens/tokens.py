@@ -68,7 +68,10 @@ class Tokens:
         return replace(self, x=x)
 
     def resample(
-        self, patches: Float[Tensor, "b s c"], weights: Float[Tensor, "b s m"] | None, grid: tuple[int, int] | None = None
+        self,
+        patches: Float[Tensor, "b s c"],
+        weights: Float[Tensor, "b s m"] | None,
+        grid: tuple[int, int] | None = None,
     ) -> "Tokens":
         """New patch tokens in place of the old, each a mixture of them; the prefix stays as it is.
 
@@ -80,7 +83,9 @@ class Tokens:
         """
         patches = patches.to(self.x.dtype)  # autocast may hand in bfloat16; the residual stream stays as it is
         x = torch.cat([self.x[:, : self.prefix], patches], dim=1) if self.prefix else patches
-        origin = None if self.origin is None or weights is None else weights.detach().to(self.origin.dtype) @ self.origin
+        origin = (
+            None if self.origin is None or weights is None else weights.detach().to(self.origin.dtype) @ self.origin
+        )
         size = None if self.size is None else torch.ones_like(x[..., 0])
         return replace(self, x=x, grid=grid, size=size, mask=None, origin=origin)
 

@@ -68,6 +68,15 @@ def small(build=Tokenizer, at=(), channels=3, size=(8, 12), **settings) -> ViT:
     return vit(image_size=size, channels=channels, tokenizer={"at": list(at), "build": build}, **settings)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only wait for the other threads, for long where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def make() -> Callable[..., ViT]:
     return small

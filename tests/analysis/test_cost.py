@@ -98,8 +98,8 @@ def test_products_with_vectors_count():
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_compiled_model_counts_the_same(make, in_place):
-    model, image, ran = make(partial(TokenLearnerV11, num_tokens=4), at=[1]), torch.zeros(1, 3, 8, 12), []
+def test_a_compiled_model_counts_the_same(in_place):
+    model, image, ran = nn.Sequential(nn.Linear(12, 5), nn.GELU()), torch.zeros(1, 3, 8, 12), []
 
     def backend(graph, inputs):
         def run(*args):
@@ -108,12 +108,11 @@ def test_a_compiled_model_counts_the_same(make, in_place):
 
         return run
 
-    wanted = macs(model, image)
     compiled = model.compile(backend=backend) or model if in_place else torch.compile(model, backend=backend)
     compiled(image)
     calls = len(ran)
     assert calls > 0
-    assert macs(compiled, image) == wanted
+    assert macs(compiled, image) == 3 * 8 * 12 * 5
     assert len(ran) == calls
 
 

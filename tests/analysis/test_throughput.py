@@ -48,7 +48,7 @@ def test_spread_is_the_interquartile_range():
     assert spread([7.0]) == 0.0
 
 
-@pytest.mark.parametrize("settings", [{"seconds": 0}, {"batch_size": 0}, {"seconds": -1.0}])
+@pytest.mark.parametrize("settings", [{"seconds": 0.0}, {"batch_size": 0}, {"seconds": -1.0}])
 def test_settings_out_of_range(settings):
     with pytest.raises(FewtokensError, match=r"measure\.throughput"):
         Throughput(**settings)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -29,6 +30,12 @@ def build(**changes: Any) -> ViT:
 
 def images(*shape: int) -> Tensor:
     return torch.randn(*(shape or (2, 3, 8, 16)), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong settings reach our own checks; where pytest's hook checks types, it would be the first to refuse them."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @torch.no_grad()
@@ -144,6 +151,7 @@ def test_no_weight_decay_names_positions_class_and_register_tokens() -> None:
 # --- refusals
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -178,6 +186,7 @@ def test_settings_that_cannot_be(changes: dict[str, Any], said: str) -> None:
         build(**changes)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 8, 16), (3, 8, 16), (2, 4, 3, 8, 16)], ids=str)
 def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     said = (

@@ -117,7 +117,7 @@ def test_a_block_records_what_leaves_it_when_asked() -> None:
 @pytest.mark.parametrize("garbage", [0.0, 1.0, 1e4], ids=lambda g: f"garbage {g}")
 @pytest.mark.parametrize("sized", [False, True], ids=["no sizes", "sizes"])
 def test_padding_never_changes_real_tokens(garbage: float, sized: bool) -> None:
-    """Two blocks and the mean of 6 real tokens among 10 slots equal those of the 6 alone, whatever is in the padding."""
+    """Two blocks and the mean of 6 real tokens among 10 slots equal those of the 6 alone, whatever pads."""
     layers = [block(), block(qk_norm=True)]
     slots = torch.tensor([0, 1, 3, 4, 8, 9])
     real, sizes = randn(2, 6, 24), randn(2, 6, seed=3).abs() + 0.5

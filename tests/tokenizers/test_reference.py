@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
+from fewtokens.layers.block import Block
 from fewtokens.tokenizers.base import Place
 from fewtokens.tokenizers.token_fuser import Fuse, TokenFuser
 from fewtokens.tokenizers.token_learner import MapPooler, TokenLearner, TokenLearnerV11, TokenLearnerV11Grouped
@@ -184,8 +185,11 @@ def test_token_fuser(shape: dict[str, int], normalize: bool, kind: str, init: st
         np.testing.assert_allclose(out[b], expected, rtol=1e-9, atol=1e-9)
 
 
-class Shift(nn.Module):
+class Shift(Block):
     """A stand-in for a block that treats every token alike, so that its work can be told apart."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 1)
 
     def forward(self, tokens: Tokens) -> Tokens:
         return tokens.update(2 * tokens.x + 1)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,12 @@ def image() -> Tokens:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong settings reach our own checks; where pytest's hook checks types, it would be the first to refuse them."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 # --- the interface
@@ -279,6 +286,7 @@ def test_the_gentle_start_of_the_token_fuser_is_gentler() -> None:
 # --- refusals
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("build", "said"),
     [

@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import secrets
 import socket
 from argparse import Namespace
 from collections.abc import Mapping
@@ -156,9 +157,7 @@ def _in_netrc(host: str) -> bool:
 
 def _run_id(path: Path) -> str:
     """Kept in the run directory, so that a resumed run goes on under its id."""
-    from wandb.util import generate_id
-
     if not path.exists() and rank_zero_only.rank in (None, 0):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(str(generate_id()))
-    return path.read_text().strip() if path.exists() else str(generate_id())
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip() if path.exists() else secrets.token_hex(4)

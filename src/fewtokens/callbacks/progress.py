@@ -23,6 +23,11 @@ class EpochLines(ProgressBar):
         """Print again."""
         self.enabled = True
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time; an epoch that is resumed in its middle does not start again."""
+        super().on_train_start(trainer, pl_module)
+        self.start = time.monotonic()
+
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         """Note the time."""
         self.start = time.monotonic()

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -15,11 +16,12 @@ class Stopped(SystemExit):
     """Training ended early on a signal; the checkpoint to resume from is written."""
 
 
-class StopOnSignal(Callback):
+class StopOnSignal(Checkpoint):
     """Saves `last.ckpt` at the end of the step in which SIGTERM or SIGUSR1 came to any rank, and stops all ranks.
 
     Lightning's own handler saves nothing, broadcasts inside the handler and exits with code 0. This one only sets a
-    flag there. The exit code is 128 plus the signal's number.
+    flag there. The exit code is 128 plus the signal's number. A `Checkpoint`, because Lightning calls these last: what
+    it saves must hold what other callbacks (an average of the weights) do at the end of the step.
 
     Args:
         path: Where to save.

@@ -12,6 +12,8 @@ from torch import nn
 
 from fewtokens.errors import FewtokensError
 
+MODEL = "model."  # how the names of a task's model begin
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, then renames: a kill leaves the old file or the new one, never half of one.
@@ -60,15 +62,15 @@ def read(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def load_model(task: nn.Module, path: Path) -> None:
-    """Put a checkpoint's weights into a task.
+    """Put the weights of a checkpoint's model into that of a task; metrics and the like stay.
 
     Raises:
         FewtokensError: Names or shapes differ.
     """
     content = read(path)
     # A compiled submodule of another tool writes this prefix; ours compile in place.
-    state = {k.replace("_orig_mod.", ""): v for k, v in content.get("state_dict", {}).items()}
-    own = task.state_dict()
+    state = {k.replace("_orig_mod.", ""): v for k, v in content.get("state_dict", {}).items() if k.startswith(MODEL)}
+    own = {k: v for k, v in task.state_dict().items() if k.startswith(MODEL)}
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     wrong = sorted(k for k in set(state) & set(own) if state[k].shape != own[k].shape)
     if missing or unexpected or wrong:
@@ -78,7 +80,7 @@ def load_model(task: nn.Module, path: Path) -> None:
             got=f"missing {_some(missing)}, unexpected {_some(unexpected)}, of another shape {_some(wrong)} in {path}",
             fix="leave out overrides that change the parameters; a method with parameters must be trained first",
         )
-    task.load_state_dict(state)
+    task.load_state_dict(state, strict=False)  # strict about all but the model was just checked
 
 
 class EmbedConfig(Callback):

@@ -3,7 +3,7 @@
 from omegaconf import DictConfig
 
 from fewtokens.runs import checkpoints, job, saved
-from fewtokens.runs.processes import one_job
+from fewtokens.runs.processes import one_job, override
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -21,7 +21,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         parts = job.build(cfg)
         if cfg.checkpoint is not None:
             checkpoints.load_model(parts.task, saved.checkpoint_of(cfg.checkpoint))
-        with one_job(parts.directory, [f"+checkpoint='{cfg.checkpoint}'"] if cfg.checkpoint else ["+checkpoint=null"]):
+        with one_job(parts.directory, [override("checkpoint", cfg.checkpoint)]):
             parts.trainer.test(parts.task, parts.data, verbose=False)
             metrics = parts.trainer.callback_metrics.items()
             numbers = {name: float(value) for name, value in metrics if name.startswith("test/")}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -59,6 +60,8 @@ def build(cfg: DictConfig) -> Job:
     callbacks = [instantiate(node) for node in cfg.callbacks.values() if node]
     callbacks.append(EmbedConfig(saved.plain(cfg)))
     loggers = [instantiate(node) for node in cfg.logger.values() if node]
+    if not loggers:  # it refuses to run where nothing can be logged
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
     resolved = _resolved(cfg)
     for logger in loggers:
@@ -116,6 +119,8 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # in-memory data wants none
+    warnings.filterwarnings("ignore", message=".*recommended to use .*sync_dist.*")  # torchmetrics has gathered it
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # resume
 
 

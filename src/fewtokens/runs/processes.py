@@ -75,6 +75,11 @@ def one_job(run_dir: Path, extra: list[str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def override(key: str, value: str | None) -> str:
+    """The override that adds a key which saved configs do not hold."""
+    return f"+{key}=null" if value is None else f"+{key}='{value}'"
+
+
 def _leave_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -1,9 +1,10 @@
 """What a config may call: nothing but what is on this list, so that a config from elsewhere runs no foreign code."""
 
+import difflib
 import importlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hydra
@@ -34,6 +35,7 @@ ALLOWED = (
     "torch.optim.",
     "torchvision.transforms.",
 )
+OF_HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 VARIABLE = "FEWTOKENS_ALLOW_TARGETS"  # an environment variable, since a config must not be able to extend the list
 
 
@@ -56,28 +58,49 @@ def instantiate(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
             got=str(error).splitlines()[0],
             fix="look at the composed config with: python train.py --cfg job",
         ) from error
-    for target in targets(plain):
-        check(target)
+    for call in calls(plain):
+        check_arguments(check(str(call["_target_"])), call)
     try:
         return hydra.utils.instantiate(plain, _convert_="all", **arguments)
     except InstantiationException as error:
         raise _reason(error) from error
 
 
-def targets(node: Any) -> Iterator[str]:
-    """Every `_target_` in a tree of dicts and lists."""
+def calls(node: Any) -> Iterator[dict[str, Any]]:
+    """Every node with a `_target_` in a tree of dicts and lists."""
     if isinstance(node, dict):
         if "_target_" in node:
-            yield str(node["_target_"])
+            yield node
         for value in node.values():
-            yield from targets(value)
+            yield from calls(value)
     elif isinstance(node, list | tuple):
         for value in node:
-            yield from targets(value)
+            yield from calls(value)
 
 
-def check(target: str) -> None:
-    """Refuse a target that is not a class or function defined in an allowed package.
+def check_arguments(found: Callable[..., Any], call: dict[str, Any]) -> None:
+    """Refuse names that the target does not take, now and not when a recipe is at last called.
+
+    Raises:
+        FewtokensError: There are such names.
+    """
+    taken = inspect.signature(found).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return
+    names = {parameter.name for parameter in taken}
+    unknown = [str(name) for name in call if name not in names and name not in OF_HYDRA]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        raise FewtokensError(
+            f"{call['_target_']} has names for its arguments",
+            expected=", ".join(sorted(names)),
+            got=", ".join(unknown),
+            fix=f"did you mean {near[0]}" if near else "leave it out",
+        )
+
+
+def check(target: str) -> Callable[..., Any]:
+    """The class or function that a target names, if it is defined in an allowed package.
 
     A prefix alone is no boundary: `fewtokens.data.base.os.system` has one too. So the object is looked up, and must be
     defined, at the top of a module, where the list allows.
@@ -111,6 +134,7 @@ def check(target: str) -> None:
             got=f"_target_: {target}",
             fix=f"if you trust it: {VARIABLE}=your.package. python train.py ...",
         )
+    return found
 
 
 def _package(prefix: str) -> str:

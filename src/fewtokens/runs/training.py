@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from fewtokens.callbacks.loggers import CsvLogger
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import checkpoints, job
-from fewtokens.runs.processes import one_job
+from fewtokens.runs.processes import one_job, override
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -24,7 +24,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     try:
         parts = job.build(cfg)
         start = _resume(cfg, parts)
-        with one_job(parts.directory, [f"+resume='{cfg.resume}'"] if cfg.resume else []):
+        with one_job(parts.directory, [override("resume", cfg.resume)]):
             began = time.monotonic()
             parts.trainer.fit(parts.task, parts.data, ckpt_path=start, weights_only=True)
             numbers = {"train/seconds": time.monotonic() - began, "train/epochs": float(parts.trainer.current_epoch)}

@@ -58,7 +58,8 @@ class Classifier(LightningModule):
         self.weight_decay, self.decay, self.label_smoothing = weight_decay, decay, label_smoothing
         if compile:
             self.model.compile()
-        self.train_loss = MeanMetric()
+        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss.persistent(True)  # an epoch that is resumed in its middle keeps the mean of its beginning
         self.val_metrics, self.test_metrics = _metrics(num_classes), _metrics(num_classes)
 
     def forward(self, views: Float[Tensor, "b v *sample"]) -> Float[Tensor, "b classes"]:
@@ -73,7 +74,7 @@ class Classifier(LightningModule):
         if self.mix is not None:
             samples, target = self.mix(samples, target)
         loss = self._loss(self.model(samples), target)
-        self.train_loss.update(loss.detach(), len(target))
+        self.train_loss.update(loss.detach().expand(len(target)))
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True, rank_zero_only=True)
         return loss
 
@@ -111,11 +112,11 @@ class Classifier(LightningModule):
         views, target = batch
         logits = self(views)
         # Smoothing belongs to training: the reported loss is the plain cross-entropy.
-        loss = F.cross_entropy(logits, target)
+        losses = F.cross_entropy(logits, target, reduction="none")
         index = target if target.ndim == 1 else target.argmax(dim=1)
         for name, metric in metrics.items():
             assert isinstance(metric, Metric)
-            metric.update(loss, len(index)) if name == "loss" else metric.update(logits, index)
+            metric.update(losses) if name == "loss" else metric.update(logits, index)
             # Metric objects are gathered once, at the end of the epoch, so every sample counts once on any ranks.
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "top1")
 
@@ -126,6 +127,7 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
         {
             "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
             "top5": MulticlassAccuracy(num_classes, top_k=top5, average="micro", validate_args=False),
-            "loss": MeanMetric(),
+            # The default leaves out what is no number, in silence. "disable" ignores weights: update it sample by sample.
+            "loss": MeanMetric(nan_strategy="disable"),
         }
     )

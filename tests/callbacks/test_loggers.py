@@ -1,0 +1,58 @@
+import csv
+from pathlib import Path
+
+import pytest
+
+from fewtokens.callbacks.loggers import CsvLogger, WandbRun, why_offline
+from fewtokens.errors import FewtokensError
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with (path / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_appended_and_columns_grow(tmp_path: Path) -> None:
+    logger = CsvLogger(str(tmp_path))
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.log_metrics({"b": 2.0}, step=1)
+    logger.log_metrics({"a": 3.0, "b": 4.0}, step=2)
+    assert rows(tmp_path) == [
+        {"step": "0", "a": "1.0", "b": ""},
+        {"step": "1", "a": "", "b": "2.0"},
+        {"step": "2", "a": "3.0", "b": "4.0"},
+    ]
+
+
+def test_a_resumed_run_forgets_what_it_will_log_again(tmp_path: Path) -> None:
+    first = CsvLogger(str(tmp_path))
+    for step in range(5):
+        first.log_metrics({"a": float(step)}, step=step)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("5")  # cut short by a kill
+    again = CsvLogger(str(tmp_path))
+    again.rewind(3)
+    again.log_metrics({"a": 9.0, "c": 1.0}, step=3)
+    assert [(row["step"], row["a"]) for row in rows(tmp_path)] == [("0", "0.0"), ("1", "1.0"), ("2", "2.0"), ("3", "9.0")]
+
+
+def test_wandb_stays_offline_without_an_account_or_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    assert "no account" in str(why_offline())
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert "does not answer" in str(why_offline())
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "WANDB_MODE" in str(why_offline())
+
+
+def test_wandb_keeps_its_run_id_in_the_run_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    first, again = WandbRun(str(tmp_path)), WandbRun(str(tmp_path))
+    other = WandbRun(str(tmp_path / "other"))
+    assert first.version == again.version == (tmp_path / "wandb_run_id").read_text()
+    assert other.version != first.version
+    with pytest.raises(FewtokensError, match="three modes"):
+        WandbRun(str(tmp_path), mode="on")  # type: ignore[arg-type]

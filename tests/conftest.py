@@ -1,0 +1,79 @@
+"""What the tests of whole runs share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+# Small enough for seconds, large enough to be a real run.
+TINY = [
+    "backbone.patch_size=2",
+    "backbone.dim=16",
+    "backbone.heads=2",
+    "backbone.depth=2",
+    "tokenizer.at=1",
+    "trainer=cpu",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=3",
+    "measure=none",
+]
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a command under test: no account, no launcher, one thread."""
+    hidden = ("WANDB_", "SLURM_", "FEWTOKENS_", "LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    return kept | {"OMP_NUM_THREADS": "1", "NETRC": os.devnull, **more}
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run train.py or eval.py in a process of its own, with outputs below tmp_path."""
+
+    def run(name: str, *arguments: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / name), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            cwd=tmp_path,
+            env=environment(FEWTOKENS_OUTPUTS=str(tmp_path / "outputs"), **more),
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictConfig]:
+    """Compose a job's config in this process, as Hydra would, with its run directory in tmp_path."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def make(*overrides: str, base: str = "train", folder: Path = CONFIGS, directory: str = "run") -> DictConfig:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            cfg = compose(base, list(overrides), return_hydra_config=True)
+        with open_dict(cfg):
+            cfg.hydra.runtime.output_dir = str(tmp_path / directory)
+            cfg.hydra.job.num, cfg.hydra.job.id = 0, "test"
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return cfg
+
+    yield make
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None

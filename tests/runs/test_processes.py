@@ -1,0 +1,170 @@
+"""Commands in processes of their own: two ranks, signals, kills, and what is left of the run afterwards."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, environment
+from PIL import Image
+
+# Everything random there is, so that a resumed run must draw it all again.
+RANDOM = [
+    *TINY,
+    "trainer.max_epochs=3",
+    "trainer.limit_train_batches=null",
+    "backbone.options.proj_drop_rate=0.1",
+    "backbone.options.drop_path_rate=0.1",
+    "task.mix.mixup=0.8",
+    "callbacks=ema",
+]
+
+
+def report(run: Path) -> dict[str, float]:
+    return json.loads((run / "report.json").read_text())
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return content["state_dict"] | {f"now.{k}": v for k, v in content["current_model_state"].items()}
+
+
+def same(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[k], right[k]) for k in left if "train_loss" not in k and "metrics" not in k
+    )
+
+
+def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env=environment(FEWTOKENS_OUTPUTS=str(tmp_path / "outputs")),
+    )
+
+
+def pictures(root: Path, test: int) -> Path:
+    """Class folders with an odd number of test pictures."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 20), ("test", test)):
+        for index in range(count):
+            folder = root / part / ("cat" if index % 2 else "dog")
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / f"{index:04d}.png")
+    return root
+
+
+def test_two_ranks_share_one_directory_and_count_every_sample_once(script, tmp_path: Path) -> None:
+    root = pictures(tmp_path / "data", test=11)
+    data = ["data=cifar10", f"data.root={root}", "data.num_classes=2", "data.val_images=5", "data.batch_size=3"]
+    sizes = ["backbone.patch_size=8", "data.eval_batch_size=2"]
+    options = [*TINY, *data, *sizes, "trainer=ddp_cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=null"]
+    script("train.py", "-m", *options, "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    for job in ("0", "1"):
+        run = tmp_path / "sweep" / job
+        assert (run / "report.json").is_file()
+        with (run / "metrics.csv").open() as file:
+            steps = [int(row["step"]) for row in csv.DictReader(file)]
+        assert max(steps) == 3, "15 samples over 2 ranks in batches of 3 are 3 steps: sharded once"
+    assert not (tmp_path / "outputs").exists(), "no second directory"
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]
+    run = tmp_path / "sweep" / "0"
+    one = tmp_path / "one"
+    script("eval.py", f"checkpoint={run}", "trainer=cpu", f"hydra.run.dir={one}")
+    assert report(one)["test/top1"] == pytest.approx(report(run)["test/top1"])
+    assert report(one)["test/loss"] == pytest.approx(report(run)["test/loss"], abs=1e-5)
+    assert (report(one)["test/top1"] * 11) % 1 == pytest.approx(0, abs=1e-4), "11 samples, none twice"
+
+
+def test_torchrun_agrees_on_one_directory(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = environment(FEWTOKENS_OUTPUTS=str(tmp_path / "outputs"))
+    command = [*torchrun, str(ROOT / "train.py"), *TINY, "trainer=ddp_cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "outputs" / "digits").iterdir()
+    assert (run / "report.json").is_file()
+
+
+def test_sigterm_saves_at_a_step_and_resume_goes_on_exactly(script, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    script("train.py", *RANDOM, f"hydra.run.dir={whole}")
+    process = start(tmp_path, *RANDOM, "trainer.max_epochs=300", f"hydra.run.dir={cut}")
+    _wait(lambda: (cut / "checkpoints" / "last.ckpt").is_file(), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "continue with resume=" in output
+    content = torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)
+    shutil.rmtree(cut)
+    # The same again with the right length, stopped while it runs or not at all: either way it must end alike.
+    process = start(tmp_path, *RANDOM, f"hydra.run.dir={cut}")
+    _wait(lambda: (cut / "checkpoints" / "last.ckpt").is_file(), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert content["global_step"] > 0
+    if process.returncode != 0:
+        script("train.py", f"resume={cut}")
+    assert same(whole, cut)
+    for name in ("test/top1", "test/loss", "val/top1"):
+        assert report(whole)[name] == report(cut)[name]
+
+
+def test_a_run_in_its_own_words_when_it_fails(script, tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": sys}.keys().__class__.__name__}, tmp_path / "x.ckpt")
+    for name, arguments, words in (
+        ("train.py", ["data=cifar10", "data.root=nowhere"], "nowhere"),
+        ("eval.py", [f"checkpoint={tmp_path / 'x.ckpt'}"], "comes with the config"),
+        ("eval.py", ["checkpoint=nowhere"], "nowhere"),
+        ("train.py", ["tokenizer.at=99"], "0..3"),
+    ):
+        done = script(name, *arguments, code=1)
+        assert "Traceback" not in done.stderr
+        assert words in done.stderr
+        assert "To do:" in done.stderr
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_change_nothing(script, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    script("train.py", *RANDOM, f"hydra.run.dir={whole}")
+    for moment in (1, 2, 3, 4):
+        process = start(tmp_path, *(RANDOM if moment == 1 else []), *_run(cut, moment))
+        seen = _stamp(cut)
+        _wait(lambda seen=seen: _stamp(cut) != seen, process)  # a checkpoint is being written, or just was
+        time.sleep(0.05 * moment)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=120)
+        torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)  # never half a file
+    if not (cut / "report.json").is_file():
+        script("train.py", f"resume={cut}")
+    assert same(whole, cut)
+
+
+def _run(cut: Path, moment: int) -> list[str]:
+    return [f"hydra.run.dir={cut}"] if moment == 1 else [f"resume={cut}"]
+
+
+def _stamp(cut: Path) -> int:
+    path = cut / "checkpoints" / "last.ckpt"
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def _wait(done, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not done() and process.poll() is None:
+        assert time.monotonic() < until, "waited 120 s"
+        time.sleep(0.01)
+    assert os.getpid()

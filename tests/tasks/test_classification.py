@@ -1,0 +1,84 @@
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fewtokens.errors import FewtokensError
+from fewtokens.tasks.classification import Classifier
+from fewtokens.tasks.mixing import Mix
+
+
+def classifier(**settings) -> Classifier:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
+    return Classifier(net, 7, optimizer=partial(torch.optim.SGD, lr=0.1), **settings)
+
+
+def test_logits_are_averaged_over_views() -> None:
+    task = classifier()
+    views = torch.randn(3, 4, 3, 2, 2)
+    expected = torch.stack([task.model(views[:, v]) for v in range(4)]).mean(0)
+    torch.testing.assert_close(task(views), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_targets_are_indices_or_probabilities(smoothing: float) -> None:
+    task = classifier(label_smoothing=smoothing)
+    logits, index = torch.randn(5, 7), torch.randint(7, (5,))
+    by_index = task._loss(logits, index)
+    torch.testing.assert_close(by_index, F.cross_entropy(logits, index, label_smoothing=smoothing))
+    torch.testing.assert_close(by_index, task._loss(logits, F.one_hot(index, 7).float()))
+
+
+def test_training_takes_every_view_as_a_sample() -> None:
+    task = classifier()
+    task.log = lambda *a, **k: None  # outside a trainer there is nowhere to log
+    views, target = torch.randn(3, 2, 3, 2, 2), torch.tensor([0, 1, 2])
+    expected = F.cross_entropy(task.model(views.flatten(0, 1)), torch.tensor([0, 0, 1, 1, 2, 2]))
+    torch.testing.assert_close(task.training_step((views, target), 0), expected)
+
+
+def test_metrics_count_top1_and_top5() -> None:
+    task = classifier()
+    task.log = lambda *a, **k: None
+    task.model = nn.Identity()
+    order = torch.tensor([[7.0, 6, 5, 4, 3, 2, 1]])
+    task.test_step((order.repeat(4, 1)[:, None], torch.tensor([0, 4, 5, 6])), 0)
+    assert task.test_metrics["top1"].compute() == 0.25
+    assert task.test_metrics["top5"].compute() == 0.5
+    assert task.test_metrics["loss"].compute() == pytest.approx(
+        F.cross_entropy(order.repeat(4, 1), torch.tensor([0, 4, 5, 6])).item()
+    )
+
+
+def test_compiling_leaves_the_names_of_parameters() -> None:
+    assert classifier(compile=True).state_dict().keys() == classifier().state_dict().keys()
+
+
+def test_smoothing_out_of_range_is_refused() -> None:
+    with pytest.raises(FewtokensError, match="smoothing"):
+        classifier(label_smoothing=1.0)
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.8, "cutmix": 0.0}, {"mixup": 0.0, "cutmix": 1.0}, {}])
+@pytest.mark.parametrize("batch", [4, 5])
+def test_mixing_keeps_shapes_and_gives_probabilities(settings: dict, batch: int) -> None:
+    torch.manual_seed(0)
+    images, target = torch.randn(batch, 3, 8, 8), torch.arange(batch)
+    mixed, soft = Mix(7, **settings)(images, target)
+    assert mixed.shape == images.shape
+    torch.testing.assert_close(soft.sum(1), torch.ones(batch))
+    assert not torch.equal(mixed, images)
+
+
+def test_mixing_is_off_at_zero_and_cuts_clips_alike_in_every_frame() -> None:
+    images, target = torch.randn(4, 3, 8, 8), torch.arange(4)
+    same, index = Mix(7, mixup=0.0, cutmix=0.0)(images, target)
+    assert same is images
+    assert index is target
+    assert Mix(7, probability=0.0)(images, target)[0] is images
+    clips = torch.randn(4, 1, 3, 8, 8).expand(4, 5, 3, 8, 8)
+    torch.manual_seed(1)
+    mixed, _ = Mix(7, mixup=0.0)(clips, target)
+    assert torch.equal(mixed, mixed[:, :1].expand_as(mixed))

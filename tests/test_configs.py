@@ -1,0 +1,100 @@
+"""Every yaml of every group composes and builds; the tests find the files themselves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import CONFIGS, ROOT
+from omegaconf import OmegaConf
+
+from fewtokens.errors import FewtokensError
+from fewtokens.runs.targets import instantiate
+
+
+def options(group: str) -> list[str]:
+    folder = CONFIGS / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+TOKENIZERS, BACKBONES = options("tokenizer"), options("backbone")
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_tokenizer_on_every_backbone_runs_or_refuses(composed, tokenizer: str, backbone: str) -> None:
+    # Sizes are cut so that all pairs take seconds: what is tested is that the parts fit.
+    small = {"timm": ["+backbone.options.depth=2"]}.get(backbone, ["backbone.dim=32", "backbone.heads=2", "backbone.depth=2"])
+    cfg = composed(
+        f"tokenizer={tokenizer}", f"backbone={backbone}", "data=cifar10", "data.image_size=48", "data.num_classes=5", *small
+    )
+    try:
+        model = instantiate(cfg.backbone)
+        logits = model(torch.randn(2, 3, 48, 48))
+    except FewtokensError as error:
+        assert "To do:" in str(error)
+        return
+    assert logits.shape == (2, 5)
+    assert torch.isfinite(logits).all()
+    logits.sum().backward()
+    names = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert not names, f"no gradient reaches {names}"
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_plain_tokenizer_runs_on_every_backbone(composed, backbone: str) -> None:
+    cfg = composed("tokenizer=none", f"backbone={backbone}", "data=cifar10", "data.image_size=48")
+    with torch.device("meta"):
+        model = instantiate(cfg.backbone)
+    assert all(not list(tokenizer.parameters()) for tokenizer in model.encoder.tokenizers)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_no_two_places_share_parameters(composed, tokenizer: str) -> None:
+    at = [] if tokenizer == "none" else [1, 3]
+    model = instantiate(composed(f"tokenizer={tokenizer}", f"tokenizer.at={at}").backbone)
+    seen = [id(p) for module in (*model.encoder.tokenizers, *model.encoder.blocks) for p in module.parameters()]
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize("group", ["optimizer", "schedule", "callbacks", "trainer", "logger", "data", "task", "measure"])
+def test_every_option_of_every_group_builds(composed, group: str, tmp_path: Path) -> None:
+    for option in options(group):
+        cfg = composed(f"{group}={option}", f"paths.data={tmp_path}", "backbone.dim=16", "backbone.heads=2")
+        node = cfg[group]
+        if group == "trainer":
+            OmegaConf.update(node, "accelerator", "cpu")  # this machine may have no GPU
+            node.devices, node.strategy = 1, "auto"
+        nodes = [node] if "_target_" in node else list(node.values())
+        for part in nodes:
+            assert instantiate(part) is not None
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_builds_and_says_what_it_is(composed, experiment: str) -> None:
+    cfg = composed(f"experiment={experiment}")
+    assert cfg.name == experiment
+    task = instantiate(cfg.task)
+    images = torch.randn(2, 1, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
+    assert task.eval()(images).shape == (2, cfg.data.num_classes)
+    header = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().split("\n\n")[0]
+    assert f"experiment={experiment}" in header, "the header gives the command"
+
+
+@pytest.mark.parametrize("group", ["tokenizer", "backbone"])
+def test_every_option_says_in_its_first_line_what_it_is(group: str) -> None:
+    for option in options(group):
+        assert (CONFIGS / group / f"{option}.yaml").read_text().startswith("# ")
+
+
+def test_environment_yaml_repeats_no_version() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert pip == ["-e .[dev]"]
+    assert sorted(entry for entry in environment["dependencies"] if isinstance(entry, str)) == ["pip", "python=3.11"]
+
+
+def test_facts_have_one_home(composed) -> None:
+    cfg = composed("data.num_classes=7", "data.image_size=16", "data.channels=3")
+    assert (cfg.backbone.num_classes, cfg.backbone.image_size, cfg.backbone.channels) == (7, 16, 3)
+    assert cfg.task.num_classes == 7
