@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, ROOT
 from omegaconf import OmegaConf
 
+from conftest import CONFIGS, ROOT
 from fewtokens.errors import FewtokensError
 from fewtokens.runs.targets import instantiate
 
@@ -24,9 +24,16 @@ TOKENIZERS, BACKBONES = options("tokenizer"), options("backbone")
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_tokenizer_on_every_backbone_runs_or_refuses(composed, tokenizer: str, backbone: str) -> None:
     # Sizes are cut so that all pairs take seconds: what is tested is that the parts fit.
-    small = {"timm": ["+backbone.options.depth=2"]}.get(backbone, ["backbone.dim=32", "backbone.heads=2", "backbone.depth=2"])
+    small = {"timm": ["+backbone.options.depth=2"]}.get(
+        backbone, ["backbone.dim=32", "backbone.heads=2", "backbone.depth=2"]
+    )
     cfg = composed(
-        f"tokenizer={tokenizer}", f"backbone={backbone}", "data=cifar10", "data.image_size=48", "data.num_classes=5", *small
+        f"tokenizer={tokenizer}",
+        f"backbone={backbone}",
+        "data=cifar10",
+        "data.image_size=48",
+        "data.num_classes=5",
+        *small,
     )
     try:
         model = instantiate(cfg.backbone)
@@ -57,7 +64,9 @@ def test_no_two_places_share_parameters(composed, tokenizer: str) -> None:
     assert len(seen) == len(set(seen))
 
 
-@pytest.mark.parametrize("group", ["optimizer", "schedule", "callbacks", "trainer", "logger", "data", "task", "measure"])
+@pytest.mark.parametrize(
+    "group", ["optimizer", "schedule", "callbacks", "trainer", "logger", "data", "task", "measure"]
+)
 def test_every_option_of_every_group_builds(composed, group: str, tmp_path: Path) -> None:
     for option in options(group):
         cfg = composed(f"{group}={option}", f"paths.data={tmp_path}", "backbone.dim=16", "backbone.heads=2")

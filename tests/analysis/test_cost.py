@@ -16,7 +16,7 @@ from fewtokens.tokenizers.token_learner import TokenLearner, TokenLearnerV11, To
 PLAIN = {"at": [], "build": Tokenizer}
 
 
-def closed_form(dim: int, depth: int, classes: int, patches: int, patch: int, prefix: int = 1) -> int:  # noqa: PLR0917
+def closed_form(dim: int, depth: int, classes: int, patches: int, patch: int, prefix: int = 1) -> int:
     n = patches + prefix
     projections = 4 * n * dim**2  # queries, keys, values, output
     attention = 2 * n * n * dim  # QK^T and AV

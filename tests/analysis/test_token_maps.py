@@ -24,7 +24,7 @@ def test_kinds_of_origin():
 
 
 @pytest.mark.parametrize(("channels", "pool", "count"), [(1, "token", 3), (3, "avg", 1), (4, "token", 1)])
-def test_one_picture_for_any_image(make, measured, tmp_path, channels, pool, count):  # noqa: PLR0917
+def test_one_picture_for_any_image(make, measured, tmp_path, channels, pool, count):
     model = make(learner, at=[1], channels=channels, pool=pool).train()
     measure = TokenMaps(num_images=count)
     assert measure(*measured(model, channels=channels), tmp_path) == {}

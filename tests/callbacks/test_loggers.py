@@ -33,7 +33,12 @@ def test_a_resumed_run_forgets_what_it_will_log_again(tmp_path: Path) -> None:
     again = CsvLogger(str(tmp_path))
     again.rewind(3)
     again.log_metrics({"a": 9.0, "c": 1.0}, step=3)
-    assert [(row["step"], row["a"]) for row in rows(tmp_path)] == [("0", "0.0"), ("1", "1.0"), ("2", "2.0"), ("3", "9.0")]
+    assert [(row["step"], row["a"]) for row in rows(tmp_path)] == [
+        ("0", "0.0"),
+        ("1", "1.0"),
+        ("2", "2.0"),
+        ("3", "9.0"),
+    ]
 
 
 def test_wandb_stays_offline_without_an_account_or_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

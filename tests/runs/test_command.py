@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from fewtokens.runs import command as module
 from fewtokens.runs import processes
 
@@ -71,6 +71,7 @@ def test_one_job_hides_the_sweep_from_children_and_cleans_up(monkeypatch, tmp_pa
     for name in (*processes.OF_THE_LAUNCHER, "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1"])
+
     def inside() -> None:
         with processes.one_job(tmp_path, ["+resume=null"]):
             assert sys.argv[1:5] == ["--config-path", str(tmp_path), "--config-name", "config"]

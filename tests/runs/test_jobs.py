@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY
 
+from conftest import TINY
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import evaluation, saved, training
 from fewtokens.runs.targets import instantiate
 
 
 def test_a_run_leaves_config_checkpoints_metrics_and_a_report(composed, tmp_path: Path) -> None:
-    numbers = training.run(composed(*TINY, "measure=default", "measure.throughput.seconds=0.2", "tokenizer.build.num_tokens=2"))
+    numbers = training.run(
+        composed(*TINY, "measure=default", "measure.throughput.seconds=0.2", "tokenizer.build.num_tokens=2")
+    )
     run = tmp_path / "run"
     report = json.loads((run / "report.json").read_text())
     assert report == pytest.approx(numbers)

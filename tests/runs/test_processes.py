@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, environment
 from PIL import Image
+
+from conftest import ROOT, TINY, environment
 
 # Everything random there is, so that a resumed run must draw it all again.
 RANDOM = [

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, TINY
 from omegaconf import OmegaConf
 
+from conftest import CONFIGS, TINY
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import checkpoints, saved
 from fewtokens.runs.targets import instantiate

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -47,8 +49,8 @@ def test_warmup_then_half_a_cosine(warmup: float, rise: int) -> None:
     values = [warmup_cosine(step, 100, warmup=warmup, final=0.1) for step in range(101)]
     assert values[rise] == pytest.approx(1.0)
     assert values[100] == pytest.approx(0.1)
-    assert all(b > a for a, b in zip(values[:rise], values[1:rise], strict=False))
-    assert all(b <= a for a, b in zip(values[rise:], values[rise + 1 :], strict=False))
+    assert all(b > a for a, b in pairwise(values[:rise]))
+    assert all(b <= a for a, b in pairwise(values[rise:]))
     if rise:
         assert values[0] == pytest.approx(1 / rise)
     middle = rise + (100 - rise) // 2

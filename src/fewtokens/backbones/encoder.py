@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, cast
 
 from torch import nn
 
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.block import Block
 from fewtokens.tokenizers.base import Place, Tokenizer
 from fewtokens.tokens import Tokens
 
@@ -25,7 +25,7 @@ class Encoder(nn.Module):
         place: What holds for the whole encoder; block and stage are filled in.
     """
 
-    def __init__(self, blocks: Sequence[Block], build: Build, at: At, place: Place) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], build: Build, at: At, place: Place) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         stages = block_indices(at, len(self.blocks))
@@ -47,7 +47,7 @@ class Encoder(nn.Module):
     def dense(self) -> Iterator[None]:
         """Within it, the same weights run as the plain transformer, so that both can be compared."""
         reducing = self.tokenizers
-        plain = [Tokenizer(tokenizer.place) for tokenizer in reducing]
+        plain = [Tokenizer(cast(Tokenizer, tokenizer).place) for tokenizer in reducing]
         self.tokenizers = nn.ModuleList(plain)
         try:
             yield
@@ -76,7 +76,7 @@ def block_indices(at: At, depth: int) -> list[int]:
         return list(range(_block_index(first, depth), depth))
     if not isinstance(at, int | float | Iterable):
         raise _bad_at(at, depth)
-    entries = [at] if isinstance(at, int | float) else list(at)
+    entries: list[Any] = [at] if isinstance(at, int | float) else list(at)
     indices = [_block_index(entry, depth) for entry in entries]
     if len(set(indices)) < len(indices):
         raise FewtokensError(

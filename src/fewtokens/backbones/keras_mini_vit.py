@@ -16,7 +16,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fewtokens.backbones.vit import Size, TokenizerRecipe, ViT, check_sizes
+from fewtokens.backbones.vit import Size, TokenizerRecipe, ViT, check_sizes, pair
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
 from fewtokens.tokenizers.token_learner import MapPooler
@@ -75,8 +75,8 @@ def keras_mini_vit(
     """
     check_sizes(image_size, patch_size, dim, heads, depth)
     trunk = VisionTransformer(
-        img_size=image_size,
-        patch_size=patch_size,
+        img_size=pair(image_size),
+        patch_size=pair(patch_size),
         in_chans=channels,
         num_classes=num_classes,
         embed_dim=dim,
@@ -89,7 +89,7 @@ def keras_mini_vit(
         pos_drop_rate=dropout,
         proj_drop_rate=dropout,
         attn_drop_rate=dropout,
-        block_fn=partial(KerasBlock, key_dim=key_dim),
+        block_fn=partial(KerasBlock, key_dim=key_dim),  # type: ignore[arg-type]  # timm calls it as a class
         mlp_layer=KerasMlp,
         attn_layer=Attention,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
@@ -114,11 +114,13 @@ def init_as_keras(model: ViT, heads: int) -> None:
             # torch has (out, in / groups, *window), Keras (*window, in / groups, out)
             out, into, *window = module.weight.shape
             _glorot_(module.weight, (*window, into, out))
-    for block in model.encoder.blocks:
+    blocks: list[Any] = list(model.encoder.blocks)
+    for block in blocks:
         # MultiHeadAttention keeps heads on an axis of their own, which its fans take for a part of the window
         dim, key_dim = block.attn.qkv.in_features, block.attn.head_dim
         _glorot_(block.attn.qkv.weight, (dim, heads, key_dim))
         _glorot_(block.attn.proj.weight, (heads, key_dim, dim))
+    assert model.trunk.pos_embed is not None
     nn.init.uniform_(model.trunk.pos_embed, -0.05, 0.05)
 
 

@@ -52,7 +52,7 @@ def timm_vit(
     _check_family(name)
     settings = dict(img_size=image_size, num_classes=num_classes, in_chans=channels, **(options or {}))
     try:
-        trunk = timm.create_model(name, pretrained=pretrained, block_fn=Block, attn_layer=Attention, **settings)
+        trunk: Any = timm.create_model(name, pretrained=pretrained, block_fn=Block, attn_layer=Attention, **settings)
     except Exception as error:
         if not pretrained:
             raise FewtokensError(
@@ -84,7 +84,12 @@ def load_weights(trunk: VisionTransformer, path: Path) -> None:
     state = checkpoint_filter_fn(read_weights(path), trunk, adapt_layer_scale=True)
     own = trunk.state_dict()
     for key in [k for k in state if k.startswith("head") and k in own and own[k].shape != state[k].shape]:
-        log.warning("%s: %s is %s, the model's is %s; it starts anew", path, key, *map(tuple, (state.pop(key).shape, own[key].shape)))
+        log.warning(
+            "%s: %s is %s, the model's is %s; it starts anew",
+            path,
+            key,
+            *map(tuple, (state.pop(key).shape, own[key].shape)),
+        )
     head = {k for k in own if k.startswith(("head.", "head_dist."))}
     missing = sorted(set(own) - set(state) - head)
     unexpected = sorted(set(state) - set(own) - {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"})
@@ -125,17 +130,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_family(name: str) -> None:
-    base = name.split(".")[0]
+    base = name.partition(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3)
         raise FewtokensError(
             "backbone.name is a name of timm's",
-            expected=f"one of {len(timm.list_models('*vit*'))} names such as {', '.join(near or ['vit_small_patch16_224'])}",
+            expected=f"one of its {len(timm.list_models())}, such as {', '.join(near or ['vit_small_patch16_224'])}",
             got=name,
             fix="list them with: python -c \"import timm; print(timm.list_models('*vit*'))\"",
         )
     with torch.device("meta"):  # what timm itself would build, without its memory
-        model = timm.create_model(base)
+        model: Any = timm.create_model(base)
     # Only exact types: a subclass may compute something else, and our blocks would replace it without a word.
     plain = type(model) in (VisionTransformer, VisionTransformerDistilled)
     if not plain or any(type(b) is not TimmBlock or type(b.attn) is not TimmAttention for b in model.blocks):

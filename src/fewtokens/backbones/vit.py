@@ -40,7 +40,7 @@ class ViT(nn.Module):
 
     def __init__(self, trunk: VisionTransformer, tokenizer: TokenizerRecipe) -> None:
         super().__init__()
-        blocks = list(trunk.blocks)
+        blocks: list[Any] = list(trunk.blocks)
         trunk.blocks = nn.Sequential()
         self.trunk = trunk
         place = Place(
@@ -173,8 +173,8 @@ def vit(
     settings = {"class_token": pool == "token", "global_pool": pool, **(options or {})}
     try:
         trunk = VisionTransformer(
-            img_size=_pair(image_size),
-            patch_size=_pair(patch_size),
+            img_size=pair(image_size),
+            patch_size=pair(patch_size),
             in_chans=channels,
             num_classes=num_classes,
             embed_dim=dim,
@@ -200,7 +200,7 @@ def check_sizes(image_size: Size, patch_size: Size, dim: int, heads: int, depth:
     Raises:
         FewtokensError: The patch does not divide the image, the heads do not divide the width, or nothing is left.
     """
-    image, patch = _pair(image_size), _pair(patch_size)
+    image, patch = pair(image_size), pair(patch_size)
     if min(patch) < 1 or any(i < p or i % p for i, p in zip(image, patch, strict=True)):
         raise FewtokensError(
             "Patches tile the image",
@@ -219,5 +219,6 @@ def check_sizes(image_size: Size, patch_size: Size, dim: int, heads: int, depth:
         raise FewtokensError("A ViT has blocks", expected="backbone.depth >= 1", got=depth, fix="set backbone.depth=4")
 
 
-def _pair(size: Size) -> tuple[int, int]:
+def pair(size: Size) -> tuple[int, int]:
+    """(height, width) of a size."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -105,7 +105,10 @@ class WandbRun(WandbLogger):
     ) -> None:
         if mode not in ("auto", "online", "offline"):
             raise FewtokensError(
-                "W&B has three modes", expected="auto, online or offline", got=repr(mode), fix="set logger.wandb.mode=auto"
+                "W&B has three modes",
+                expected="auto, online or offline",
+                got=repr(mode),
+                fix="set logger.wandb.mode=auto",
             )
         reason = why_offline() if mode == "auto" else None
         if reason:
@@ -157,7 +160,7 @@ def _in_netrc(host: str) -> bool:
 
 def _run_id(path: Path) -> str:
     """Kept in the run directory, so that a resumed run goes on under its id."""
-    if not path.exists() and rank_zero_only.rank in (None, 0):
+    if not path.exists() and getattr(rank_zero_only, "rank", 0) in (None, 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4))
     return path.read_text().strip() if path.exists() else secrets.token_hex(4)

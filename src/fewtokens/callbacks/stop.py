@@ -49,7 +49,12 @@ class StopOnSignal(Checkpoint):
             return
         trainer.save_checkpoint(self.path)
         number = self.received or int(signal.SIGTERM)
-        log.warning("Stopped by signal %d after step %d; continue with resume=%s", number, trainer.global_step, self.path.parent.parent)
+        log.warning(
+            "Stopped by signal %d after step %d; continue with resume=%s",
+            number,
+            trainer.global_step,
+            self.path.parent.parent,
+        )
         raise Stopped(self._exit_code(trainer, number))
 
     def _exit_code(self, trainer: Trainer, number: int) -> int:

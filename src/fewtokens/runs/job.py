@@ -72,7 +72,7 @@ def build(cfg: DictConfig) -> Job:
 def measure(job: Job) -> tuple[dict[str, float], list[Path]]:
     """All measures of the config, on rank 0: their numbers, and the pictures that they made."""
     numbers: dict[str, float] = {}
-    pictures = []
+    pictures: list[Path] = []
     if not job.trainer.is_global_zero:
         return numbers, pictures
     training = job.task.training
@@ -126,7 +126,9 @@ def _quiet() -> None:
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:
     wanted = {key: cfg._get_node(key) for key in cfg if key not in saved.NOT_OF_THE_RUN}
-    container = {k: OmegaConf.to_container(n, resolve=True) if OmegaConf.is_config(n) else cfg[k] for k, n in wanted.items()}
+    container = {
+        k: OmegaConf.to_container(n, resolve=True) if OmegaConf.is_config(n) else cfg[k] for k, n in wanted.items()
+    }
     masked = saved.masked(container)
     assert isinstance(masked, dict)
     return masked

@@ -17,7 +17,17 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("fewtokens", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "torchmetrics", "timm", "wandb")
+PACKAGES = (
+    "fewtokens",
+    "torch",
+    "torchvision",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "torchmetrics",
+    "timm",
+    "wandb",
+)
 TABLE = (
     ("test/top1", "test accuracy", "{:.2%}"),
     ("test/top5", "test accuracy, top 5", "{:.2%}"),

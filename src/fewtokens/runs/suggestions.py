@@ -12,8 +12,12 @@ from omegaconf import DictConfig
 
 from fewtokens.errors import FewtokensError
 
-KEY = re.compile(r"(?:Could not override|Could not append to config. An item is already at|Could not delete.*?) '([^']+)'")
-OPTION = re.compile(r"Could not find '([^']+)'|Cannot find primary config '([^']+)'|In '[^']*': Could not (?:find|load) '([^']+)'")
+KEY = re.compile(
+    r"(?:Could not override|Could not append to config. An item is already at|Could not delete.*?) '([^']+)'"
+)
+OPTION = re.compile(
+    r"Could not find '([^']+)'|Cannot find primary config '([^']+)'|In '[^']*': Could not (?:find|load) '([^']+)'"
+)
 
 
 def explain(error: Exception, folder: Path, name: str) -> FewtokensError:
@@ -52,7 +56,7 @@ def _option(path: str, folder: Path) -> FewtokensError:
 def _key(key: str, folder: Path, name: str) -> FewtokensError:
     groups = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir())
     keys = sorted({*_keys(_composed(folder, name)), *groups})
-    plain = key.split("@")[0]
+    plain = key.partition("@")[0]
     siblings = [k for k in keys if k.rpartition(".")[0] == plain.rpartition(".")[0]]
     return FewtokensError(
         "An override names a key or a group of the config",

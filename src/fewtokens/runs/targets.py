@@ -125,8 +125,10 @@ def check(target: str) -> Callable[..., Any]:
             )
     home = f"{getattr(found, '__module__', '')}."
     local = "." in getattr(found, "__qualname__", ".")
-    packages = {prefix.rstrip(".").split(".")[0] for prefix in allowed if target.startswith(prefix)}
-    defined = any(home.startswith(_package(prefix)) for prefix in allowed) and home.split(".")[0] in packages
+    packages = {prefix.partition(".")[0] for prefix in allowed if target.startswith(prefix)}
+    defined = (
+        any(home.startswith(_package(prefix)) for prefix in allowed) and home.split(".", maxsplit=1)[0] in packages
+    )
     if found is None or local or not defined or not (inspect.isclass(found) or inspect.isfunction(found)):
         raise FewtokensError(
             "A config calls only what is on the list of allowed targets",

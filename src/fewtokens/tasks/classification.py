@@ -99,7 +99,7 @@ class Classifier(LightningModule):
         """Count a batch of the test set."""
         self._evaluate(self.test_metrics, batch, "test")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer over both parameter groups, and the schedule by step."""
         optimizer = self.optimizer(parameter_groups(self.model, self.weight_decay, self.decay))
         steps = int(self.trainer.estimated_stepping_batches)
@@ -127,7 +127,7 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
         {
             "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
             "top5": MulticlassAccuracy(num_classes, top_k=top5, average="micro", validate_args=False),
-            # The default leaves out what is no number, in silence. "disable" ignores weights: update it sample by sample.
+            # The default leaves out what is no number. "disable" ignores weights, so losses come sample by sample.
             "loss": MeanMetric(nan_strategy="disable"),
         }
     )

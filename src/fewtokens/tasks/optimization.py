@@ -34,7 +34,8 @@ def parameter_groups(
             fix="set task.decay=matrices",
         )
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    ask = getattr(model, "no_weight_decay", set)
+    spared: set[str] = ask()
     # A vector (norm, bias, LayerScale) sets a scale or an offset: shrinking it towards zero regularises nothing.
     free = set() if decay == "all" else {n for n, p in named if p.ndim < 2 or n.endswith(".bias") or n in spared}
     groups = [

@@ -5,6 +5,7 @@ Three published forms: 1.0 (convolutions and a sigmoid), 1.1 (an MLP and a softm
 since March 2022) and the grouped convolutions that the Keras port calls 1.1.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -67,11 +68,10 @@ class TokenLearner(MapPooler):
         self.pooling = pooling
         self.norm = nn.LayerNorm(place.dim, eps=LAYER_NORM_EPS)
         widths = [place.dim, num_tokens, num_tokens, num_tokens, num_tokens]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in zip(widths, widths[1:], strict=False)
-        )
-        for conv in self.convs:
+        convs = [nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in pairwise(widths)]
+        for conv in convs:
             lecun_normal_(conv.weight)
+        self.convs = nn.ModuleList(convs)
         self.act = _gelu(gelu)
 
     def maps(self, patches: Float[Tensor, "b m c"], tokens: Tokens) -> Float[Tensor, "b s m"]:
