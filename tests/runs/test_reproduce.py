@@ -3,6 +3,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,7 @@ def test_an_interruption_lets_the_child_save(monkeypatch, tmp_path):
     parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "ready").exists():
         assert parent.poll() is None, parent.stderr.read()
+        time.sleep(0.05)
     parent.send_signal(signal.SIGINT)
     _, said = parent.communicate(timeout=60)
     assert parent.returncode == 130

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -108,9 +109,10 @@ def through_lightning(cfg: DictConfig, device: torch.device) -> Timing:
     data, task = build(cfg)
     watch = Stopwatch(WARMUP, cfg.trainer.max_steps - 1, device)
     callbacks = [watch, *(instantiate(node) for node in cfg.callbacks.values())]
-    loggers = [instantiate(node) for node in cfg.logger.values()]
-    parts = {"callbacks": callbacks, "logger": loggers, "enable_checkpointing": False}
-    instantiate(cfg.trainer, **parts, accelerator=device.type).fit(task, data)
+    parts = {"callbacks": callbacks, "logger": [instantiate(node) for node in cfg.logger.values()]}
+    # StopOnSignal counts as a Checkpoint, with which False is refused; without one, True would add a ModelCheckpoint.
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    instantiate(cfg.trainer, **parts, accelerator=device.type, enable_checkpointing=saves).fit(task, data)
     return watch.timing
 
 
