@@ -31,7 +31,7 @@ def test_a_run_leaves_config_checkpoints_metrics_and_a_report(composed, tmp_path
     assert {"command", "commit", "device", "started", "seed", "choices"} <= record.keys()
     assert yaml.safe_load((run / "config.yaml").read_text())["backbone"]["dim"] == 16
     with (run / "metrics.csv").open() as file:
-        assert {"train/loss", "val/top1", "test/top1"} <= set(csv.DictReader(file).fieldnames or [])
+        assert {"train/loss_epoch", "val/top1", "test/top1"} <= set(csv.DictReader(file).fieldnames or [])
     assert (run / "pictures" / "token_maps.png").stat().st_size > 1000
     for name in ("best", "last"):
         content = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
@@ -92,7 +92,7 @@ def test_an_offline_wandb_run_is_recorded_and_closed(composed, tmp_path: Path, m
         ("data.num_classes=3", "num_classes"),
         ("data.image_size=9", "image_size|tile"),
         ("data.batch_size=0", "batch_size"),
-        ("task.label_smoothing=2", "smoothing"),
+        ("task.label_smoothing=2.0", "smoothing"),
         ("task._target_=os.system", "allowed"),
         ("+optimizer.speed=1", "speed"),
         ("optimizer.lr=1e30", "finite|loss"),

@@ -8,7 +8,7 @@ import socket
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import WandbLogger
@@ -101,7 +101,7 @@ class WandbRun(WandbLogger):
         name: str | None = None,
         group: str | None = None,
         tags: list[str] | None = None,
-        mode: Literal["auto", "online", "offline"] = "auto",
+        mode: str = "auto",
     ) -> None:
         if mode not in ("auto", "online", "offline"):
             raise FewtokensError(

@@ -1,7 +1,7 @@
 """The one task: classification of images, and of videos as stacks of views."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class Classifier(LightningModule):
         optimizer: Callable[[Iterable[Any]], Optimizer],
         schedule: Schedule = constant,
         weight_decay: float = 0.0,
-        decay: Literal["matrices", "all"] = "matrices",
+        decay: str = "matrices",
         label_smoothing: float = 0.0,
         mix: Mix | None = None,
         compile: bool = False,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,9 +13,7 @@ from fewtokens.errors import FewtokensError
 Schedule = Callable[[int, int], float]
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float, decay: Literal["matrices", "all"] = "matrices"
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, decay: str = "matrices") -> list[dict[str, Any]]:
     """Parameters that are trained, in a group with weight decay and one without.
 
     Args:
