@@ -25,10 +25,12 @@ class StopOnSignal(Checkpoint):
 
     Args:
         path: Where to save.
+        ask_every: With several processes, batches between two questions to all of them whether a signal came: the
+            answer waits for the device, which every step would feel. A single process looks after each batch.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str, ask_every: int = 10) -> None:
+        self.path, self.ask_every = Path(path), ask_every
         self.received = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,7 +45,8 @@ class StopOnSignal(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ask all ranks, save together, leave together."""
-        if trainer.world_size == 1 and not self.received:
+        quiet = not self.received if trainer.world_size == 1 else batch_idx % self.ask_every > 0
+        if quiet:
             return
         if not trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
             return

@@ -1,9 +1,13 @@
 """An evaluation: the test set once, the measures, the report."""
 
+import logging
+
 from omegaconf import DictConfig
 
 from fewtokens.runs import checkpoints, job, saved
 from fewtokens.runs.processes import one_job, override
+
+log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -21,6 +25,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
         parts = job.build(cfg)
         if cfg.checkpoint is not None:
             checkpoints.load_model(parts.task, saved.checkpoint_of(cfg.checkpoint))
+        elif not cfg.backbone.get("pretrained") and not cfg.backbone.get("weights"):
+            log.warning("No checkpoint=<run>, backbone.pretrained or backbone.weights: the weights are random")
         with one_job(parts.directory, [override("checkpoint", cfg.checkpoint)]):
             parts.trainer.test(parts.task, parts.data, verbose=False)
             metrics = parts.trainer.callback_metrics.items()
