@@ -43,6 +43,9 @@ def command(base: str, job: Callable[[DictConfig], Any]) -> None:
         _leave(str(explain(error, folder, name)))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # python train.py --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        sys.exit(141)
 
 
 def saved_run(arguments: list[str]) -> str | None:
