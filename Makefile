@@ -47,7 +47,7 @@ format: $(STAMP)  ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 
 benchmark: $(STAMP)  ## Input speed and training-step overhead, as ratios
-	$(BIN)/python -m fewtokens.data.benchmark --root $(CIFAR10) --generated
+	$(BIN)/python -m fewtokens.data.benchmark $(if $(wildcard $(CIFAR10)),--root $(CIFAR10),--generated)
 	$(BIN)/python -m fewtokens.runs.benchmark
 
 reproduce-cifar10: $(STAMP)  ## The Keras example's table (SEEDS=0,1,2,3,4 CIFAR10=<folder>); goes on where it stopped

@@ -81,7 +81,7 @@ def test_every_option_of_every_group_builds(composed, group: str, tmp_path: Path
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_builds_and_says_what_it_is(composed, experiment: str) -> None:
-    cfg = composed(f"experiment={experiment}")
+    cfg = composed(f"experiment={experiment}", "task.compile=false")  # compiling is tested elsewhere, and slow
     assert cfg.name == experiment
     task = instantiate(cfg.task)
     images = torch.randn(2, 1, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)

@@ -21,7 +21,11 @@ def built(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_both_ways_do_the_same_work(precision, built, tmp_path):
-    cfg = benchmark.composed("digits", str(tmp_path), 4, [*SMALL, f"trainer.precision={precision}"])
+    still = [
+        "task.mix.mixup=0.0",
+        "backbone.options.proj_drop_rate=0.0",
+    ]  # what is drawn differs: StepSeeds is a callback
+    cfg = benchmark.composed("digits", str(tmp_path), 4, [*SMALL, *still, f"trainer.precision={precision}"])
     untrained = benchmark.build(cfg)[1].state_dict()
     timings = benchmark.through_lightning(cfg, CPU), benchmark.bare(cfg, CPU)
     assert all(timing.wall > 0 and timing.cpu > 0 for timing in timings)

@@ -1,8 +1,9 @@
 import argparse
 import json
+import os
 import signal
 import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -135,31 +136,46 @@ def test_a_failing_run_does_not_stop_the_others(args, monkeypatch):
     assert failures == ["keras_plain, seed 0: train.py ended with exit code True"]
 
 
-def test_an_interruption_lets_the_child_save(monkeypatch, tmp_path):
-    child = tmp_path / "train.py"
-    child.write_text(
+def interrupt_when(path):
+    while not path.exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("starting", [True, False])
+def test_an_interruption_lets_the_child_save(starting, monkeypatch, tmp_path):
+    (tmp_path / "train.py").write_text(
         "import pathlib, signal, time\n"
         "def save(*_):\n    pathlib.Path('saved').touch()\n    raise SystemExit(143)\n"
         "signal.signal(signal.SIGTERM, save)\npathlib.Path('ready').touch()\ntime.sleep(60)\n"
     )
-    (tmp_path / "configs").mkdir()
-    script = tmp_path / "parent.py"
-    script.write_text(
-        "import sys, pathlib\nfrom fewtokens.runs import reproduce\nreproduce.HOME = pathlib.Path(sys.argv[1])\n"
-        "reproduce.train_all = lambda *a: reproduce.run([])\n"
-        "sys.exit(reproduce.main(['--root', sys.argv[1] + '/cifar']))\n"
-    )
-    (tmp_path / "cifar" / "train" / "cat").mkdir(parents=True)
-    (tmp_path / "cifar" / "train" / "cat" / "1.jpg").touch()
-    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "ready").exists():
-        assert parent.poll() is None, parent.stderr.read()
-        time.sleep(0.05)
-    parent.send_signal(signal.SIGINT)
-    _, said = parent.communicate(timeout=60)
-    assert parent.returncode == 130
+    monkeypatch.setattr(reproduce, "HOME", tmp_path)
+    start = subprocess.Popen
+
+    def slow_start(*arguments, **options):
+        child = start(*arguments, **options)
+        interrupt_when(tmp_path / "ready")
+        return child
+
+    if starting:
+        monkeypatch.setattr(subprocess, "Popen", slow_start)
+    else:
+        threading.Thread(target=interrupt_when, args=[tmp_path / "ready"]).start()
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run([])
     assert (tmp_path / "saved").exists()
-    assert "goes on from here" in said
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_an_interruption_says_how_to_go_on(args, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "run", interrupted)
+    places = ["--root", str(args.root), "--outputs", str(args.outputs), "--table", str(args.table)]
+    assert reproduce.main(places) == 130
+    assert "goes on from here" in capsys.readouterr().err
 
 
 def test_lines_of_other_machines_stay_and_own_ones_are_replaced(args):

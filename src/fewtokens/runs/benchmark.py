@@ -11,6 +11,7 @@ lacks, and the ratio therefore shows: seeding every step, the mean loss of the e
 
 import argparse
 import itertools
+import json
 import logging
 import statistics
 import sys
@@ -19,6 +20,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +38,7 @@ from torch.nn.utils import clip_grad_norm_
 from fewtokens.data import seeding
 from fewtokens.data.base import DataModule
 from fewtokens.errors import FewtokensError
+from fewtokens.runs import report
 from fewtokens.runs.command import CONFIGS
 from fewtokens.runs.targets import instantiate
 from fewtokens.tasks.classification import Classifier
@@ -173,8 +177,8 @@ def measure(ways: dict[str, Callable[[], Timing]], rounds: int) -> dict[str, lis
     return found
 
 
-def show(found: dict[str, list[Timing]], batch_size: int, title: str, console: Console) -> None:
-    """Print medians and ratios."""
+def show(found: dict[str, list[Timing]], batch_size: int, title: str, console: Console) -> dict[str, float]:
+    """Print medians and ratios; give back the overhead in time and in CPU time, as a share."""
     table = Table("way", "ms/step", "lowest", "highest", "images/s", "CPU ms/step", title=title)
     for name, timings in found.items():
         wall, cpu = [x.wall for x in timings], [x.cpu for x in timings]
@@ -183,11 +187,14 @@ def show(found: dict[str, list[Timing]], batch_size: int, title: str, console: C
         table.add_row(name, *shown, f"{batch_size / middle:,.0f}", f"{1e3 * statistics.median(cpu):.2f}")
     console.print(table)
     first, second = found.values()
+    overhead = {}
     for field, words in (("wall", "time"), ("cpu", "CPU time (steadier where other work comes and goes)")):
         ratios = [getattr(a, field) / getattr(b, field) for a, b in zip(first, second, strict=True)]
-        over = 100 * (statistics.median(ratios) - 1)
+        overhead[field] = statistics.median(ratios) - 1
+        over = 100 * overhead[field]
         spread = f"rounds from {100 * (min(ratios) - 1):+.1f} % to {100 * (max(ratios) - 1):+.1f} %"
         console.print(f"Lightning's overhead in {words}: {over:+.1f} % ({spread}; goal: at most 5 %)", soft_wrap=True)
+    return overhead
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", help="folder of CIFAR-10")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100, help="of one measurement")
+    parser.add_argument("--write", type=Path, help="a json file for the figures")
     parser.add_argument("overrides", nargs="*", help="of the config, for both: backbone.depth=2")
     args = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -212,7 +220,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     title = f"{args.data}, batch {cfg.data.batch_size}, {device}, {torch.get_num_threads()} thread(s)"
-    show(found, cfg.data.batch_size, title, Console())
+    ratios = show(found, cfg.data.batch_size, title, Console())
+    if args.write is not None:
+        about = {"title": title, "torch": torch.__version__, "device": report.device(), "commit": report.commit()}
+        about |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "overrides": args.overrides}
+        seconds = {name: [timing._asdict() for timing in timings] for name, timings in found.items()}
+        args.write.write_text(json.dumps({**about, "seconds_per_step": seconds, "overhead": ratios}, indent=2) + "\n")
     return 0
 
 

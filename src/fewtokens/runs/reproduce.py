@@ -116,9 +116,16 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         Its exit code.
     """
+    # A stop that comes while the child is being started must find a child to pass it on to: noted, and raised below.
+    noted: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, _: noted.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     # In a session of its own Ctrl-C does not reach the child, which would lose the epoch; on SIGTERM it saves.
     child = subprocess.Popen([sys.executable, str(HOME / "train.py"), *arguments], cwd=HOME, start_new_session=True)
     try:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if noted:
+            raise KeyboardInterrupt
         return child.wait()
     except KeyboardInterrupt:
         child.send_signal(signal.SIGTERM)
@@ -164,7 +171,7 @@ def collect(folder: Path, data_name: str | None = None) -> Line:
         "lightning": ran.versions.lightning,
         "commit": ran.commit or "",
         "date": ran.written,
-        "command": ran.command,
+        "command": ran.command.replace(str(cfg.data.root), "<cifar10>"),  # where the data lies is of no interest
     }
     return {name: values[name] for name in COLUMNS}
 
