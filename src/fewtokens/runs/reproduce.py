@@ -3,7 +3,7 @@
     python -m fewtokens.runs.reproduce --seeds 0,1,2,3,4 --root data/cifar10       (or --table-only)
 
 Finished runs are left as they are, interrupted ones go on. Lines of docs/results/cifar10_keras.csv that come from other
-machines stay; the page beside it is written from the csv alone.
+machines stay; the page beside it is written from the csv and from the costs of the models, counted anew.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from scipy.stats import t as student
 from fewtokens.data import archive
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import report
+from fewtokens.runs.keras_costs import costs
 
 HOME = Path(__file__).parents[3]
 TABLE = HOME / "docs" / "results" / "cifar10_keras.csv"
@@ -201,8 +202,8 @@ def interval(values: Sequence[float]) -> float | None:
     return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
-def page(lines: Sequence[Line]) -> str:
-    """The page: a table for each setting (data, split, precision, epochs), written from the lines of the csv alone."""
+def page(lines: Sequence[Line], costs: Mapping[str, tuple[float, float]]) -> str:
+    """The page: a table for each setting (data, split, precision, epochs), from the csv and the counted costs."""
     parts = ["# CIFAR-10: the Keras TokenLearner example", "Written by `python -m fewtokens.runs.reproduce`.", NOTES]
     settings = sorted({tuple(line[name] for name in SETTING) for line in lines})
     for setting in settings:
@@ -210,7 +211,9 @@ def page(lines: Sequence[Line]) -> str:
         data, split, precision, epochs = setting
         parts.append(f"## {data}, {precision}, {epochs} epochs\n\nValidation: {split}. {_where(chosen)}")
         head = "| model | published top-1 | top-1 here, 95 % | seeds | GMACs | example's count | published GFLOPs |"
-        parts.append("\n".join([head, "|---|---|---|---|---|---|---|", *(_row(row, chosen) for row in PUBLISHED)]))
+        parts.append(
+            "\n".join([head, "|---|---|---|---|---|---|---|", *(_row(row, chosen, costs[row]) for row in PUBLISHED)])
+        )
         missing = [row for row in PUBLISHED if all(line["row"] != row for line in chosen)]
         parts.append(f"Not run: {', '.join(missing) or 'nothing, every row has a run'}.")
     if not any("official archive" in setting[0] for setting in settings):
@@ -223,17 +226,17 @@ def _where(lines: Sequence[Line]) -> str:
     return f"Run on: {'; '.join(words)}."
 
 
-def _row(row: str, lines: Sequence[Line]) -> str:
+def _row(row: str, lines: Sequence[Line], cost: tuple[float, float]) -> str:
     model, published, gflops = PUBLISHED[row]
+    counted = f"{cost[0]:.4f} | {cost[1]:.4f} | {gflops}"
     mine = [line for line in lines if line["row"] == row and line["test_top1"]]
     if not mine:
-        return f"| {model} | {published} | not run | 0 | | | {gflops} |"
+        return f"| {model} | {published} | not run | 0 | {counted} |"
     top1 = [100 * float(line["test_top1"]) for line in mine]
     half = interval(top1)
     spread = "(n = 1, no interval)" if half is None else f"± {half:.2f}"
     seeds = f"{len(mine)} ({', '.join(line['seed'] for line in mine)})"
-    gmacs, keras = (f"{float(mine[0][name]):.4f}" if mine[0][name] else "" for name in ("gmacs", "gmacs_keras"))
-    return f"| {model} | {published} | {statistics.mean(top1):.2f} {spread} | {seeds} | {gmacs} | {keras} | {gflops} |"
+    return f"| {model} | {published} | {statistics.mean(top1):.2f} {spread} | {seeds} | {counted} |"
 
 
 def tabulate(args: argparse.Namespace) -> list[str]:
@@ -252,7 +255,7 @@ def tabulate(args: argparse.Namespace) -> list[str]:
         writer.writeheader()
         writer.writerows(lines)
     part.replace(args.table)
-    args.table.with_suffix(".md").write_text(page(lines))
+    args.table.with_suffix(".md").write_text(page(lines, costs(PUBLISHED)))
     return failures
 
 
