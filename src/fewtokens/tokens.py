@@ -111,8 +111,7 @@ class Tokens:
             mask: False where a slot of `index` is padding; None where all are real.
         """
         batch, prefix = self.x.shape[0], self.prefix
-        lead = torch.arange(prefix, device=index.device).expand(batch, -1)
-        rows = torch.cat([lead, index + prefix], dim=1)
+        rows = self.rows(index)
         x = self.x.gather(1, rows[..., None].expand(-1, -1, self.x.shape[2]))
         size = None if self.size is None else self.size.gather(1, rows)
         kept = None if self.mask is None else self.mask.gather(1, rows)
@@ -124,6 +123,11 @@ class Tokens:
             origin = origin.gather(1, index[..., None].expand(-1, -1, origin.shape[2]))
             origin = origin if mask is None else origin * mask[..., None]
         return replace(self, x=x, frames=1, grid=None, size=size, mask=kept, origin=origin)
+
+    def rows(self, index: Int[Tensor, "b k"]) -> Int[Tensor, "b p_k"]:
+        """Positions among all tokens (B, P+K): the prefix, then the patches that `index` names (B, K)."""
+        lead = torch.arange(self.prefix, device=index.device).expand(index.shape[0], -1)
+        return torch.cat([lead, index + self.prefix], dim=1)
 
     def bias(self) -> Float[Tensor, "b 1 1 n"] | None:
         """Sizes and padding as one additive attention term; None when there is nothing to add.

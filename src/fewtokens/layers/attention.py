@@ -1,10 +1,10 @@
 """Self-attention that can say, afterwards, what it looked at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor
 
@@ -29,10 +29,16 @@ class Evidence:
 
     def rows(self, n: int) -> Float[Tensor, "b h rows n"]:
         """The first n rows of the attention matrix (B, heads, n, N), in float32; a class token's row costs N*C."""
-        logits = (self.query[:, :, :n].float() * self.scale) @ self.key.float().transpose(-2, -1)
+        with torch.autocast(self.query.device.type, enabled=False):  # which would take the product in half precision
+            logits = (self.query[:, :, :n].float() * self.scale) @ self.key.float().transpose(-2, -1)
         if self.bias is not None:
             logits = logits + self.bias.float()
         return logits.softmax(dim=-1)
+
+    def only(self, rows: Int[Tensor, "b k"]) -> "Evidence":
+        """The same keys and values for the queries at `rows` (B, K) alone."""
+        index = rows[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3])
+        return replace(self, query=self.query.gather(2, index))
 
 
 class Attention(TimmAttention):
@@ -45,7 +51,7 @@ class Attention(TimmAttention):
         return Evidence(self.q_norm(query), self.k_norm(key), value, bias, self.scale)
 
     def mix(self, evidence: Evidence, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """The values, mixed by attention and projected (B, N, C); x is what `observe` was given."""
+        """The values, mixed by attention and projected (B, N, C); x is what `observe` was given, at the queries' rows."""
         mixed = self._attend(evidence)
         mixed = self.norm(mixed.transpose(1, 2).reshape(x.shape[0], -1, self.attn_dim))
         if self.gate is not None:

@@ -1,9 +1,15 @@
 """The transformer block: attend, then feed."""
 
+from collections.abc import Callable
+
+from jaxtyping import Bool, Int
 from timm.models.vision_transformer import Block as TimmBlock
+from torch import Tensor
 
 from fewtokens.layers.attention import Attention, Evidence
 from fewtokens.tokens import Tokens
+
+Choice = tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]
 
 
 class Block(TimmBlock):
@@ -14,11 +20,24 @@ class Block(TimmBlock):
 
     attn: Attention
 
-    def attend(self, tokens: Tokens) -> tuple[Tokens, Evidence]:
-        """x + attention(norm(x)), and what the attention saw."""
+    def attend(
+        self, tokens: Tokens, choose: Callable[[Evidence], Choice] | None = None
+    ) -> tuple[Tokens, Evidence]:
+        """x + attention(norm(x)), and what the attention saw.
+
+        Args:
+            tokens: What attends.
+            choose: Says, before any attention is paid for, which patches go on: index and mask as `Tokens.select` takes
+                them. The others are still looked at (keys, values) but do not look (queries, projection).
+        """
         x = self.norm1(tokens.x)
-        evidence = self.attn.observe(x, tokens.bias())
-        return tokens.update(tokens.x + self.drop_path1(self.ls1(self.attn.mix(evidence, x)))), evidence
+        evidence = asked = self.attn.observe(x, tokens.bias())
+        if choose is not None:
+            index, mask = choose(evidence)
+            asked = evidence.only(tokens.rows(index))
+            x = tokens.update(x).select(index).x
+            tokens = tokens.select(index, mask)
+        return tokens.update(tokens.x + self.drop_path1(self.ls1(self.attn.mix(asked, x)))), evidence
 
     def feed(self, tokens: Tokens) -> Tokens:
         """x + mlp(norm(x))."""
