@@ -1,5 +1,6 @@
 """Self-attention that can say, afterwards, what it looked at."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,14 +15,14 @@ class Evidence:
     """What one attention layer saw, from which tokenizers choose. The N x N matrix is never built.
 
     Args:
-        query: (B, heads, N, D).
+        query: (B, heads, Q, D), where Q = N unless only some tokens ask.
         key: (B, heads, N, D).
         value: (B, heads, N, D).
         bias: Additive attention term (B, 1, 1, N), or None.
         scale: What the products of query and key are multiplied by.
     """
 
-    query: Float[Tensor, "b h n d"]
+    query: Float[Tensor, "b h q d"]
     key: Float[Tensor, "b h n d"]
     value: Float[Tensor, "b h n d"]
     bias: Float[Tensor, "b 1 1 n"] | None
@@ -29,7 +30,8 @@ class Evidence:
 
     def rows(self, n: int) -> Float[Tensor, "b h rows n"]:
         """The first n rows of the attention matrix (B, heads, n, N), in float32; a class token's row costs N*C."""
-        with torch.autocast(self.query.device.type, enabled=False):  # which would take the product in half precision
+        device = self.query.device.type  # "meta" knows no autocast
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             logits = (self.query[:, :, :n].float() * self.scale) @ self.key.float().transpose(-2, -1)
         if self.bias is not None:
             logits = logits + self.bias.float()
@@ -58,7 +60,7 @@ class Attention(TimmAttention):
             mixed = mixed * torch.sigmoid(self.gate(x))
         return self.proj_drop(self.proj(mixed))
 
-    def _attend(self, evidence: Evidence) -> Float[Tensor, "b h n d"]:
+    def _attend(self, evidence: Evidence) -> Float[Tensor, "b h q d"]:
         dropout = self.attn_drop.p if self.training else 0.0
         query, key, value = evidence.query, evidence.key, evidence.value
         bias = None if evidence.bias is None else evidence.bias.to(query.dtype)

@@ -74,7 +74,7 @@ class ATS(Tokenizer):
                 "ATS scores patches by the attention of the class token",
                 expected="a backbone with a class token",
                 got="one without, which pools its patches",
-                fix="set backbone.pool=token, or choose another tokenizer",
+                fix="set backbone.pool=token, or take a backbone that has one",
             )
         if rule not in RULES:
             raise FewtokensError(
