@@ -88,6 +88,35 @@ def test_rows_are_float32_for_half_precision_evidence() -> None:
 
 
 @torch.no_grad()
+def test_rows_are_float32_under_autocast() -> None:
+    query, key, value = (randn(1, 2, 5, 4, seed=i).bfloat16() for i in range(3))
+    evidence = Evidence(query, key, value, None, scale=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = evidence.rows(2)
+    assert torch.equal(inside, evidence.rows(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_choosing_first_gives_what_choosing_afterwards_gives(padded: bool) -> None:
+    layer = block(init_values=0.1, qk_norm=True)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 5:] = False
+    tokens = Tokens(randn(2, 7, 24), prefix=2, size=randn(2, 7).abs() + 0.5, mask=mask if padded else None)
+    index, kept = torch.tensor([[4, 0, 1], [2, 0, 1]]), torch.tensor([[True, True, True], [True, True, False]])
+    seen: list[Evidence] = []
+    first, evidence = layer.attend(tokens, lambda e: seen.append(e) or (index, kept))
+    after, whole = layer.attend(tokens)
+    assert seen == [evidence]
+    assert torch.equal(evidence.query, whole.query)
+    after = after.select(index, kept)
+    torch.testing.assert_close(first.x, after.x)
+    assert torch.equal(first.mask, after.mask)
+    assert torch.equal(first.size, after.size)
+    assert (first.prefix, first.grid) == (2, None)
+
+
+@torch.no_grad()
 def test_forward_is_attend_then_feed() -> None:
     layer, tokens = block(init_values=0.1), Tokens(randn(2, 5, 24))
     attended, _ = layer.attend(tokens)

@@ -51,14 +51,17 @@ def official_ids(g: dict[str, Tensor], case: str) -> list[list[int]]:
 
 
 def case_scores(g: dict[str, Tensor], case: str) -> tuple[Tensor, Tensor]:
-    """Our scores of a golden case and what is no padding in it; the logarithm makes its attention a bias-free softmax."""
+    """Our scores of a golden case, and False where it has padding.
+
+    Its attention is given, not its queries and keys: unit keys and the logarithm as queries make it, and zeros up to
+    their width change no norm of the values.
+    """
     attn, v = g[f"{case}.attn"], g[f"{case}.v"]
-    dim = v.shape[3]
-    # One query and one key per token in as many dimensions as there are tokens give any attention matrix.
-    n = attn.shape[2]
-    evidence = Evidence(attn.clamp_min(1e-38).log(), torch.eye(n).expand_as(attn), v, None, 1.0)
-    assert dim == 4
-    valid = g.get(f"{case}.policy_in", torch.ones(attn.shape[0], n))[:, 1:].bool()
+    n, dim = attn.shape[2], max(attn.shape[2], v.shape[3])
+    query = nn.functional.pad(attn.clamp_min(1e-38).log(), (0, dim - n))
+    key = torch.eye(n, dim).expand(*attn.shape[:3], dim)
+    evidence = Evidence(query, key, nn.functional.pad(v, (0, dim - v.shape[3])), None, 1.0)
+    valid = g.get(f"{case}.policy_in", torch.ones(attn.shape[:3:2]))[:, 1:].bool()
     return significance(evidence)[:, 1:], valid
 
 
@@ -89,21 +92,19 @@ def test_kept_tokens_are_the_official_ones(case: str) -> None:
     assert ids(order, picked) == official_ids(g, case)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "n3"])
 def test_probes_pick_the_official_levels_from_the_official_levels(case: str) -> None:
+    """Padding and few probes included, as the golden file has their levels: there, not here, is what differs."""
     g = golden("ats_sampling")
     probes = int(g[f"{case}.n_ref"]) - 1
-    candidates = g[f"{case}.cdf"][:, -probes:]  # the official crop to the highest, where probes are few
-    shift = max(probes - g[f"{case}.cdf"].shape[1], 0)
-    found = candidates.gather(1, pick_nearest(candidates, probes))
-    cdf = nn.functional.pad(candidates, (shift, 0))
-    picks = g[f"{case}.picks"].long()
-    picks = picks - (picks.max() - candidates.shape[1] + 1) if case == "n17_ref9" else picks
-    levels = cdf if cdf.gather(1, picks.clamp_max(cdf.shape[1] - 1)).equal(found) else candidates
-    assert torch.equal(levels.gather(1, picks), found)
+    levels = g[f"{case}.cdf"]
+    picks = pick_nearest(levels, probes).clamp_min(levels.shape[1] - probes)  # the official cut to the highest
+    tokens = g[f"{case}.sorted_ids"].long().gather(1, picks)
+    found = [[0, *row.unique_consecutive().tolist()] for row in tokens]
+    assert found == official_ids(g, case)
 
 
-def test_the_lowest_of_the_official_oddities_two_patches() -> None:
+def test_of_two_patches_the_higher_stays() -> None:
     """Officially none is left. The levels are 0 and 1, every probe is at 1: the higher patch is right."""
     g = golden("ats_sampling")
     scores, valid = case_scores(g, "n3")
@@ -122,7 +123,7 @@ def test_padding_keeps_what_the_sample_alone_keeps() -> None:
 
 
 def test_few_probes_are_spread_over_all_levels() -> None:
-    """Officially only the 8 highest patches are candidates; within them the picks are the official ones (above)."""
+    """Officially the probes are so, too, but what they pick is cut to the 8 highest patches (see above)."""
     g = golden("ats_sampling")
     scores, valid = case_scores(g, "n17_ref9")
     order, picked = nearest(scores, valid, 8)
@@ -368,14 +369,26 @@ def test_cost_rises_with_the_probes() -> None:
 
 
 @torch.no_grad()
+def test_what_it_saves_to_the_last_multiply_add() -> None:
+    """Attention, projection and MLP of those dropped, less one row of attention: no N x N matrix is made to score."""
+    model, image, n, c = model_with(at=3, budget=9), images(2)[1:], 37, 16
+    dropped = n - model.trace(image)[-1].x.shape[1]
+    with model.encoder.dense():
+        dense = macs(model, image)
+    assert dropped > 0
+    assert dense - macs(model, image) == dropped * (2 * n * c + c * c + 8 * c * c) - n * c
+
+
+@torch.no_grad()
 def test_only_survivors_attend() -> None:
-    """The plain block's rows, from fewer queries: the same numbers for the projection's cost of the survivors alone."""
+    """The plain block's rows, from fewer queries."""
     model = model_with(at=1, budget=6)
     block, seen = model.encoder.blocks[1], []
     block.attn.proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     tokens = model.encoder.blocks[0](model.embed(images(3)))
     out = model.encoder.tokenizers[1](tokens, block)
-    assert seen == [out.x.shape[1]] and out.x.shape[1] <= 7
+    assert seen == [out.x.shape[1]]
+    assert out.x.shape[1] <= 7
     attended, evidence = block.attend(tokens)
     index, mask = model.encoder.tokenizers[1].choose(tokens, evidence)
     torch.testing.assert_close(out.x, block.feed(attended.select(index, mask)).x, rtol=1e-5, atol=1e-5)
@@ -384,7 +397,8 @@ def test_only_survivors_attend() -> None:
 @torch.no_grad()
 def test_gated_attention_takes_the_rows_of_the_survivors() -> None:
     torch.manual_seed(0)
-    block = Block(16, 2, qkv_bias=True, attn_layer=partial(Attention, gated=True)).eval()
+    block = Block(16, 2, attn_layer=Attention).eval()
+    block.attn = Attention(16, 2, qkv_bias=True, gated=True).eval()
     tokens, ats = Tokens(torch.randn(2, 17, 16), prefix=1), ATS(PLACE, budget=5)
     attended, evidence = block.attend(tokens)
     index, mask = ats.choose(tokens, evidence)
@@ -424,7 +438,7 @@ def test_gradients_are_finite_and_reach_every_parameter(rule: str) -> None:
     batch = images(4).requires_grad_()
     model(batch).square().sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name
     assert torch.isfinite(batch.grad).all()
 

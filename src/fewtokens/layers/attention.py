@@ -53,7 +53,7 @@ class Attention(TimmAttention):
         return Evidence(self.q_norm(query), self.k_norm(key), value, bias, self.scale)
 
     def mix(self, evidence: Evidence, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """The values, mixed by attention and projected (B, N, C); x is what `observe` was given, at the queries' rows."""
+        """The values, mixed by attention and projected (B, N, C); x is `observe`'s, at the queries' rows."""
         mixed = self._attend(evidence)
         mixed = self.norm(mixed.transpose(1, 2).reshape(x.shape[0], -1, self.attn_dim))
         if self.gate is not None:

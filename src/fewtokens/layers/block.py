@@ -20,9 +20,7 @@ class Block(TimmBlock):
 
     attn: Attention
 
-    def attend(
-        self, tokens: Tokens, choose: Callable[[Evidence], Choice] | None = None
-    ) -> tuple[Tokens, Evidence]:
+    def attend(self, tokens: Tokens, choose: Callable[[Evidence], Choice] | None = None) -> tuple[Tokens, Evidence]:
         """x + attention(norm(x)), and what the attention saw.
 
         Args:

@@ -42,8 +42,8 @@ class ATS(Tokenizer):
           the lowest score, to which the nearest rule gives level 0, is never picked, where it kept it beside padding.
         - Two patches left: the higher stays; there, both go. One left stays; there, 0/0. All scores zero count as
           equal; there, NaN. At least one patch always goes on.
-        - Fewer probes than patches are spread over all levels. There, a token limit crashes and fewer reference
-          tokens cut the levels down to the highest.
+        - Fewer probes than patches pick from all levels. There, a token limit crashes, and of fewer probes K none can
+          pick below the K highest patches.
         - The sort is stable, and attention beside padding is exact, without the official epsilon of 1e-6.
 
     Args:
@@ -170,7 +170,7 @@ RULES = {"nearest": nearest, "inverse_transform": inverse_transform}
 
 
 def _shares(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-    """Scores between 0 and 1, 0 for padding; all 1 where an image has none above 0. Values that are no numbers are 0."""
+    """Scores between 0 and 1, 0 for padding; all 1 where none is above 0. No numbers count as 0."""
     scores = scores.nan_to_num(0.0, 0.0, 0.0) * valid
     highest = scores.amax(dim=1, keepdim=True)
     return torch.where(highest > 0, scores / highest, valid.to(scores.dtype))
