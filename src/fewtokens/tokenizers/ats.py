@@ -125,13 +125,13 @@ def nearest(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"], probes: in
         The slots by rising score, padding first (B, M), and which of them, in that order, are picked (B, M).
     """
     shares = _shares(scores, valid)
-    order = shares.masked_fill(~valid, -1.0).sort(dim=1, stable=True).indices
+    order = shares.masked_fill(~valid, -1).sort(dim=1, stable=True).indices
     shares = shares.gather(1, order)
-    lowest = shares.masked_fill(~valid.gather(1, order), torch.inf).amin(dim=1, keepdim=True)
+    lowest = shares.masked_fill(~valid.gather(1, order), ONE).amin(dim=1, keepdim=True)
     sums = shares.cumsum(dim=1)
     spread = sums[:, -1:] - lowest
-    levels = (sums - lowest) / spread.clamp_min(torch.finfo(spread.dtype).tiny)  # 0: the lowest patch; < 0: padding
-    levels = torch.cat([levels[:, :-1], torch.ones_like(spread)], dim=1)  # by definition, and when one patch is left
+    levels = (sums - lowest).to(scores.dtype) / spread.clamp_min(1)  # 0: the lowest patch; < 0: padding
+    levels = torch.cat([levels[:, :-1], torch.ones_like(levels[:, -1:])], dim=1)  # so, too, when one patch is left
     return order, _mark(pick_nearest(levels, probes), levels)
 
 
@@ -154,7 +154,7 @@ def inverse_transform(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"], 
     Args and returns as of `nearest`, but in the order given.
     """
     sums = _shares(scores, valid).cumsum(dim=1)
-    levels = (sums / sums[:, -1:]).contiguous()
+    levels = (sums.to(scores.dtype) / sums[:, -1:]).contiguous()
     at = (torch.arange(probes, dtype=levels.dtype, device=levels.device) + 0.5) / probes
     picks = torch.searchsorted(levels, at.expand(levels.shape[0], -1).contiguous()).clamp_max(levels.shape[1] - 1)
     return torch.arange(levels.shape[1], device=levels.device).expand_as(levels), _mark(picks, levels)
@@ -166,14 +166,19 @@ def pack(order: Int[Tensor, "b m"], picked: Bool[Tensor, "b m"], slots: int) -> 
     return order.gather(1, front), picked.gather(1, front)
 
 
+ONE = 2**40  # as fine as needed: float32 has 24 bits
 RULES = {"nearest": nearest, "inverse_transform": inverse_transform}
 
 
-def _shares(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-    """Scores between 0 and 1, 0 for padding; all 1 where none is above 0. No numbers count as 0."""
+def _shares(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"]) -> Int[Tensor, "b m"]:
+    """Scores of which the highest is ONE, 0 for padding; all ONE where none is above 0. No numbers count as 0.
+
+    Integers, because their cumulative sum is exact: the same whatever padding stands between and on any device, where
+    CUDA's of floats is not deterministic and refuses to run under torch.use_deterministic_algorithms.
+    """
     scores = scores.nan_to_num(0.0, 0.0, 0.0) * valid
     highest = scores.amax(dim=1, keepdim=True)
-    return torch.where(highest > 0, scores / highest, valid.to(scores.dtype))
+    return (torch.where(highest > 0, scores / highest, valid.to(scores.dtype)) * ONE).long()
 
 
 def _mark(picks: Int[Tensor, "b k"], levels: Float[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
