@@ -260,6 +260,11 @@ def test_zero_scores_count_as_equal_and_ties_go_by_position(rule: Any) -> None:
     assert zero == tied == [0, *range(2 if rule is nearest else 1, 10)]
 
 
+def test_a_probe_between_two_equally_near_levels_picks_the_lower() -> None:
+    levels = torch.tensor([[0.0, 0.5, 1.0], [-0.5, 0.0, 1.0]])  # probes at 1/2, 3/4, 1, and all at 1
+    assert pick_nearest(levels, 3).tolist() == [[1, 1, 2], [2, 2, 2]]
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_scores_of_zero_beside_others_are_never_picked(rule: Any) -> None:
     scores = torch.tensor([[0.0, 0.0, 2.0, 0.0, 1.0, 0.0]])
