@@ -23,9 +23,10 @@ TOKENIZERS, BACKBONES = options("tokenizer"), options("backbone")
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_tokenizer_on_every_backbone_runs_or_refuses(composed, tokenizer: str, backbone: str) -> None:
-    # Sizes are cut so that all pairs take seconds: what is tested is that the parts fit.
-    small = {"timm": ["+backbone.options.depth=2"]}.get(
-        backbone, ["backbone.dim=32", "backbone.heads=2", "backbone.depth=2"]
+    # Sizes are cut so that all pairs take seconds: what is tested is that the parts fit. Four blocks, for methods
+    # that stand at every quarter of the depth.
+    small = {"timm": ["+backbone.options.depth=4"]}.get(
+        backbone, ["backbone.dim=32", "backbone.heads=2", "backbone.depth=4"]
     )
     cfg = composed(
         f"tokenizer={tokenizer}",
@@ -54,6 +55,16 @@ def test_the_plain_tokenizer_runs_on_every_backbone(composed, backbone: str) -> 
     with torch.device("meta"):
         model = instantiate(cfg.backbone)
     assert all(not list(tokenizer.parameters()) for tokenizer in model.encoder.tokenizers)
+
+
+@pytest.mark.parametrize("inner", ["token_learner", "token_learner_v11_grouped", "patch_merger", "pool"])
+def test_the_fuser_goes_around_what_the_command_line_names(composed, inner: str) -> None:
+    cfg = composed("tokenizer=token_fuser", f"tokenizer@tokenizer.inner={inner}")
+    assert cfg.tokenizer.at == "0.5:"
+    model = instantiate(cfg.backbone)
+    wrapped = [type(t.inner).__name__ for t in model.encoder.tokenizers[2:]]
+    assert wrapped == [instantiate(composed(f"tokenizer={inner}").tokenizer.build).func.__name__] * 2
+    assert torch.isfinite(model(torch.randn(2, 1, 8, 8))).all()
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

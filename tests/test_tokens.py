@@ -212,3 +212,37 @@ def test_mean_counts_sizes_and_leaves_out_padding_and_prefix() -> None:
 
 def test_mean_of_padding_alone_is_zero_not_nan() -> None:
     assert Tokens(rand(1, 3, C), mask=torch.zeros(1, 3, dtype=torch.bool)).mean().tolist() == [[0.0] * C]
+
+
+def test_merge_is_a_mean_in_which_sizes_count() -> None:
+    x = torch.tensor([[[100.0], [1.0], [2.0], [7.0], [4.0]]])
+    keep, source, target = torch.tensor([[3, 0]]), torch.tensor([[1, 2]]), torch.tensor([[1, 1]])
+    tokens = Tokens(x, 1, grid=(2, 2), origin=torch.eye(4)[None])
+    few = tokens.merge(keep, source, target)
+    assert few.x.flatten().tolist() == pytest.approx([100, 4, (1 + 2 + 7) / 3])
+    assert few.size is not None
+    assert few.size.tolist() == [[1, 1, 3]]
+    assert few.origin is not None
+    assert few.origin[0].flatten().tolist() == pytest.approx([0, 0, 0, 1, 1 / 3, 1 / 3, 1 / 3, 0])
+    assert (few.prefix, few.frames, few.grid) == (1, 1, None)
+    sized = replace(tokens, size=torch.tensor([[9.0, 3, 1, 5, 2]])).merge(keep, source, target)
+    assert sized.x.flatten().tolist() == pytest.approx([100, 4, (3 * 1 + 1 * 2 + 5 * 7) / 9])
+    assert sized.size is not None
+    assert sized.size.tolist() == [[9, 2, 9]]
+
+
+def test_join_puts_the_patches_of_another_record_last() -> None:
+    one, other = clip(origin=eye()), clip(origin=eye(), mask=torch.zeros(B, P + N, dtype=torch.bool))
+    both = one.join(other)
+    assert torch.equal(both.x, torch.cat([one.x, other.patches], dim=1))
+    assert both.mask is not None
+    assert both.mask.sum(dim=1).tolist() == [P + N] * B
+    assert torch.equal(both.mask, torch.arange(P + N + N).expand(B, -1) < P + N)
+    assert both.origin is not None
+    assert both.origin.shape == (B, N + N, N)
+    assert (both.prefix, both.frames, both.grid, both.size) == (P, 1, None, None)
+    size = torch.rand(B, P + N) + 1
+    sized = clip(size=size).join(clip(size=2 * size))
+    assert sized.mask is None
+    assert sized.size is not None
+    assert torch.equal(sized.size, torch.cat([size, 2 * size[:, P:]], dim=1))

@@ -129,6 +129,60 @@ class Tokens:
         lead = torch.arange(self.prefix, device=index.device).expand(index.shape[0], -1)
         return torch.cat([lead, index + self.prefix], dim=1)
 
+    def merge(self, keep: Int[Tensor, "b k"], source: Int[Tensor, "b r"], target: Int[Tensor, "b r"]) -> "Tokens":
+        """Merge patch tokens into others: means in which sizes count, and the sizes add up; the prefix stays.
+
+        The lattice and the frames are lost. Padding must not take part: a token without a size of 1 or more is none.
+
+        Args:
+            keep: Positions among the patch tokens that stay, in their new order (B, K).
+            source: Positions that go (B, R); with `keep` every position once.
+            target: For each of them the slot in `keep` (B, R) that it goes to; several may go to one.
+        """
+        whole = replace(self, size=torch.ones_like(self.x[..., 0], dtype=torch.float32)) if self.size is None else self
+        stays, goes = whole.select(keep), whole.select(source)
+        assert stays.size is not None
+        assert goes.size is not None
+        prefix = self.prefix
+        size = stays.size.scatter_add(1, target + prefix, goes.size[:, prefix:])
+
+        def mean(kept: Tensor, gone: Tensor) -> Tensor:
+            # In float32 at least: bfloat16 cannot count a token of 257 patches.
+            wide = torch.promote_types(kept.dtype, torch.float32)
+            parts = [(t.to(wide) * s.size[:, prefix:, None]) for t, s in ((kept, stays), (gone, goes))]
+            slots = target[..., None].expand_as(parts[1])
+            return (parts[0].scatter_add(1, slots, parts[1]) / size[:, prefix:, None]).to(kept.dtype)
+
+        x = torch.cat([stays.x[:, :prefix], mean(stays.patches, goes.patches)], dim=1)
+        origin = None if stays.origin is None or goes.origin is None else mean(stays.origin, goes.origin)
+        return replace(stays, x=x, size=size, origin=origin)
+
+    def join(self, other: "Tokens") -> "Tokens":
+        """The patch tokens of another record of the same samples after the own; the prefix is the own.
+
+        Both records have sizes, or neither, and both have an origin, or neither. The lattice and the frames are lost.
+        """
+        start = other.prefix
+
+        def both(mine: Tensor | None, theirs: Tensor | None, first: int) -> Tensor | None:
+            return None if mine is None or theirs is None else torch.cat([mine, theirs[:, first:]], dim=1)
+
+        mask = self.mask
+        if mask is not None or other.mask is not None:
+            masks = [
+                torch.ones_like(t.x[..., 0], dtype=torch.bool) if t.mask is None else t.mask for t in (self, other)
+            ]
+            mask = torch.cat([masks[0], masks[1][:, start:]], dim=1)
+        return replace(
+            self,
+            x=torch.cat([self.x, other.patches], dim=1),
+            frames=1,
+            grid=None,
+            size=both(self.size, other.size, start),
+            mask=mask,
+            origin=both(self.origin, other.origin, 0),
+        )
+
     def bias(self) -> Float[Tensor, "b 1 1 n"] | None:
         """Sizes and padding as one additive attention term; None when there is nothing to add.
 

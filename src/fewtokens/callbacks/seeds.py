@@ -25,6 +25,12 @@ class StepSeeds(Callback):
         """Seed the step."""
         entropy = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
         words = np.random.SeedSequence(entropy).generate_state(4)
-        torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+        seed = int(words[0]) << 32 | int(words[1])
+        # What torch.manual_seed does, without the 0.1 ms that it spends on devices that are not in use.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
+        if trainer.strategy.root_device.type == "mps":
+            torch.mps.manual_seed(seed)
         np.random.seed(words[2])
         random.seed(int(words[3]))

@@ -63,11 +63,13 @@ def write_run(cfg: DictConfig, directory: Path, status: str) -> None:
     path = directory / "run.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
+    command = shlex.join(["python", Path(sys.argv[0]).name, *HydraConfig.get().overrides.task])
     choices = HydraConfig.get().runtime.choices
     content = {
         "name": cfg.name,
         "status": status,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *HydraConfig.get().overrides.task]),
+        "command": before.get("command", command),  # a resumed run keeps the one that began it
+        "last_command": command,
         "choices": {k: str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None},
         "seed": cfg.seed,
         "commit": commit(),

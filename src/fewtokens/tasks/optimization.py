@@ -1,5 +1,6 @@
 """Parameter groups and learning-rate schedules by step."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -69,4 +70,6 @@ def warmup_cosine(step: int, steps: int, *, warmup: int | float = 0.05, final: f
 
 def by_step(optimizer: Optimizer, schedule: Schedule, steps: int) -> dict[str, Any]:
     """A schedule as Lightning wants it."""
+    if isinstance(schedule, functools.partial):  # Hydra's own kind of partial checks its target on every call
+        schedule = functools.partial(schedule.func, *schedule.args, **schedule.keywords)
     return {"scheduler": LambdaLR(optimizer, lambda step: schedule(step, steps)), "interval": "step"}

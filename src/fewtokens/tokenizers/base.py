@@ -1,12 +1,17 @@
 """The interface of every token-reduction method."""
 
+import math
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
 from fewtokens.tokens import Tokens
+
+ROUNDING = 1e-9  # 0.1 * 30 is above 3 in floating point: a share that is whole stays so
 
 
 @dataclass(frozen=True)
@@ -85,3 +90,64 @@ class Pooler(Tokenizer):
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
         """Pool, then the block."""
         return block(self.pool(tokens))
+
+
+class Selector(Tokenizer):
+    """A method that keeps the share `keep` of the patches, unchanged, and drops the others.
+
+    The share is rounded up, as EViT's code does, and at least one patch stays. With keep=1 nothing happens at all.
+
+    Args:
+        place: Where it stands.
+        keep: Share of the patches that stay, 0 < keep <= 1.
+    """
+
+    def __init__(self, place: Place, keep: float) -> None:
+        super().__init__(place)
+        if not 0 < keep <= 1:
+            raise FewtokensError(
+                f"{type(self).__name__} keeps a share of the patches",
+                expected="0 < keep <= 1",
+                got=keep,
+                fix="set tokenizer.build.keep to 0.7",
+            )
+        self.keep = keep
+
+    def keep_highest(self, tokens: Tokens, scores: Float[Tensor, "b m"]) -> Tokens:
+        """The record with the patches of the highest scores (B, N), in the order in which they lay."""
+        if share(tokens.num_patches, self.keep) == tokens.num_patches:
+            return tokens
+        valid = None if tokens.mask is None else tokens.mask[:, tokens.prefix :]
+        return tokens.select(*highest(scores, self.keep, valid))
+
+
+def share(count: int, keep: float) -> int:
+    """`keep` of `count`, rounded up, at least 1."""
+    return max(1, math.ceil(keep * count - ROUNDING))
+
+
+def highest(
+    scores: Float[Tensor, "b m"], keep: float, valid: Bool[Tensor, "b m"] | None = None
+) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:
+    """Positions of the highest scores, rising; of equal scores the first positions.
+
+    Args:
+        scores: (B, N).
+        keep: Share to keep, of every sample's own valid positions.
+        valid: False where a position is padding (B, N); None where there is none.
+
+    Returns:
+        Positions (B, K), K the share of N, and None; or with `valid` a mask (B, K), False where a sample has fewer.
+    """
+    total = scores.shape[1]
+    count = share(total, keep)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, float("-inf"))
+    # Not topk: which of equal scores it takes depends on the device.
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    if valid is None:
+        return order.sort(dim=1).values, None
+    numbers = (valid.sum(dim=1, keepdim=True).double() * keep - ROUNDING).ceil().clamp_min(1)
+    kept = torch.arange(count, device=scores.device) < numbers
+    # Padding goes last, whatever positions it holds.
+    return torch.where(kept, order, order + total).sort(dim=1).values % total, kept

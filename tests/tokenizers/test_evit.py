@@ -1,0 +1,155 @@
+"""EViT: the fused token against plain numpy, several stages, padding, sizes, and what it refuses."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from fewtokens.analysis.cost import macs
+from fewtokens.backbones.vit import ViT, vit
+from fewtokens.errors import FewtokensError
+from fewtokens.layers.attention import Attention
+from fewtokens.layers.block import Block
+from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.evit import EViT, shares
+from fewtokens.tokenizers.top_k import TopK, class_attention
+from fewtokens.tokens import Tokens
+
+N, P, DIM = 15, 3, 16
+PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def layer() -> Block:
+    block = Block(DIM, 2, qkv_bias=True, attn_layer=Attention).eval()
+    torch.nn.init.normal_(block.attn.qkv.weight)
+    return block
+
+
+def image(**more: object) -> Tokens:
+    return Tokens(torch.randn(4, P + N, DIM), P, grid=(3, 5), origin=torch.eye(N).expand(4, N, N), **more)
+
+
+def model(keep: float) -> ViT:
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 16, "depth": 3, "heads": 2}
+    build = partial(EViT, keep=keep)
+    return vit(**sizes, tokenizer={"at": [1, 2], "build": build}, options={"reg_tokens": 2}).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("ties", [True, False])
+def test_kept_and_fused_tokens(normalize: bool, ties: bool) -> None:
+    tokens = image()
+    attention = torch.rand(4, N).mul(4).floor().add(1).div(100) if ties else torch.rand(4, N)
+    out = EViT(PLACE, 0.4, normalize=normalize).reorganize(tokens, attention)
+    assert out.origin is not None
+    assert (out.x.shape, out.prefix, out.grid) == ((4, P + 7, DIM), P, None)
+    assert torch.equal(out.x[:, :P], tokens.x[:, :P])
+    for i, (a, x) in enumerate(zip(attention.double().numpy(), tokens.patches.double().numpy(), strict=True)):
+        kept = sorted(sorted(range(N), key=lambda j: (-a[j], j))[:6])
+        gone = [j for j in range(N) if j not in kept]
+        weights = a[gone] / (a[gone].sum() if normalize else 1)
+        fused = (weights[:, None] * x[gone]).sum(axis=0)
+        np.testing.assert_allclose(out.patches[i], np.concatenate([x[kept], fused[None]]), rtol=1e-5, atol=1e-5)
+        assert out.origin[i, :6].argmax(dim=1).tolist() == kept
+        np.testing.assert_allclose(out.origin[i, 6, gone], weights, rtol=1e-5)
+        assert (out.origin[i, 6, kept] == 0).all()
+
+
+@torch.no_grad()
+def test_it_acts_between_attention_and_mlp() -> None:
+    block, tokens, evit = layer(), image(), EViT(PLACE, 0.4)
+    attended, evidence = block.attend(tokens)
+    expected = block.feed(evit.reorganize(attended, class_attention(evidence, P)))
+    assert torch.equal(evit(tokens, block).x, expected.x)
+
+
+@torch.no_grad()
+def test_the_fused_token_is_a_patch_like_any_other_to_the_next_stage() -> None:
+    once = EViT(PLACE, 0.4).reorganize(image(), torch.rand(4, N))
+    attention = torch.zeros(4, 7)
+    attention[:, 6] = 1
+    twice = EViT(PLACE, 0.1).reorganize(once, attention)
+    torch.testing.assert_close(twice.patches[:, 0], once.patches[:, 6])
+    torch.testing.assert_close(twice.patches[:, 1], once.patches[:, :6].mean(dim=1))  # they got no attention at all
+    assert twice.origin is not None
+    torch.testing.assert_close(twice.origin.sum(dim=2), torch.ones(4, 2))
+
+
+@torch.no_grad()
+def test_without_fusion_it_is_top_k() -> None:
+    block, tokens = layer(), image()
+    assert torch.equal(EViT(PLACE, 0.4, fuse=False)(tokens, block).x, TopK(PLACE, 0.4)(tokens, block).x)
+
+
+@torch.no_grad()
+def test_sizes_go_along_and_the_fused_token_counts_once() -> None:
+    size = torch.rand(4, P + N) + 1
+    out = EViT(PLACE, 0.4).reorganize(image(size=size), torch.rand(4, N))
+    assert out.size is not None
+    assert out.origin is not None
+    torch.testing.assert_close(out.size[:, P:-1], (out.origin[:, :-1] @ size[:, P:, None])[..., 0])
+    assert (out.size[:, -1] == 1).all()
+
+
+@torch.no_grad()
+def test_padding_is_neither_kept_nor_fused() -> None:
+    """An image gets the same tokens with padding as without; one with a single patch has nothing to fuse."""
+    tokens, attention = image(), torch.rand(4, N)
+    mask = torch.ones(4, P + N, dtype=torch.bool)
+    mask[1, P + 10 :] = False
+    mask[2, P + 1 :] = False
+    out = EViT(PLACE, 0.5).reorganize(replace(tokens, mask=mask), attention)
+    assert out.mask is not None
+    assert out.mask.sum(dim=1).tolist() == [P + 9, P + 6, P + 1, P + 9]
+    assert torch.isfinite(out.x).all()
+    alone = EViT(PLACE, 0.5).reorganize(Tokens(tokens.x[1:2, : P + 10], P), attention[1:2, :10])
+    torch.testing.assert_close(out.x[1][out.mask[1]], alone.x[0])
+
+
+@torch.no_grad()
+def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    with (whole := model(1.0)).encoder.dense():
+        expected = whole(images)
+    assert torch.equal(whole(images), expected)
+    assert not torch.equal(model(0.3)(images), expected)
+    costs = [macs(model(keep), images[:1]) for keep in (0.25, 0.5, 0.75)]
+    assert costs == sorted(set(costs))
+
+
+def test_gradients_reach_every_patch_and_the_attention() -> None:
+    tokens, attention = image(), torch.rand(4, N, requires_grad=True)
+    tokens.x.requires_grad_()
+    out = EViT(PLACE, 0.4).reorganize(tokens, attention)
+    out.patches.square().sum().backward()
+    assert (tokens.x.grad[:, P:].abs().sum(dim=2) > 0).all()
+    assert out.origin is not None
+    assert torch.equal(attention.grad != 0, out.origin[:, -1] > 0)
+
+
+def test_it_is_finite_under_autocast() -> None:
+    net = model(0.5).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(torch.randn(2, 3, 16, 16)).square().sum()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_shares_are_finite_where_nothing_is_attended_or_dropped() -> None:
+    found = shares(torch.zeros(2, 3), torch.tensor([[True, True, False], [False] * 3]), True)
+    assert found.tolist() == [[0.5, 0.5, 0], [0, 0, 0]]
+
+
+def test_without_a_class_token_it_is_refused_at_build() -> None:
+    with pytest.raises(FewtokensError, match=r"EViT keeps what the class token attends to"):
+        EViT(replace(PLACE, class_token=False))

@@ -1,0 +1,165 @@
+"""Random drop: who is drawn, what the record says afterwards, and when the draw repeats itself."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from fewtokens.analysis.cost import macs
+from fewtokens.backbones.vit import ViT, vit
+from fewtokens.errors import FewtokensError
+from fewtokens.layers.attention import Attention
+from fewtokens.layers.block import Block
+from fewtokens.tokenizers.base import Place, Tokenizer, highest, share
+from fewtokens.tokenizers.random_drop import RandomDrop, draw
+from fewtokens.tokens import Tokens
+
+N = 15
+PLACE = Place(dim=16, heads=2, block=0, depth=1, prefix=2)
+
+
+class Through(Block):
+    """A block that does nothing, so that what a tokenizer made can be seen."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2, attn_layer=Attention)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        return tokens
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def image(batch: int = 4) -> Tokens:
+    origin = torch.eye(N).expand(batch, N, N)
+    return Tokens(torch.randn(batch, 2 + N, 16), prefix=2, grid=(3, 5), origin=origin)
+
+
+def model(keep: float, at: object = (1, 2)) -> ViT:
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 16, "depth": 3, "heads": 2}
+    return vit(**sizes, tokenizer={"at": at, "build": partial(RandomDrop, keep=keep)}).eval()
+
+
+def dropped(tokens: Tokens, train: bool = False, keep: float = 0.5) -> Tokens:
+    return RandomDrop(PLACE, keep).train(train)(tokens, Through())
+
+
+@pytest.mark.parametrize(
+    ("count", "keep", "stays"), [(30, 0.1, 3), (10, 0.7, 7), (15, 0.5, 8), (4, 0.01, 1), (4, 1.0, 4)]
+)
+def test_a_share_is_rounded_up_and_whole_shares_stay_whole(count: int, keep: float, stays: int) -> None:
+    assert share(count, keep) == stays
+
+
+def test_of_equal_scores_the_first_positions_win() -> None:
+    scores = torch.tensor([[1.0, 2, 1, 2, 1, 1], [0, 0, 0, 0, 0, 0]])
+    assert highest(scores, 0.5)[0].tolist() == [[0, 1, 3], [0, 1, 2]]
+
+
+def test_every_image_keeps_its_share_of_what_is_no_padding() -> None:
+    scores = torch.tensor([[5.0, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0]])
+    valid = torch.tensor([[True] * 6, [False, False, True, True, False, False]])
+    index, mask = highest(scores, 0.5, valid)
+    assert mask is not None
+    assert index[0].tolist() == [0, 1, 2]
+    assert mask.tolist() == [[True] * 3, [True, False, False]]
+    assert index[1, 0] == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("train", [True, False])
+def test_patches_are_kept_whole_each_image_with_its_own_draw(train: bool) -> None:
+    tokens = image()
+    few = dropped(tokens, train)
+    assert (few.num_patches, few.prefix, few.grid, few.mask) == (8, 2, None, None)
+    assert torch.equal(few.x[:, :2], tokens.x[:, :2])
+    assert few.origin is not None
+    assert ((few.origin == 0) | (few.origin == 1)).all()
+    assert (few.origin.sum(dim=2) == 1).all()
+    assert (few.origin.sum(dim=1) <= 1).all()
+    assert torch.equal(few.origin @ tokens.patches, few.patches)
+    places = few.origin.argmax(dim=2)
+    assert (places.diff(dim=1) > 0).all()
+    assert len({tuple(row) for row in places.tolist()}) == 4
+
+
+@torch.no_grad()
+def test_all_patches_are_drawn_equally_often() -> None:
+    few = dropped(image(2000), train=True, keep=0.4)
+    assert few.origin is not None
+    assert ((few.origin.sum(dim=1).mean(dim=0) - 0.4).abs() < 0.05).all()
+
+
+@torch.no_grad()
+def test_evaluation_repeats_itself_and_training_does_not() -> None:
+    tokens = image()
+    assert torch.equal(dropped(tokens).x, dropped(tokens).x)
+    first = dropped(tokens, train=True).x
+    assert not torch.equal(first, dropped(tokens, train=True).x)
+    assert not torch.equal(draw(tokens.patches, 0), draw(tokens.patches, 1))
+    assert torch.equal(draw(tokens.patches, 0)[:2], draw(tokens.patches[:2], 0)), "whatever comes after it in a batch"
+    before = torch.get_rng_state()
+    draw(tokens.patches, 0)
+    assert torch.equal(torch.get_rng_state(), before), "evaluation leaves torch's generator alone"
+
+
+def test_the_seeded_draw_is_uniform_and_neighbours_are_unrelated() -> None:
+    x = torch.stack([draw(torch.empty(200, 196, 1), seed) for seed in range(3)])
+    assert x.min() >= 0
+    assert x.max() < 1
+    counts = torch.histc(x, 20, 0, 1) / x.numel()
+    assert ((counts - 0.05).abs() < 0.002).all()
+    for a, b in ((x[0], x[1]), (x[:, 1:], x[:, :-1]), (x[..., 1:], x[..., :-1])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.02
+    assert len(x[0].unique()) > 0.99 * x[0].numel()
+
+
+@torch.no_grad()
+def test_padding_is_kept_last_and_stays_padding() -> None:
+    mask = torch.ones(4, 2 + N, dtype=torch.bool)
+    mask[1, 6:] = False  # 4 patches
+    few = dropped(replace(image(), mask=mask))
+    assert few.mask is not None
+    assert few.mask.sum(dim=1).tolist() == [2 + 8, 2 + 2, 2 + 8, 2 + 8]
+
+
+@torch.no_grad()
+def test_keeping_all_is_the_plain_transformer() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    with (whole := model(1.0)).encoder.dense():
+        expected = whole(images)
+    assert torch.equal(whole(images), expected)
+    tokens, block = image(), Block(16, 2, attn_layer=Attention)
+    out = RandomDrop(PLACE, 1.0)(tokens, block)
+    assert torch.equal(out.x, Tokenizer(PLACE)(tokens, block).x)
+    assert out.grid == (3, 5)
+
+
+def test_gradients_reach_the_kept_patches_alone() -> None:
+    tokens = image()
+    tokens.x.requires_grad_()
+    few = dropped(tokens)
+    few.patches.sum().backward()
+    assert few.origin is not None
+    assert torch.equal(tokens.x.grad[:, 2:, 0], few.origin.sum(dim=1))
+
+
+def test_less_is_cheaper_and_autocast_is_finite() -> None:
+    image_ = torch.randn(1, 3, 16, 16)
+    costs = [macs(model(keep), image_) for keep in (0.25, 0.5, 0.75, 1.0)]
+    assert costs == sorted(set(costs))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(0.5).train()(image_).square().sum()
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.5])
+def test_a_share_lies_between_nothing_and_all(keep: float) -> None:
+    with pytest.raises(FewtokensError, match=r"keeps a share of the patches\. Expected: 0 < keep <= 1\. Found: "):
+        RandomDrop(PLACE, keep)
