@@ -74,10 +74,10 @@ def test_it_acts_between_attention_and_mlp() -> None:
 
 @torch.no_grad()
 def test_the_fused_token_is_a_patch_like_any_other_to_the_next_stage() -> None:
-    once = EViT(PLACE, 0.4).reorganize(image(), torch.rand(4, N))
+    once = EViT(PLACE, 0.4, normalize=True).reorganize(image(), torch.rand(4, N))
     attention = torch.zeros(4, 7)
     attention[:, 6] = 1
-    twice = EViT(PLACE, 0.1).reorganize(once, attention)
+    twice = EViT(PLACE, 0.1, normalize=True).reorganize(once, attention)
     torch.testing.assert_close(twice.patches[:, 0], once.patches[:, 6])
     torch.testing.assert_close(twice.patches[:, 1], once.patches[:, :6].mean(dim=1))  # they got no attention at all
     assert twice.origin is not None
