@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -124,7 +123,7 @@ def test_sigterm_saves_at_a_step_and_resume_goes_on_exactly(script, tmp_path: Pa
 
 
 def test_a_run_in_its_own_words_when_it_fails(script, tmp_path: Path) -> None:
-    torch.save({"state_dict": {"a": sys}.keys().__class__.__name__}, tmp_path / "x.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
     for name, arguments, words in (
         ("train.py", ["data=cifar10", "data.root=nowhere"], "nowhere"),
         ("eval.py", [f"checkpoint={tmp_path / 'x.ckpt'}"], "comes with the config"),
@@ -168,4 +167,3 @@ def _wait(done, process: subprocess.Popen[str]) -> None:
     while not done() and process.poll() is None:
         assert time.monotonic() < until, "waited 120 s"
         time.sleep(0.01)
-    assert os.getpid()

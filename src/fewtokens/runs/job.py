@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -50,7 +49,7 @@ def build(cfg: DictConfig) -> Job:
     directory = Path(HydraConfig.get().runtime.output_dir)
     with open_dict(cfg):
         cfg.name = str(cfg.name)  # the choice that it refers to is not known to children and later evaluations
-    if torch.distributed.is_available() and report.rank() == 0:
+    if report.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         saved.save(cfg, directory)
         report.write_run(cfg, directory, status="started")

@@ -129,5 +129,4 @@ def overlay(config: dict[str, Any], base: str, configs: Path) -> Path:
 
 def _groups(primary: Path) -> set[str]:
     entries = yaml.safe_load(primary.read_text())["defaults"]
-    names = {name for entry in entries if isinstance(entry, dict) for name in entry}
-    return {name.removeprefix("optional ") for name in names}
+    return {name for entry in entries if isinstance(entry, dict) for name in entry}
