@@ -39,11 +39,11 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run train.py or eval.py in a process of its own, with outputs below tmp_path."""
+    """Run train.py, eval.py or a module (fewtokens...) in a process of its own, with outputs below tmp_path."""
 
     def run(name: str, *arguments: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, str(ROOT / name), *arguments],
+            [sys.executable, *(["-m", name] if name.startswith("fewtokens.") else [str(ROOT / name)]), *arguments],
             capture_output=True,
             text=True,
             timeout=300,

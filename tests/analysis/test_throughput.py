@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fewtokens.analysis.throughput import Throughput, interleaved, spread
+from fewtokens.analysis.throughput import Throughput
+from fewtokens.analysis.timing import interleaved, spread
 from fewtokens.errors import FewtokensError
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 

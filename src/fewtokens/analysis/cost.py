@@ -58,8 +58,8 @@ class Cost:
         return numbers
 
 
-def macs(model: nn.Module, image: Float[Tensor, "1 c h w"]) -> int:
-    """Multiply-adds of one image, as the model really runs in evaluation.
+def macs(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
+    """Multiply-adds of these images together, as the model really runs in evaluation, on padding too.
 
     Counted: every product of matrices and every convolution, that is patch embedding, the projections of queries, keys,
     values and outputs, both products of attention (in full, whatever is masked), MLPs, poolings done as products,
@@ -68,7 +68,8 @@ def macs(model: nn.Module, image: Float[Tensor, "1 c h w"]) -> int:
 
     Args:
         model: A compiled one is counted as if it were not: compiled kernels cannot be seen into.
-        image: (1, channels, H, W), on the model's device; "meta" will do unless the tokenizer looks at values.
+        images: (B, channels, H, W), on the model's device; "meta" will do unless the tokenizer looks at values. One
+            image by itself pads nothing.
     """
     # Not left to torch's own table, which has missed a kernel of one device or another (CPU: pytorch issue 195460).
     mapping = dict.fromkeys(_attention_kernels(), _attention_flops) | {
@@ -78,7 +79,7 @@ def macs(model: nn.Module, image: Float[Tensor, "1 c h w"]) -> int:
     }
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
-        model(image)
+        model(images)
     return counter.get_total_flops() // 2
 
 

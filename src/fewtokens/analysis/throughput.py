@@ -1,21 +1,18 @@
-"""Images per second: models timed in turns, so that a clock that drifts drifts for all of them."""
+"""Images per second, as a measure of a run; `python -m fewtokens.analysis.throughput` compares tokenizers."""
 
-import time
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import lightning as L
 import torch
 from torch import nn
 
+from fewtokens.analysis.comparison import AUTOCAST
 from fewtokens.analysis.cost import evaluating, plain, test_images
+from fewtokens.analysis.timing import interleaved, seconds_on, spread
 from fewtokens.errors import FewtokensError
-
-Run = Callable[[], None]
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Throughput:
@@ -64,7 +61,7 @@ class Throughput:
         candidates = {"tokenizer": partial(forward, reducing), "dense": partial(forward, dense)}
         try:
             with evaluating(model), torch.inference_mode(), self._autocast(task):
-                times = interleaved(candidates, self.seconds, partial(wall_seconds, device=images.device))
+                times = interleaved(candidates, self.seconds, partial(seconds_on, device=images.device))
         finally:
             encoder.tokenizers = reducing
         ratios = [slow / fast for slow, fast in zip(times["dense"], times["tokenizer"], strict=True)]
@@ -82,65 +79,7 @@ class Throughput:
         return nullcontext() if dtype is None else torch.autocast(task.device.type, dtype)
 
 
-def interleaved(
-    candidates: Mapping[str, Run],
-    seconds: float,
-    clock: Callable[[Run, int], float],
-    sample: float = 0.02,
-) -> dict[str, list[float]]:
-    """Times several things in rounds: one sample of each per round, another one first in every round.
+if __name__ == "__main__":
+    from fewtokens.runs.throughput import main  # the command line stands above all measures
 
-    A slow spell of a shared machine, or a processor that heats up, then hits all candidates and not the last one; and
-    the values of one round can be compared with each other.
-
-    Args:
-        candidates: What to time. Each is run at least twice: once for warming up, once for its time.
-        seconds: Ends with the round in which they are used up; warming up takes a fifth of it before.
-        clock: Seconds that `times` calls of something take, `clock(run, times)`.
-        sample: Seconds that a sample should last at least, as several calls in a row where one call is shorter; on a
-            GPU they queue up, so that not the launching of kernels is timed.
-
-    Returns:
-        Seconds per call for every candidate, one value per round, in the order of the rounds.
-    """
-    names = list(candidates)
-    calls = {}
-    for name in names:
-        clock(candidates[name], 1)  # lazy initialisation, compilation, choice of algorithms
-        spent, calls[name] = 0.0, 1
-        while spent < seconds / 5 / len(names):
-            took = clock(candidates[name], calls[name])
-            spent += took
-            calls[name] = max(1, round(sample * calls[name] / max(took, 1e-9))) if took < sample else calls[name]
-    times: dict[str, list[float]] = {name: [] for name in names}
-    spent = 0.0
-    while spent < seconds:
-        for name in names:
-            took = clock(candidates[name], calls[name])
-            spent += took
-            times[name].append(took / calls[name])
-        names = names[1:] + names[:1]
-    return times
-
-
-def wall_seconds(run: Run, times: int, device: torch.device) -> float:
-    """Seconds that so many calls take, until the device is done with them."""
-    _wait_for(device)
-    start = time.perf_counter()
-    for _ in range(times):
-        run()
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def spread(values: list[float]) -> float:
-    """Interquartile range; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return high - low
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    main()

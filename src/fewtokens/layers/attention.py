@@ -1,11 +1,11 @@
 """Self-attention that can say, afterwards, what it looked at."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor
 
@@ -15,7 +15,7 @@ class Evidence:
     """What one attention layer saw, from which tokenizers choose. The N x N matrix is never built.
 
     Args:
-        query: (B, heads, Q, D), where Q = N unless only some tokens ask.
+        query: (B, heads, Q, D), where Q = N unless only the first tokens, or chosen ones, ask.
         key: (B, heads, N, D).
         value: (B, heads, N, D).
         bias: Additive attention term (B, 1, 1, N), or None.
@@ -37,20 +37,25 @@ class Evidence:
             logits = logits + self.bias.float()
         return logits.softmax(dim=-1)
 
-    def only(self, rows: Int[Tensor, "b k"]) -> "Evidence":
-        """The same keys and values for the queries at `rows` (B, K) alone."""
-        index = rows[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3])
-        return replace(self, query=self.query.gather(2, index))
-
 
 class Attention(TimmAttention):
     """timm's attention, with its parameters and names, in two steps: `observe`, then `mix`."""
 
-    def observe(self, x: Float[Tensor, "b n c"], bias: Float[Tensor, "b 1 1 n"] | None) -> Evidence:
-        """Queries, keys and values of x (B, N, C)."""
-        qkv = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        return Evidence(self.q_norm(query), self.k_norm(key), value, bias, self.scale)
+    def observe(
+        self, x: Float[Tensor, "b n c"], bias: Float[Tensor, "b 1 1 n"] | None, first: int | None = None
+    ) -> Evidence:
+        """Queries, keys and values of x (B, N, C); with `first`, the queries of so many tokens only."""
+        if first is None:
+            query, key, value = self._split(self.qkv(x), 3)
+            return Evidence(self.q_norm(query), self.k_norm(key), value, bias, self.scale)
+        weight, shift = self.qkv.weight[self.attn_dim :], self._shift(slice(self.attn_dim, None))
+        key, value = self._split(F.linear(x, weight, shift), 2)
+        return Evidence(self.queries(x[:, :first]), self.k_norm(key), value, bias, self.scale)
+
+    def queries(self, x: Float[Tensor, "b q c"]) -> Float[Tensor, "b h q d"]:
+        """The queries (B, heads, Q, D) of some tokens (B, Q, C), and nothing else of them."""
+        weight, shift = self.qkv.weight[: self.attn_dim], self._shift(slice(self.attn_dim))
+        return self.q_norm(self._split(F.linear(x, weight, shift), 1)[0])
 
     def mix(self, evidence: Evidence, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """The values, mixed by attention and projected (B, N, C); x is `observe`'s, at the queries' rows."""
@@ -60,11 +65,23 @@ class Attention(TimmAttention):
             mixed = mixed * torch.sigmoid(self.gate(x))
         return self.proj_drop(self.proj(mixed))
 
+    def _split(self, projected: Float[Tensor, "b n width"], parts: int) -> tuple[Tensor, ...]:
+        """Each part as (B, heads, N, D)."""
+        return projected.unflatten(2, (parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _shift(self, part: slice) -> Tensor | None:
+        return None if self.qkv.bias is None else self.qkv.bias[part]
+
+    def _slow_backward(self, key: Float[Tensor, "b h n d"]) -> bool:
+        # In half precision the backward of the CPU's fused kernel took 5 times as long as the explicit one at 65
+        # tokens, twice at 197, and as long beyond 785.
+        return self.training and torch.is_grad_enabled() and key.dtype != torch.float32 and key.shape[2] <= 512
+
     def _attend(self, evidence: Evidence) -> Float[Tensor, "b h q d"]:
         dropout = self.attn_drop.p if self.training else 0.0
         query, key, value = evidence.query, evidence.key, evidence.value
         bias = None if evidence.bias is None else evidence.bias.to(query.dtype)
-        if dropout and query.device.type == "cpu":
+        if query.device.type == "cpu" and (dropout or self._slow_backward(key)):
             # The CPU has no fused kernel with dropout, and torch's fallback goes through float32 copies.
             logits = (query * self.scale) @ key.transpose(-2, -1)
             weights = (logits if bias is None else logits + bias).softmax(dim=-1)

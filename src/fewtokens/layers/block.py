@@ -1,13 +1,14 @@
 """The transformer block: attend, then feed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from jaxtyping import Bool, Int
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor
 
 from fewtokens.layers.attention import Attention, Evidence
-from fewtokens.tokens import Tokens
+from fewtokens.tokens import Tokens, take
 
 Choice = tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]
 
@@ -26,14 +27,17 @@ class Block(TimmBlock):
         Args:
             tokens: What attends.
             choose: Says, before any attention is paid for, which patches go on: index and mask as `Tokens.select` takes
-                them. The others are still looked at (keys, values) but do not look (queries, projection).
+                them. The others are still looked at (keys, values) but do not look (queries, projection). It sees the
+                queries of the prefix alone.
         """
         x = self.norm1(tokens.x)
-        evidence = asked = self.attn.observe(x, tokens.bias())
-        if choose is not None:
+        if choose is None:
+            evidence = asked = self.attn.observe(x, tokens.bias())
+        else:
+            evidence = self.attn.observe(x, tokens.bias(), first=tokens.prefix)
             index, mask = choose(evidence)
-            asked = evidence.only(tokens.rows(index))
-            x = tokens.update(x).select(index).x
+            x = take(x, tokens.rows(index))
+            asked = replace(evidence, query=self.attn.queries(x))
             tokens = tokens.select(index, mask)
         return tokens.update(tokens.x + self.drop_path1(self.ls1(self.attn.mix(asked, x)))), evidence
 

@@ -49,7 +49,7 @@ def rank() -> int:
 
 def write(numbers: dict[str, float], directory: Path) -> None:
     """Write report.json: one flat object of names and numbers."""
-    _write_json({name: float(value) for name, value in sorted(numbers.items())}, directory / "report.json")
+    write_json({name: float(value) for name, value in sorted(numbers.items())}, directory / "report.json")
 
 
 def read(directory: Path) -> dict[str, float] | None:
@@ -73,12 +73,12 @@ def write_run(cfg: DictConfig, directory: Path, status: str) -> None:
         "choices": {k: str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None},
         "seed": cfg.seed,
         "commit": commit(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "device": device(),
         "started": before.get("started", now),
         "written": now,
     }
-    _write_json(content, path)
+    write_json(content, path)
 
 
 def commit() -> str | None:
@@ -97,6 +97,11 @@ def device() -> str:
     """What computes, in words."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return cpu()
+
+
+def cpu() -> str:
+    """The processor, in words."""
     return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
 
 
@@ -113,13 +118,15 @@ def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]
     console.print(f"Report: {directory / 'report.json'}", soft_wrap=True)
 
 
-def _write_json(content: Any, path: Path) -> None:
+def write_json(content: Any, path: Path) -> None:
+    """Write the file at once: a reader sees the old one or the new one."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=2) + "\n")
     part.replace(path)
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Of an installed package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
