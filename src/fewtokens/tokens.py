@@ -21,6 +21,8 @@ class Tokens:
         size: How many patches each token stands for (B, P+N); None where every token stands for one.
         mask: False where a slot is padding (B, P+N); None where there is none.
         origin: Share of every input patch in every patch token (B, N, patches); None unless it was asked for.
+        keep: 1 where a token stays and 0 where it goes (B, P+N), with a gradient: the decisions of a method that learns
+            them (DynamicViT), in training alone, where all tokens stay in the batch; else None.
         trace: Collects the record after every block; None unless it was asked for.
     """
 
@@ -31,6 +33,7 @@ class Tokens:
     size: Float[Tensor, "b n"] | None = None
     mask: Bool[Tensor, "b n"] | None = None
     origin: Float[Tensor, "b m patches"] | None = None
+    keep: Float[Tensor, "b n"] | None = None
     trace: "list[Tokens] | None" = None
 
     @property
@@ -87,7 +90,7 @@ class Tokens:
             None if self.origin is None or weights is None else weights.detach().to(self.origin.dtype) @ self.origin
         )
         size = None if self.size is None else torch.ones_like(x[..., 0])
-        return replace(self, x=x, grid=grid, size=size, mask=None, origin=origin)
+        return replace(self, x=x, grid=grid, size=size, mask=None, origin=origin, keep=None)
 
     def resample_per_frame(
         self, patches: Float[Tensor, "bt s c"], weights: Float[Tensor, "bt s m"], grid: tuple[int, int] | None = None
@@ -114,6 +117,7 @@ class Tokens:
         rows = self.rows(index)
         x = take(self.x, rows)
         size = None if self.size is None else self.size.gather(1, rows)
+        keep = None if self.keep is None else self.keep.gather(1, rows)
         kept = None if self.mask is None else self.mask.gather(1, rows)
         if mask is not None:
             whole = torch.cat([mask.new_ones(batch, prefix), mask], dim=1)
@@ -122,7 +126,7 @@ class Tokens:
         if origin is not None:
             origin = take(origin, index)
             origin = origin if mask is None else origin * mask[..., None]
-        return replace(self, x=x, frames=1, grid=None, size=size, mask=kept, origin=origin)
+        return replace(self, x=x, frames=1, grid=None, size=size, mask=kept, origin=origin, keep=keep)
 
     def rows(self, index: Int[Tensor, "b k"]) -> Int[Tensor, "b p_k"]:
         """Positions among all tokens (B, P+K): the prefix, then the patches that `index` names (B, K)."""
@@ -181,7 +185,20 @@ class Tokens:
             size=both(self.size, other.size, start),
             mask=mask,
             origin=both(self.origin, other.origin, 0),
+            keep=both(self.keep, other.keep, start),
         )
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all tokens count alike: no sizes, no padding, nothing on its way out."""
+        return self.size is None and self.mask is None and self.keep is None
+
+    def decided(self) -> "Tokens":
+        """The record with what is on its way out as padding, for what can only leave out or not."""
+        if self.keep is None:
+            return self
+        kept = self.keep.detach() > 0
+        return replace(self, mask=kept if self.mask is None else kept & self.mask, keep=None)
 
     def bias(self) -> Float[Tensor, "b 1 1 n"] | None:
         """Sizes and padding as one additive attention term; None when there is nothing to add.
@@ -197,10 +214,11 @@ class Tokens:
 
     def mean(self) -> Float[Tensor, "b c"]:
         """Mean of the patch tokens (B, C), in which sizes count and padding does not."""
-        if self.size is None and self.mask is None:
+        if self.uniform:
             return self.patches.mean(dim=1)
         weight = torch.ones_like(self.x[..., 0]) if self.size is None else self.size.to(self.x.dtype)
         weight = weight if self.mask is None else weight * self.mask
+        weight = weight if self.keep is None else weight * self.keep
         weight = weight[:, self.prefix :, None]
         return (self.patches * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
 

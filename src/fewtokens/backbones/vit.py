@@ -82,8 +82,7 @@ class ViT(nn.Module):
         """Final norm, pooling and head (B, classes)."""
         trunk = self.trunk
         tokens = tokens.update(trunk.norm(tokens.x))
-        whole = tokens.size is None and tokens.mask is None
-        if whole or isinstance(trunk, VisionTransformerDistilled) or trunk.global_pool == "token":
+        if tokens.uniform or isinstance(trunk, VisionTransformerDistilled) or trunk.global_pool == "token":
             return trunk.forward_head(tokens.x)
         return trunk.head(trunk.head_drop(trunk.fc_norm(self._pool(tokens))))
 
@@ -103,11 +102,12 @@ class ViT(nn.Module):
         trunk = self.trunk
         if trunk.pool_include_prefix:
             tokens = replace(tokens, prefix=0)
+        if trunk.global_pool == "avg":
+            return tokens.mean()
+        tokens = tokens.decided()
         if trunk.attn_pool is not None:
             bias = tokens.bias()
             return trunk.attn_pool(tokens.patches, attn_mask=None if bias is None else bias[..., tokens.prefix :])
-        if trunk.global_pool == "avg":
-            return tokens.mean()
         patches = tokens.patches
         if tokens.mask is not None:
             patches = patches.masked_fill(~tokens.mask[:, tokens.prefix :, None], float("-inf"))
@@ -136,7 +136,7 @@ class ViT(nn.Module):
 def traced(tokens: Tokens) -> Tokens:
     """The record with the origin of every patch token and a list for the records after every block."""
     eye = torch.eye(tokens.num_patches, device=tokens.x.device).expand(tokens.x.shape[0], -1, -1)
-    return Tokens(tokens.x, tokens.prefix, tokens.frames, tokens.grid, tokens.size, tokens.mask, eye, [])
+    return replace(tokens, origin=eye, trace=[])
 
 
 def vit(

@@ -9,6 +9,8 @@ from jaxtyping import Float
 from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor
 
+EPS = 1e-6
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -20,6 +22,7 @@ class Evidence:
         value: (B, heads, N, D).
         bias: Additive attention term (B, 1, 1, N), or None.
         scale: What the products of query and key are multiplied by.
+        keep: Decisions of a method that learns them (B, N), see `Tokens.keep`, or None.
     """
 
     query: Float[Tensor, "b h q d"]
@@ -27,6 +30,7 @@ class Evidence:
     value: Float[Tensor, "b h n d"]
     bias: Float[Tensor, "b 1 1 n"] | None
     scale: float
+    keep: Float[Tensor, "b n"] | None = None
 
     def rows(self, n: int) -> Float[Tensor, "b h rows n"]:
         """The first n rows of the attention matrix (B, heads, n, N), in float32; a class token's row costs N*C."""
@@ -35,7 +39,7 @@ class Evidence:
             logits = (self.query[:, :, :n].float() * self.scale) @ self.key.float().transpose(-2, -1)
         if self.bias is not None:
             logits = logits + self.bias.float()
-        return logits.softmax(dim=-1)
+        return logits.softmax(dim=-1) if self.keep is None else softmax_over(logits, self.keep)
 
 
 class Attention(TimmAttention):
@@ -80,6 +84,9 @@ class Attention(TimmAttention):
     def _attend(self, evidence: Evidence) -> Float[Tensor, "b h q d"]:
         dropout = self.attn_drop.p if self.training else 0.0
         query, key, value = evidence.query, evidence.key, evidence.value
+        if evidence.keep is not None:
+            weights = evidence.rows(query.shape[2]).to(value.dtype)
+            return F.dropout(weights, dropout) @ value
         bias = None if evidence.bias is None else evidence.bias.to(query.dtype)
         if query.device.type == "cpu" and (dropout or self._slow_backward(key)):
             # The CPU has no fused kernel with dropout, and torch's fallback goes through float32 copies.
@@ -87,3 +94,20 @@ class Attention(TimmAttention):
             weights = (logits if bias is None else logits + bias).softmax(dim=-1)
             return F.dropout(weights, dropout) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+
+
+def softmax_over(logits: Float[Tensor, "b h q n"], keep: Float[Tensor, "b n"]) -> Float[Tensor, "b h q n"]:
+    """Softmax over the tokens that stay, whose decisions get a gradient, also where they are 0.
+
+    A token always sees itself. DynamicViT's masked softmax (Rao et al. 2021, equation 11), with the small constant of
+    the official code, so that a row is never 0 / 0.
+
+    Args:
+        logits: Of the first Q of N tokens.
+        keep: 1 or 0 for each.
+    """
+    rows, count = logits.shape[2], logits.shape[3]
+    itself = torch.eye(rows, count, dtype=keep.dtype, device=keep.device)
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    weights = weights * (keep[:, None, None] + (1 - keep[:, None, None]) * itself)
+    return (weights + EPS / count) / (weights.sum(dim=-1, keepdim=True) + EPS)

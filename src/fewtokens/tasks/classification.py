@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from fewtokens.errors import FewtokensError
 from fewtokens.tasks.mixing import Mix
 from fewtokens.tasks.optimization import Schedule, by_step, constant, parameter_groups
+from fewtokens.tokenizers.base import Tokenizer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -68,12 +69,17 @@ class Classifier(LightningModule):
         return logits.unflatten(0, views.shape[:2]).mean(dim=1)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        """Cross-entropy of a batch."""
+        """Cross-entropy of a batch, and what tokenizers with a loss of their own add to it."""
         views, target = batch
         samples, target = views.flatten(0, 1), target.repeat_interleave(views.shape[1], dim=0)
         if self.mix is not None:
             samples, target = self.mix(samples, target)
         loss = self._loss(self.model(samples), target)
+        own = [
+            part for part in (t.loss() for t in self.model.modules() if isinstance(t, Tokenizer)) if part is not None
+        ]
+        if own:
+            loss = loss + torch.stack(own).sum()
         self.train_loss.update(loss.detach().expand(len(target)))
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True, rank_zero_only=True)
         return loss

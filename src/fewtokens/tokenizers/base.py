@@ -61,6 +61,10 @@ class Tokenizer(nn.Module):
         """The tokens after the block."""
         return block(tokens)
 
+    def loss(self) -> Float[Tensor, ""] | None:
+        """What training adds to its loss after a forward pass; None for methods without a loss of their own."""
+        return None
+
 
 class Pooler(Tokenizer):
     """A method that makes a fixed number of new tokens before the block, each a mixture of the old.
