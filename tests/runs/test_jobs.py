@@ -49,6 +49,43 @@ def test_eval_repeats_the_test_of_the_run(composed, tmp_path: Path) -> None:
     assert saved.config_of(moved)["backbone"]["dim"] == 16
 
 
+def test_a_dense_run_is_evaluated_with_methods_plugged_in(composed, tmp_path: Path) -> None:
+    dense = ["tokenizer=none", "backbone.pool=token"]
+    trained = training.run(composed(*[part for part in TINY if "tokenizer" not in part], *dense))
+    folder = saved.overlay(saved.config_of(saved.checkpoint_of(str(tmp_path / "run"))), "eval", _configs())
+
+    def evaluate(*overrides: str) -> dict[str, float]:
+        given = [f"checkpoint={tmp_path / 'run'}", "measure=cost", *overrides]
+        return evaluation.run(composed(*given, base="job", folder=folder, directory="eval"))
+
+    for name, setting in (("ats", "budget=all"), ("tome", "r=0"), ("top_k", "keep=1.0")):
+        numbers = evaluate(f"tokenizer={name}", f"tokenizer.build.{setting}", "tokenizer.at=[0,1]")
+        assert numbers["test/top1"] == trained["test/top1"]
+    for name, setting in (("ats", "budget=3"), ("tome", "r=2"), ("evit", "keep=0.3"), ("random_drop", "keep=0.3")):
+        numbers = evaluate(f"tokenizer={name}", f"tokenizer.build.{setting}", "tokenizer.at=[0,1]")
+        assert 0 <= numbers["test/top1"] <= 1
+        assert numbers["cost/gmacs"] < numbers["cost/gmacs_dense"]
+    with pytest.raises(FewtokensError, match="trained first"):
+        evaluate("tokenizer=token_learner", "tokenizer.at=1")
+
+
+def test_training_starts_from_a_dense_run(composed, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    few = [part for part in TINY if "tokenizer" not in part]
+    training.run(composed(*few, "tokenizer=none", directory="dense"))
+    start = f"init_from={tmp_path / 'dense'}"
+    numbers = training.run(composed(*TINY, start, "optimizer.lr=0.0", directory="fine"))
+    dense, fine = (
+        torch.load(tmp_path / name / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+        for name in ("dense", "fine")
+    )
+    models = [name for name in dense if name.startswith("model.")]
+    assert all(torch.equal(dense[name], fine[name]) for name in models)
+    assert numbers["init/loaded"] == len(models)
+    assert numbers["init/missing"] == len([n for n in fine if n.startswith("model.encoder.tokenizers")]) > 0
+    assert numbers["init/unexpected"] == 0
+    assert "model.encoder.tokenizers.1.norm.weight" in caplog.text
+
+
 @pytest.mark.parametrize("options", [["callbacks=ema"], ["optimizer=sgd", "trainer.accumulate_grad_batches=2"],
                                      ["optimizer=lamb", "schedule=constant"], ["trainer.precision=bf16-mixed"],
                                      ["task.mix.mixup=0.8", "task.mix.cutmix=1.0", "task.label_smoothing=0.1"],

@@ -112,3 +112,24 @@ def test_weights_that_do_not_fit_are_named(composed, tmp_path: Path) -> None:
         torch.nn.init.zeros_(p)
     checkpoints.load_model(task, tmp_path / "a.ckpt")
     assert any(p.abs().sum() > 0 for p in task.parameters())
+
+
+def test_another_lattice_and_other_classes_start_from_the_same_weights(
+    composed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = [part for part in TINY if "tokenizer" not in part] + ["tokenizer=none", "backbone.pool=token"]
+    task = instantiate(composed(*few).task)
+    torch.save({"state_dict": task.state_dict()}, tmp_path / "a.ckpt")
+    larger = instantiate(composed(*few, "data.image_size=12", "data.num_classes=3").task)
+    head = larger.model.trunk.head.weight.clone()
+    counts = checkpoints.start_from(larger, tmp_path / "a.ckpt")
+    assert counts["init/missing"] == 2
+    assert "model.trunk.head.weight" in caplog.text
+    assert torch.equal(larger.model.trunk.head.weight, head)
+    table, resampled = task.model.trunk.pos_embed, larger.model.trunk.pos_embed
+    assert resampled.shape == (1, 1 + 36, 16)
+    assert torch.equal(resampled[:, 0], table[:, 0])
+    assert (resampled[:, 1] - table[:, 1]).abs().max() < (table[:, 1] - table[:, -1]).abs().max()
+    assert torch.equal(larger.model.encoder.blocks[0].mlp.fc1.weight, task.model.encoder.blocks[0].mlp.fc1.weight)
+    with pytest.raises(FewtokensError, match="same kind and width"):
+        checkpoints.start_from(instantiate(composed(*few, "backbone.dim=32").task), tmp_path / "a.ckpt")

@@ -1,6 +1,8 @@
 """Checkpoints: written atomically, read without running anything in them."""
 
+import logging
 import os
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,14 @@ import torch
 import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor, nn
 
+from fewtokens.analysis.cost import plain
 from fewtokens.errors import FewtokensError
+from fewtokens.tokenizers.base import Tokenizer
 
+log = logging.getLogger(__name__)
 MODEL = "model."  # how the names of a task's model begin
 
 
@@ -67,12 +73,8 @@ def load_model(task: nn.Module, path: Path) -> None:
     Raises:
         FewtokensError: Names or shapes differ.
     """
-    content = read(path)
-    # A compiled submodule of another tool writes this prefix; ours compile in place.
-    state = {k.replace("_orig_mod.", ""): v for k, v in content.get("state_dict", {}).items() if k.startswith(MODEL)}
-    own = {k: v for k, v in task.state_dict().items() if k.startswith(MODEL)}
-    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = sorted(k for k in set(state) & set(own) if state[k].shape != own[k].shape)
+    state, own = _models(task, path)
+    missing, unexpected, wrong = _differences(state, own)
     if missing or unexpected or wrong:
         raise FewtokensError(
             "The checkpoint fits the configured model",
@@ -81,6 +83,47 @@ def load_model(task: nn.Module, path: Path) -> None:
             fix="leave out overrides that change the parameters; a method with parameters must be trained first",
         )
     task.load_state_dict(state, strict=False)  # strict about all but the model was just checked
+
+
+def start_from(task: nn.Module, path: Path) -> dict[str, float]:
+    """Start a task's model from another run's weights, as far as names and shapes are the same.
+
+    What one of both lacks, a tokenizer's parameters say, starts anew, as does a head for other classes; a table of
+    positions for another lattice is resampled. Every name of that kind is logged.
+
+    Args:
+        task: With the model.
+        path: Checkpoint of the other run.
+
+    Returns:
+        Parameters and buffers: `init/loaded`, `init/missing` (start anew), `init/unexpected` (not used).
+
+    Raises:
+        FewtokensError: Nothing fits, or something has another shape that must not.
+    """
+    state, own = _models(task, path)
+    for name in [name for name in state if name == f"{MODEL}trunk.pos_embed" and name in own]:
+        tokenizer = plain(task.model).encoder.tokenizers[0]
+        assert isinstance(tokenizer, Tokenizer)
+        state[name] = _resampled(state[name], own[name], tokenizer.place.grid)
+    missing, unexpected, wrong = _differences(state, own)
+    heads = [name for name in wrong if ".head" in name]
+    loaded = sorted(set(state) & set(own) - set(wrong))
+    if not loaded or len(wrong) > len(heads):
+        raise FewtokensError(
+            "init_from takes the weights of a model of the same kind and width",
+            expected=f"names and shapes of the {len(own)} parameters here; only the head may have another shape",
+            got=f"of another shape {_some([n for n in wrong if n not in heads])}, {len(loaded)} that fit in {path}",
+            fix="set backbone=... and its sizes to those of that run: see its config.yaml",
+        )
+    log.info("init_from %s: %d loaded", path, len(loaded))
+    for names, words in ((missing, "missing there, start anew"), (unexpected, "unexpected, not used"),
+                         (heads, "of another shape, start anew")):  # fmt: skip
+        if names:
+            log.warning("init_from %s: %d %s: %s", path, len(names), words, ", ".join(names))
+    task.load_state_dict({name: state[name] for name in loaded}, strict=False)
+    counts = {"loaded": len(loaded), "missing": len(missing) + len(heads), "unexpected": len(unexpected)}
+    return {f"init/{name}": float(count) for name, count in counts.items()}
 
 
 class EmbedConfig(Callback):
@@ -96,6 +139,29 @@ class EmbedConfig(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add it."""
         checkpoint["config"] = self.text
+
+
+def _models(task: nn.Module, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state of the checkpoint's model, and of the task's."""
+    content = read(path)
+    # A compiled submodule of another tool writes this prefix; ours compile in place.
+    state = {k.replace("_orig_mod.", ""): v for k, v in content.get("state_dict", {}).items() if k.startswith(MODEL)}
+    return state, {k: v for k, v in task.state_dict().items() if k.startswith(MODEL)}
+
+
+def _differences(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Names that are missing in the state, unexpected, and of another shape."""
+    wrong = sorted(k for k in set(state) & set(own) if state[k].shape != own[k].shape)
+    return sorted(set(own) - set(state)), sorted(set(state) - set(own)), wrong
+
+
+def _resampled(table: Tensor, own: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Positions (1, P+N, C) for another lattice; as they are where that is not the difference."""
+    prefix = own.shape[1] - prod(grid)
+    square = prefix >= 0 and isqrt(table.shape[1] - prefix) ** 2 == table.shape[1] - prefix
+    if table.shape[1] == own.shape[1] or table.shape[2] != own.shape[2] or not square:
+        return table
+    return resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix)
 
 
 def _some(names: list[str]) -> str:

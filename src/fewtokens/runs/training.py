@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from fewtokens.callbacks.loggers import CsvLogger
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import checkpoints, job
+from fewtokens.runs import checkpoints, job, saved
 from fewtokens.runs.processes import one_job, override
 
 
@@ -15,7 +15,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Train as the config says.
 
     Args:
-        cfg: The composed config; `resume` names a run to continue.
+        cfg: The composed config; `resume` names a run to continue, `init_from` one whose weights to start with.
 
     Returns:
         The numbers of report.json (on rank 0).
@@ -24,10 +24,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
     try:
         parts = job.build(cfg)
         start = _resume(cfg, parts)
+        numbers = _init(cfg, parts)
         with one_job(parts.directory, [override("resume", cfg.resume)]):
             began = time.monotonic()
             parts.trainer.fit(parts.task, parts.data, ckpt_path=start, weights_only=True)
-            numbers = {"train/seconds": time.monotonic() - began, "train/epochs": float(parts.trainer.current_epoch)}
+            numbers |= {"train/seconds": time.monotonic() - began, "train/epochs": float(parts.trainer.current_epoch)}
             numbers |= _numbers(parts, "val/")
             if cfg.test:
                 _load_best(parts)
@@ -58,6 +59,13 @@ def _resume(cfg: DictConfig, parts: job.Job) -> Path | None:
         if isinstance(logger, CsvLogger):
             logger.rewind(step)
     return path
+
+
+def _init(cfg: DictConfig, parts: job.Job) -> dict[str, float]:
+    """Weights of another run to start from; a resumed run has its own."""
+    if cfg.init_from is None or cfg.resume is not None:
+        return {}
+    return checkpoints.start_from(parts.task, saved.checkpoint_of(cfg.init_from))
 
 
 def _load_best(parts: job.Job) -> None:
