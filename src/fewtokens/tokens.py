@@ -68,7 +68,10 @@ class Tokens:
 
     def update(self, x: Float[Tensor, "b n c"]) -> "Tokens":
         """The same tokens with new features."""
-        return replace(self, x=x)
+        # Spelt out: `replace` takes several times as long, and this is called twice in every block.
+        return Tokens(
+            x, self.prefix, self.frames, self.grid, self.size, self.mask, self.origin, keep=self.keep, trace=self.trace
+        )
 
     def resample(
         self,

@@ -46,15 +46,26 @@ class Attention(TimmAttention):
     """timm's attention, with its parameters and names, in two steps: `observe`, then `mix`."""
 
     def observe(
-        self, x: Float[Tensor, "b n c"], bias: Float[Tensor, "b 1 1 n"] | None, first: int | None = None
+        self,
+        x: Float[Tensor, "b n c"],
+        bias: Float[Tensor, "b 1 1 n"] | None,
+        first: int | None = None,
+        keep: Float[Tensor, "b n"] | None = None,
     ) -> Evidence:
-        """Queries, keys and values of x (B, N, C); with `first`, the queries of so many tokens only."""
+        """Queries, keys and values of x (B, N, C).
+
+        Args:
+            x: Normalised tokens.
+            bias: Additive attention term.
+            first: Queries of so many tokens only; None for all.
+            keep: Decisions of a method that learns them, see `Tokens.keep`.
+        """
         if first is None:
             query, key, value = self._split(self.qkv(x), 3)
-            return Evidence(self.q_norm(query), self.k_norm(key), value, bias, self.scale)
+            return Evidence(self.q_norm(query), self.k_norm(key), value, bias, self.scale, keep)
         weight, shift = self.qkv.weight[self.attn_dim :], self._shift(slice(self.attn_dim, None))
         key, value = self._split(F.linear(x, weight, shift), 2)
-        return Evidence(self.queries(x[:, :first]), self.k_norm(key), value, bias, self.scale)
+        return Evidence(self.queries(x[:, :first]), self.k_norm(key), value, bias, self.scale, keep)
 
     def queries(self, x: Float[Tensor, "b q c"]) -> Float[Tensor, "b h q d"]:
         """The queries (B, heads, Q, D) of some tokens (B, Q, C), and nothing else of them."""
@@ -71,7 +82,8 @@ class Attention(TimmAttention):
 
     def _split(self, projected: Float[Tensor, "b n width"], parts: int) -> tuple[Tensor, ...]:
         """Each part as (B, heads, N, D)."""
-        return projected.unflatten(2, (parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        batch, count, _ = projected.shape
+        return projected.reshape(batch, count, parts, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _shift(self, part: slice) -> Tensor | None:
         return None if self.qkv.bias is None else self.qkv.bias[part]

@@ -32,7 +32,7 @@ class Block(TimmBlock):
         """
         x = self.norm1(tokens.x)
         if choose is None:
-            evidence = asked = replace(self.attn.observe(x, tokens.bias()), keep=tokens.keep)
+            evidence = asked = self.attn.observe(x, tokens.bias(), keep=tokens.keep)
         else:
             evidence = self.attn.observe(x, tokens.bias(), first=tokens.prefix)
             index, mask = choose(evidence)
