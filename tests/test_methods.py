@@ -1,0 +1,179 @@
+"""What holds for every method: one test each, which finds the methods by their yaml files."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+from conftest import CONFIGS, environment
+from fewtokens.analysis.cost import macs
+from fewtokens.backbones.vit import ViT, vit
+from fewtokens.runs.targets import instantiate
+from fewtokens.tasks.classification import Classifier
+
+METHODS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml"))
+REDUCING = [name for name in METHODS if name != "none"]
+# The setting of a key with which a method leaves every patch as it is.
+NOTHING_DROPPED = {"budget": "all", "r": 0, "keep": 1.0}
+# In evaluation each place in a batch has a draw of its own.
+DRAWN_BY_PLACE = {"random_drop"}
+HOOKED = hasattr(vit, "__wrapped__")  # pytest's jaxtyping hook, whose checks torch.compile cannot trace
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def recipe(method: str) -> dict:
+    """`at` and `build` of a method as its yaml has them."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        node = compose("train", [f"tokenizer={method}"]).tokenizer
+    return {"at": node.at, "build": instantiate(node.build)}
+
+
+def model_with(method: str, **settings: object) -> ViT:
+    """Four blocks with a class token, attention that is far from even, the same weights for every method."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 2, "num_classes": 5, "dim": 16, "depth": 4, "heads": 2, "pool": "token"}
+    parts = recipe(method)
+    model = vit(**sizes, tokenizer=parts | {"build": partial(parts["build"], **settings)})
+    for block in model.encoder.blocks:
+        block.attn.qkv.weight.data[:32] *= 40
+    return model
+
+
+def neutral(method: str) -> dict[str, object]:
+    keys = recipe(method)["build"].keywords
+    return {key: value for key, value in NOTHING_DROPPED.items() if key in keys}
+
+
+def random_parameters(model: nn.Module) -> nn.Module:
+    """No parameter is zero, as a fuser's would be."""
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAWN_BY_PLACE])
+def test_an_image_alone_gets_the_logits_it_gets_in_a_batch(method: str) -> None:
+    model = model_with(method).eval()
+    alone = torch.cat([model(image[None]) for image in IMAGES])
+    torch.testing.assert_close(model(IMAGES), alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [name for name in METHODS if neutral(name)])
+def test_where_nothing_is_dropped_it_is_the_plain_model(method: str) -> None:
+    model = model_with(method, **neutral(method)).eval()
+    found = model(IMAGES)
+    with model.encoder.dense():
+        assert torch.equal(found, model(IMAGES))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", REDUCING)
+def test_it_computes_less_and_says_what_became_of_every_patch(method: str) -> None:
+    model = model_with(method).eval()
+    cost = macs(model, IMAGES[:1])
+    with model.encoder.dense():
+        assert cost < macs(model, IMAGES[:1])
+    for record in model.trace(IMAGES):
+        origin = record.origin
+        assert origin is not None
+        assert origin.shape == (4, record.num_patches, 64)
+        assert (origin >= 0).all()
+        assert origin.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_in_training_and_evaluation(method: str) -> None:
+    model = random_parameters(model_with(method)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(IMAGES)
+    logits.float().square().sum().backward()
+    assert logits.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        assert model.bfloat16().eval()(IMAGES.bfloat16()).isfinite().all()
+
+
+@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the last test")
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_it_gives_the_eager_logits_without_a_break(method: str) -> None:
+    torch.compiler.reset()
+    model = random_parameters(model_with(method)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def in_a_process_without_type_checks(*options: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *options, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.skipif(not HOOKED, reason="nothing to do: the test above ran")
+def test_all_compile() -> None:
+    assert f"{len(METHODS)} passed" in in_a_process_without_type_checks("-k", "test_compiled_it_gives")
+
+
+# --- distributed: two processes, one step of every method
+
+
+def one_step(rank: int, folder: str) -> None:
+    """Two steps of every method, each rank on other images: all parameters get gradients, and agree afterwards."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for method in METHODS:
+        task = Classifier(random_parameters(model_with(method)), 5, optimizer=partial(torch.optim.SGD, lr=0.1))
+        task.log = lambda *a, **k: None  # type: ignore[method-assign]  # outside a trainer there is nowhere to log
+        step = Step(task)
+        parallel = nn.parallel.DistributedDataParallel(step)
+        before = [p.clone() for p in task.model.parameters()]
+        torch.manual_seed(rank)
+        optimizer = task.optimizer(parallel.parameters())
+        for images in IMAGES.chunk(2)[rank].split(1):  # a parameter without gradient would fail the second one
+            optimizer.zero_grad()
+            parallel(images[:, None], torch.tensor([rank])).backward()
+            optimizer.step()
+        after = torch.cat([p.detach().flatten() for p in task.model.parameters()])
+        other = [torch.empty_like(after) for _ in range(2)]
+        torch.distributed.all_gather(other, after)
+        assert torch.equal(other[0], other[1]), f"{method}: ranks differ"
+        assert after.isfinite().all(), method
+        assert not torch.equal(after, torch.cat([p.flatten() for p in before])), method
+        print(f"rank {rank}: {method}", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+class Step(nn.Module):
+    """A task's training step as a module, which DistributedDataParallel wants."""
+
+    def __init__(self, task: Classifier) -> None:
+        super().__init__()
+        self.task = task
+
+    def forward(self, views: Tensor, target: Tensor) -> Tensor:
+        return self.task.training_step((views, target), 0)
+
+
+def both_ranks(step: Callable[[int, str], None], folder: Path) -> None:
+    torch.multiprocessing.start_processes(step, (str(folder),), nprocs=2, start_method="fork")
+
+
+@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the last test")
+def test_a_distributed_step_of_every_method(tmp_path: Path) -> None:
+    both_ranks(one_step, tmp_path)
+
+
+@pytest.mark.skipif(not HOOKED, reason="nothing to do: the test above ran")
+def test_all_step_on_two_ranks() -> None:
+    printed = in_a_process_without_type_checks("-s", "-k", "test_a_distributed_step")
+    for method in METHODS:
+        assert all(f"rank {rank}: {method}" in printed for rank in range(2))
