@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import reproduce
+from fewtokens.runs import keras_table, reproduce
 from fewtokens.runs.command import CONFIGS
 
 ARCHIVE, FOLDERS = "CIFAR-10 (official archive)", "CIFAR-10 (JPEG copy, class folders)"
@@ -63,42 +63,42 @@ def write_run(args, row="keras_plain", seed=0, top1=0.56, precision="bf16-mixed"
 
 
 def test_a_line_comes_from_the_runs_own_files(args):
-    line = reproduce.collect(write_run(args, seed=3))
-    assert list(line) == list(reproduce.COLUMNS)
+    line = keras_table.collect(write_run(args, seed=3))
+    assert list(line) == list(keras_table.COLUMNS)
     expected = {"row": "keras_plain", "seed": "3", "test_top1": "0.56", "epochs": "20", "params": "1344650"}
     expected |= {"val_top1": "0.54", "gmacs": "0.1015", "gmacs_keras": "0.018394", "precision": "bf16-mixed"}
     expected |= {"dataset": FOLDERS, "split": "stratified, 10000 held out", "torch": "9.9", "commit": ""}
     assert {name: line[name] for name in expected} == expected
-    assert reproduce.collect(args.outputs / "keras_plain" / "3", "my copy")["dataset"] == "my copy"
+    assert keras_table.collect(args.outputs / "keras_plain" / "3", "my copy")["dataset"] == "my copy"
 
 
 @pytest.mark.parametrize("name", ["cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"])
 def test_an_archive_comes_before_folders_as_in_the_datamodule(data, name):
-    assert reproduce.dataset_name(data) == FOLDERS
+    assert keras_table.dataset_name(data) == FOLDERS
     (data / name).touch()
-    assert reproduce.dataset_name(data) == ARCHIVE
+    assert keras_table.dataset_name(data) == ARCHIVE
 
 
 def test_a_copy_in_another_format_is_not_called_jpeg(data):
     (data / "train" / "cat" / "1.jpg").rename(data / "train" / "cat" / "1.png")
-    assert reproduce.dataset_name(data) == "CIFAR-10 (PNG copy, class folders)"
+    assert keras_table.dataset_name(data) == "CIFAR-10 (PNG copy, class folders)"
 
 
 def test_no_data_is_an_error_with_a_remedy(tmp_path):
     with pytest.raises(FewtokensError, match="--data-name"):
-        reproduce.dataset_name(tmp_path)
+        keras_table.dataset_name(tmp_path)
 
 
 @pytest.mark.parametrize("values", [[56.1, 55.9], [54.0, 55.0, 56.5, 55.2, 54.9]])
 def test_the_interval_is_students(values):
     low, high = stats.t.interval(0.95, len(values) - 1, loc=0, scale=stats.sem(values))
-    assert reproduce.interval(values) == pytest.approx(high)
-    assert reproduce.interval(values) == pytest.approx(-low)
+    assert keras_table.interval(values) == pytest.approx(high)
+    assert keras_table.interval(values) == pytest.approx(-low)
 
 
 def test_the_interval_of_a_hand_made_sample():  # deviation 1, n = 4, and 3.182 from any printed table of t
-    assert reproduce.interval([-(1.5**0.5), 0.0, 0.0, 1.5**0.5]) == pytest.approx(3.182 / 2, abs=1e-3)
-    assert reproduce.interval([55.0]) is None
+    assert keras_table.interval([-(1.5**0.5), 0.0, 0.0, 1.5**0.5]) == pytest.approx(3.182 / 2, abs=1e-3)
+    assert keras_table.interval([55.0]) is None
 
 
 def test_decisions(args):
@@ -179,11 +179,11 @@ def test_an_interruption_says_how_to_go_on(args, monkeypatch, capsys):
 
 
 def test_lines_of_other_machines_stay_and_own_ones_are_replaced(args):
-    old = reproduce.collect(write_run(args))
+    old = keras_table.collect(write_run(args))
     elsewhere = old | {"dataset": ARCHIVE, "device": "GPU", "test_top1": "0.57"}
     newer = old | {"test_top1": "0.58"}
     shorter = old | {"epochs": "1"}
-    merged = reproduce.merge([old, elsewhere], [newer, shorter, old | {"row": "keras_8_tokens"}])
+    merged = keras_table.merge([old, elsewhere], [newer, shorter, old | {"row": "keras_8_tokens"}])
     assert [(x["row"], x["dataset"], x["epochs"], x["test_top1"]) for x in merged] == [
         ("keras_plain", FOLDERS, "1", "0.56"),
         ("keras_plain", FOLDERS, "20", "0.58"),
@@ -220,7 +220,7 @@ def test_an_unreadable_run_is_reported_and_the_others_counted(args):
     (write_run(args) / "run.json").unlink()
     write_run(args, seed=1)
     assert len(reproduce.tabulate(args)) == 1
-    assert [line["seed"] for line in reproduce.read(args.table)] == ["1"]
+    assert [line["seed"] for line in keras_table.read(args.table)] == ["1"]
 
 
 @pytest.mark.parametrize("wrong", [["--rows", "keras_plane"], ["--root", "/nowhere"]])
@@ -232,8 +232,8 @@ def test_mistakes_end_with_a_sentence_before_anything_runs(wrong, args, capsys, 
 
 def test_the_published_table_and_the_experiment_files_agree():
     folder = Path(CONFIGS) / "experiment" / "cifar10"
-    assert {path.stem for path in folder.glob("keras_*.yaml")} == set(reproduce.PUBLISHED)
-    for row, published in reproduce.PUBLISHED.items():
+    assert {path.stem for path in folder.glob("keras_*.yaml")} == set(keras_table.PUBLISHED)
+    for row, published in keras_table.PUBLISHED.items():
         header = (folder / f"{row}.yaml").read_text()
         numbers = [word for word in published.top1.replace(";", " ").split() if word[0] == "5" and "." in word]
         assert numbers
