@@ -44,6 +44,24 @@ def test_points_come_from_the_reports_alone(runs: Path) -> None:
     assert str(runs / "9") in reason
 
 
+def test_settings_that_are_words_make_another_method(tmp_path: Path) -> None:
+    numbers = {"test/top1": 0.5, "cost/gmacs": 1.0, "cost/gmacs_dense": 2.0}
+    run(
+        tmp_path / "a",
+        "x.EViT",
+        numbers,
+        "tokenizer=evit",
+        "tokenizer.build.normalize=true",
+        "tokenizer.build.keep=0.5",
+    )
+    run(tmp_path / "b", "x.ATS", numbers, "tokenizer.build.budget=all", "'tokenizer.at=[3,6]'")
+    points, _ = read_points([tmp_path], "test/top1")
+    assert [(p.method, p.setting) for p in points] == [
+        ("ATS", "budget=all at=[3,6]"),
+        ("EViT (normalize=true)", "keep=0.5"),
+    ]
+
+
 def test_the_frontier_is_what_no_other_beats() -> None:
     cheap, good, beaten, twin = point("a", 0.5, 1), point("b", 0.9, 5), point("c", 0.8, 6), point("d", 0.9, 5)
     assert frontier([cheap, good, beaten, twin], lambda p: p.gmacs) == {cheap, good, twin}

@@ -9,6 +9,7 @@ a csv of the points, a plot, and tables: the points, and all methods at equal mu
 import argparse
 import csv
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -32,8 +33,8 @@ class Point:
     """One run: a method, how it was set, and what its report says.
 
     Args:
-        method: Class of the tokenizer; "dense" for the plain transformer.
-        setting: The overrides of the tokenizer on the run's command line.
+        method: Class of the tokenizer, with settings that are words; "dense" for the plain transformer.
+        setting: The other overrides of the tokenizer on the run's command line.
         accuracy: The metric, a share.
         gmacs: Multiply-adds per image.
         share: The same as a share of the dense model's.
@@ -85,9 +86,12 @@ def _point(run: Path, report: dict[str, float], metric: str) -> Point:
     target = config.get("tokenizer", {}).get("build", {}).get("_target_", "unknown").rpartition(".")[2]
     overrides = [part.removeprefix("tokenizer.") for part in shlex.split(about.get("command", ""))
                  if part.startswith("tokenizer.")]  # fmt: skip
+    # Words, such as true or inverse_transform, make another method; numbers, how far it goes.
+    words = [part for part in overrides if re.fullmatch(r"build\.\w+=(?!all$|null$)[A-Za-z_]\w*", part)]
+    named = ", ".join(part.removeprefix("build.") for part in words)
     return Point(
-        DENSE if target == "Tokenizer" else target,
-        " ".join(part.removeprefix("build.") for part in overrides),
+        DENSE if target == "Tokenizer" else f"{target} ({named})" if named else target,
+        " ".join(part.removeprefix("build.") for part in overrides if part not in words),
         report[metric],
         report["cost/gmacs"],
         report["cost/gmacs"] / report["cost/gmacs_dense"],
