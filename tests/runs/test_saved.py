@@ -24,6 +24,9 @@ def test_an_overlay_stands_under_new_overrides(composed, tmp_path: Path) -> None
     swapped = composed("tokenizer=none", base="job", folder=folder)
     assert "num_tokens" not in swapped.tokenizer.build
     assert swapped.backbone.dim == 16
+    elsewhere = saved.overlay(saved.plain(run) | {"paths": {"run": "/there", "data": "d"}}, "eval", CONFIGS)
+    here = composed(base="job", folder=elsewhere)
+    assert (here.paths.run, here.paths.data) == (str(tmp_path / "run"), "d"), "a job writes into its own directory"
     # interpolations are kept, so a new fact flows
     assert composed("data.num_classes=3", base="job", folder=folder).backbone.num_classes == 3
 

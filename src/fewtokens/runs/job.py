@@ -76,8 +76,7 @@ def measure(job: Job) -> tuple[dict[str, float], list[Path]]:
         return numbers, pictures
     training = job.task.training
     job.task.eval()
-    for node in job.cfg.measure.values():
-        part = instantiate(node)
+    for part in [instantiate(node) for node in job.cfg.measure.values() if node]:
         numbers |= part(job.task, job.data, job.directory)
         if picture := getattr(part, "picture", None):
             pictures.append(picture)

@@ -115,6 +115,9 @@ def overlay(config: dict[str, Any], base: str, configs: Path) -> Path:
     known = _groups(configs / "train.yaml")
     defaults: list[Any] = [base]
     rest = {}
+    # Not where that run wrote, even if it was told where: this job would write into its files.
+    own = yaml.safe_load((configs / "paths" / "default.yaml").read_text())["run"]
+    config = config | {"paths": config.get("paths", {}) | {"run": own}}
     for key, value in config.items():
         if isinstance(value, dict):
             (folder / key).mkdir()
