@@ -114,7 +114,7 @@ def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]
     console = Console()
     console.print(table)
     for picture in pictures:
-        console.print(f"Where the tokens look: {picture}", soft_wrap=True)
+        console.print(f"Picture: {picture}", soft_wrap=True)
     console.print(f"Report: {directory / 'report.json'}", soft_wrap=True)
 
 

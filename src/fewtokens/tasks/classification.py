@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from fewtokens.errors import FewtokensError
 from fewtokens.tasks.mixing import Mix
@@ -61,7 +61,8 @@ class Classifier(LightningModule):
             self.model.compile()
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_loss.persistent(True)  # an epoch that is resumed in its middle keeps the mean of its beginning
-        self.val_metrics, self.test_metrics = _metrics(num_classes), _metrics(num_classes)
+        self.val_metrics, self.test_metrics = self._metrics(num_classes), self._metrics(num_classes)
+        self.counts, self.confusion = self._counts(num_classes), None
 
     def forward(self, views: Float[Tensor, "b v *sample"]) -> Float[Tensor, "b classes"]:
         """Logits (B, classes), averaged over the views, in float32."""
@@ -111,29 +112,46 @@ class Classifier(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": by_step(optimizer, self.schedule, steps)}
 
+    def on_test_epoch_end(self) -> None:
+        """Keep the confusion matrix of the whole test set, all ranks together, for whoever wants to draw it."""
+        if self.counts is not None:
+            self.confusion = self.counts.compute()
+            self.counts.reset()
+
     def _loss(self, logits: Float[Tensor, "b k"], target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Tensor:
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
+
+    def _losses(self, logits: Float[Tensor, "b k"], target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Tensor:
+        """Of every sample (B,). Smoothing belongs to training: the reported loss is the plain cross-entropy."""
+        return F.cross_entropy(logits, target, reduction="none")
+
+    def _truth(self, target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Int[Tensor, "b *k"]:
+        """What metrics compare with."""
+        return target if target.ndim == 1 else target.argmax(dim=1)
+
+    def _metrics(self, num_classes: int) -> nn.ModuleDict:
+        top5 = min(5, num_classes)
+        return nn.ModuleDict(
+            {
+                "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+                "top5": MulticlassAccuracy(num_classes, top_k=top5, average="micro", validate_args=False),
+                # The default leaves out what is no number. "disable" ignores weights, so losses come one by one.
+                "loss": MeanMetric(nan_strategy="disable"),
+            }
+        )
+
+    def _counts(self, num_classes: int) -> Metric | None:
+        """Collects the confusion matrix, where there is one."""
+        return MulticlassConfusionMatrix(num_classes, validate_args=False)
 
     def _evaluate(self, metrics: nn.ModuleDict, batch: Batch, stage: str) -> None:
         views, target = batch
         logits = self(views)
-        # Smoothing belongs to training: the reported loss is the plain cross-entropy.
-        losses = F.cross_entropy(logits, target, reduction="none")
-        index = target if target.ndim == 1 else target.argmax(dim=1)
+        losses, truth = self._losses(logits, target), self._truth(target)
+        if stage == "test" and self.counts is not None:
+            self.counts.update(logits, truth)
         for name, metric in metrics.items():
             assert isinstance(metric, Metric)
-            metric.update(losses) if name == "loss" else metric.update(logits, index)
+            metric.update(losses) if name == "loss" else metric.update(logits, truth)
             # Metric objects are gathered once, at the end of the epoch, so every sample counts once on any ranks.
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "top1")
-
-
-def _metrics(num_classes: int) -> nn.ModuleDict:
-    top5 = min(5, num_classes)
-    return nn.ModuleDict(
-        {
-            "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-            "top5": MulticlassAccuracy(num_classes, top_k=top5, average="micro", validate_args=False),
-            # The default leaves out what is no number. "disable" ignores weights, so losses come sample by sample.
-            "loss": MeanMetric(nan_strategy="disable"),
-        }
-    )
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name in ("top1", "map"))
