@@ -3,6 +3,7 @@
 import logging
 
 from omegaconf import DictConfig
+from torch import nn
 
 from fewtokens.runs import checkpoints, job, saved
 from fewtokens.runs.processes import one_job, override
@@ -23,10 +24,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     parts, ok = None, False
     try:
         parts = job.build(cfg)
-        if cfg.checkpoint is not None:
-            checkpoints.load_model(parts.task, saved.checkpoint_of(cfg.checkpoint))
-        elif not cfg.backbone.get("pretrained") and not cfg.backbone.get("weights"):
-            log.warning("No checkpoint=<run>, backbone.pretrained or backbone.weights: the weights are random")
+        load_weights(cfg, parts.task)
         with one_job(parts.directory, [override("checkpoint", cfg.checkpoint)]):
             parts.trainer.test(parts.task, parts.data, verbose=False)
             metrics = parts.trainer.callback_metrics.items()
@@ -37,3 +35,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
         return numbers | more
     finally:
         job.close(parts, ok)
+
+
+def load_weights(cfg: DictConfig, task: nn.Module) -> None:
+    """Put the weights of `checkpoint` into the task's model; without one, say so if they are random."""
+    if cfg.checkpoint is not None:
+        checkpoints.load_model(task, saved.checkpoint_of(cfg.checkpoint))
+    elif not cfg.backbone.get("pretrained") and not cfg.backbone.get("weights"):
+        log.warning("No checkpoint=<run>, backbone.pretrained or backbone.weights: the weights are random")

@@ -44,8 +44,8 @@ class Job:
         return self.trainer.loggers
 
 
-def build(cfg: DictConfig) -> Job:
-    """Save the config and build everything that it describes."""
+def start(cfg: DictConfig) -> Path:
+    """Save the config and seed all generators; the run directory."""
     directory = Path(HydraConfig.get().runtime.output_dir)
     with open_dict(cfg):
         cfg.name = str(cfg.name)  # the choice that it refers to is not known to children and later evaluations
@@ -55,6 +55,12 @@ def build(cfg: DictConfig) -> Job:
         report.write_run(cfg, directory, status="started")
     _quiet()
     seed_everything(cfg.seed, workers=True, verbose=False)
+    return directory
+
+
+def build(cfg: DictConfig) -> Job:
+    """Save the config and build everything that it describes."""
+    directory = start(cfg)
     data, task = instantiate(cfg.data), instantiate(cfg.task)
     callbacks = [instantiate(node) for node in cfg.callbacks.values() if node]
     callbacks.append(EmbedConfig(saved.plain(cfg)))

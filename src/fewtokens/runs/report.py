@@ -63,7 +63,7 @@ def write_run(cfg: DictConfig, directory: Path, status: str) -> None:
     path = directory / "run.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    command = shlex.join(["python", Path(sys.argv[0]).name, *HydraConfig.get().overrides.task])
+    command = shlex.join(["python", *_program(), *HydraConfig.get().overrides.task])
     choices = HydraConfig.get().runtime.choices
     content = {
         "name": cfg.name,
@@ -116,6 +116,12 @@ def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]
     for picture in pictures:
         console.print(f"Picture: {picture}", soft_wrap=True)
     console.print(f"Report: {directory / 'report.json'}", soft_wrap=True)
+
+
+def _program() -> list[str]:
+    """What python was asked to run: a file, or a module by `-m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name] if spec is not None and spec.name.startswith("fewtokens.") else [Path(sys.argv[0]).name]
 
 
 def write_json(content: Any, path: Path) -> None:

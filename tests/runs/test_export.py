@@ -1,0 +1,265 @@
+"""Exported files compute what the model computes, for every tokenizer that configs/ has, or nothing is written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import CONFIGS, ROOT, TINY, environment
+from fewtokens.backbones.vit import ViT
+from fewtokens.errors import FewtokensError
+from fewtokens.runs import exported, exporting, saved, training
+from fewtokens.runs.targets import instantiate
+from fewtokens.tokenizers.base import Tokenizer
+
+TOKENIZERS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml"))
+# Of methods that act before, inside and around a block, one each, and one whose shapes depend on values in eager mode.
+ALWAYS = ("token_learner", "tome", "token_fuser", "ats")
+BATCHES = (1, 2, 3, 7)
+
+
+def model_with(composed, *overrides: str, seed: int = 0) -> ViT:
+    """A mini ViT of which no parameter is zero and whose attention is not flat."""
+    cfg = composed("backbone.pool=token", "backbone.dim=32", "backbone.heads=2", *overrides)
+    torch.manual_seed(seed)
+    model = instantiate(cfg.backbone)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def images(count: int = 7) -> torch.Tensor:
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def check_file(model: nn.Module, path: Path, sizes: tuple[int, ...] = BATCHES) -> None:
+    """Traced, written, read back, and compared with eager."""
+    exported.write(exported.trace(model, images(2), any_batch=True), path)
+    forward = exported.read(path)
+    with torch.no_grad():
+        for size in sizes:
+            torch.testing.assert_close(forward(images(size)), model.eval()(images(size)), rtol=0, atol=1e-4)
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "one file"
+    assert str(ROOT).encode() not in path.read_bytes(), "no paths of the machine that wrote it"
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_torch_export_equals_eager_in_batches_of_any_size(composed, tmp_path: Path, tokenizer: str) -> None:
+    check_file(model_with(composed, f"tokenizer={tokenizer}"), tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in TOKENIZERS]
+)
+def test_onnx_in_onnxruntime_equals_eager_in_batches_of_any_size(composed, tmp_path: Path, tokenizer: str) -> None:
+    check_file(model_with(composed, f"tokenizer={tokenizer}"), tmp_path / "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("options", [["tokenizer.build.rule=inverse_transform"], ["tokenizer.build.budget=0.4"]])
+def test_every_rule_of_ats(composed, tmp_path: Path, suffix: str, options: list[str]) -> None:
+    check_file(model_with(composed, "tokenizer=ats", *options), tmp_path / f"model{suffix}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", ["avg", "max", "map"])
+def test_poolings_in_which_sizes_count(composed, tmp_path: Path, pool: str) -> None:
+    overrides = ["tokenizer=tome", "tokenizer.build.r=3", f"backbone.pool={pool}"]
+    check_file(model_with(composed, *overrides), tmp_path / "model.onnx")
+
+
+class Sorted(nn.Module):
+    """Positions by value, as choosing methods order tokens, and where further values belong among them."""
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        parts = []
+        for keys in (flat, flat.long(), flat.int(), flat.double()):
+            parts += [keys.sort(dim=1, stable=True, descending=descending).indices for descending in (False, True)]
+        levels = flat.sort(dim=1, stable=True).values.contiguous()
+        for side in ("left", "right"):
+            parts.append(torch.searchsorted(levels, flat[:, :5].contiguous(), side=side))
+        return torch.cat([part.float() for part in parts], dim=1)
+
+
+def test_onnx_orders_equal_values_as_torch_does(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    exported.write(exported.trace(Sorted(), images(2), any_batch=True), path)
+    forward = exported.read(path)
+    for levels in (1, 2, 5):
+        ties = torch.randint(0, levels, (3, 1, 32, 32)).float()
+        small = ties[:, :, :8, :8].contiguous()
+        assert torch.equal(forward(small), Sorted()(small))
+
+
+def test_a_file_of_fixed_batch_size_takes_no_other(composed, tmp_path: Path) -> None:
+    model, path = model_with(composed, "tokenizer=top_k"), tmp_path / "model.onnx"
+    exported.write(exported.trace(model, images(3), any_batch=False), path)
+    found = exporting.compare(model, exported.read(path), images(7), 1e-4, 3)
+    assert (found.worst, found.batches) == (0, (3,))
+    with pytest.raises(Exception, match="dimension"):
+        exported.read(path)(images(2))
+
+
+class Switch(nn.Module):
+    """Two logits that change places where the mean of an image changes its sign, and follow it otherwise."""
+
+    def forward(self, images):
+        mean = images.mean(dim=(1, 2, 3))
+        return torch.stack([(mean > 0).float() + mean, (mean <= 0).float()], dim=1)
+
+
+def test_a_near_tie_is_told_from_an_error() -> None:
+    picture = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+    tied, clear = picture + 1e-9, picture + 0.5
+    found = exporting.compare(Switch(), lambda x: Switch()(x - 2e-7), torch.cat([tied, clear]), 1e-4, None)
+    assert (found.near_ties, found.worst, found.same_class) == (1, 0, 0.5)
+    found = exporting.compare(Switch(), lambda x: Switch()(x) + 0.01, torch.cat([clear, clear]), 1e-4, None)
+    assert (found.near_ties, found.worst) == (0, pytest.approx(0.01))
+    found = exporting.compare(Switch(), lambda x: 4 * Switch()(x), torch.cat([tied, tied]), 1e-4, None)
+    assert found.worst == pytest.approx(3), "more than a jump explains"
+    found = exporting.compare(Switch(), lambda x: Switch()(x) * torch.nan, torch.cat([tied, clear]), 1e-4, None)
+    assert found.worst == torch.inf
+    found = exporting.compare(Switch(), lambda x: Switch()(x) + 1e-6, torch.cat([clear, clear]), 1e-9, None)
+    assert found.worst > 0, "a tolerance below rounding is not met by what follows smoothly"
+
+
+class Counts(Tokenizer):
+    """Keeps as many patches as are positive on average: a shape that depends on values."""
+
+    def forward(self, tokens, block):
+        count = max(1, int((tokens.patches.mean(dim=2) > 0).sum()) // len(tokens.x))
+        return block(tokens.select(torch.arange(count).expand(len(tokens.x), -1)))
+
+
+class Draws(Tokenizer):
+    """Adds noise in evaluation too."""
+
+    def forward(self, tokens, block):
+        return block(tokens.update(tokens.x + torch.randn_like(tokens.x)))
+
+
+class Bessel(Tokenizer):
+    """An operation that ONNX does not have."""
+
+    def forward(self, tokens, block):
+        return block(tokens.update(torch.special.bessel_j0(tokens.x)))
+
+
+@pytest.mark.parametrize(("method", "words"), [(Counts, "static-shape.*Counts"), (Draws, "Draws.*second time")])
+def test_what_cannot_be_traced_is_refused_with_a_sentence(composed, method: type[Tokenizer], words: str) -> None:
+    model = model_with(composed, "tokenizer=none")
+    model.encoder.tokenizers[1] = method(model.encoder.tokenizers[1].place)
+    with pytest.raises(FewtokensError, match=words) as caught:
+        exported.trace(model, images(2), any_batch=True)
+    assert "To do:" in str(caught.value)
+
+
+def test_what_onnx_lacks_is_named(composed, tmp_path: Path) -> None:
+    model = model_with(composed, "tokenizer=none")
+    model.encoder.tokenizers[1] = Bessel(model.encoder.tokenizers[1].place)
+    program = exported.trace(model, images(2), any_batch=True)
+    exported.write(program, tmp_path / "model.pt2")
+    with pytest.raises(FewtokensError, match=r"bessel_j0.*torch_export"):
+        exported.write(program, tmp_path / "model.onnx")
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported.check_packages(["onnx", "torch_export"])
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    exported.check_packages(["torch_export"])
+    with pytest.raises(FewtokensError, match=r"no onnxscript.*\.\[export\]"):
+        exported.check_packages(["onnx"])
+
+
+def test_weights_beside_the_file_are_published_before_it(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    for name in ("m.onnx", "m.onnx.data"):
+        (tmp_path / "part" / name).write_text(name)
+        (tmp_path / name).write_text("old")
+    files = exported.publish(tmp_path / "part", tmp_path / "m.onnx")
+    assert [file.name for file in files] == ["m.onnx.data", "m.onnx"]
+    assert [file.read_text() for file in files] == ["m.onnx.data", "m.onnx"]
+
+
+def test_a_trained_run_under_another_tokenizer(composed, tmp_path: Path, capsys) -> None:
+    training.run(composed(*TINY, "tokenizer=none", "tokenizer.at=[]", "backbone.pool=token"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    folder = saved.overlay(saved.config_of(checkpoint), "export", CONFIGS)
+
+    def export(*overrides: str) -> list[Path]:
+        target = f"export.path={tmp_path / 'files' / 'vit.v1'}"
+        cfg = composed(f"checkpoint={checkpoint}", target, *overrides, base="job", folder=folder, directory="export")
+        return exporting.run(cfg)
+
+    files = export("tokenizer=evit", "tokenizer.at=1", "export.format=[onnx,torch_export]", "export.num_images=40")
+    assert [file.name for file in files] == ["vit.v1.onnx", "vit.v1.pt2"]
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["vit.v1.onnx", "vit.v1.pt2"]
+    shown = capsys.readouterr().out
+    assert "test images by 1, 7, 32" in " ".join(shown.split())
+    assert "100.0%" in shown
+    assert '"status": "finished"' in (tmp_path / "export" / "run.json").read_text()
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]["model.trunk.head.bias"]
+    program = torch.export.load(files[1])
+    assert any(torch.equal(value, weights) for value in program.state_dict.values()), "the run's weights"
+    with pytest.raises(FewtokensError, match="must be trained first"):
+        export("tokenizer=token_learner", "tokenizer.at=1")
+
+
+@pytest.fixture
+def plain_job(composed, tmp_path: Path):
+    """A dense model from random weights, on random images, as torch's own file."""
+
+    def make(*overrides: str):
+        fixed = ["export.images=random", "export.num_images=3", "export.format=torch_export"]
+        target = f"export.path={tmp_path / 'model.pt2'}"
+        return composed(*TINY, "tokenizer=none", "tokenizer.at=[]", *fixed, target, *overrides, base="export")
+
+    return make
+
+
+def test_a_file_that_differs_is_not_written(plain_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.pt2").write_text("what was there before")
+    read = exported.read
+    monkeypatch.setattr(exported, "read", lambda path: lambda images: read(path)(images).flip(1))
+    with pytest.raises(FewtokensError, match="was not written"):
+        exporting.run(plain_job())
+    assert (tmp_path / "model.pt2").read_text() == "what was there before"
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt2", "run"}
+    monkeypatch.undo()
+    assert exporting.run(plain_job()) == [tmp_path / "model.pt2"]
+
+
+@pytest.mark.parametrize("wrong", ["export.format=tensorrt", "export.format=[]", "export.num_images=0",
+                                   "export.batch_size=0", "export.tolerance=0", "export.images=val",
+                                   "export.path=.", "export.path=/dev/null/x/model"])  # fmt: skip
+def test_a_wrong_setting_is_answered_with_a_sentence(plain_job, wrong: str) -> None:
+    with pytest.raises(FewtokensError, match=wrong.partition("=")[0]) as caught:
+        exporting.run(plain_job(wrong))
+    assert "To do:" in str(caught.value)
+
+
+def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "fewtokens.runs.export", *arguments]
+    env = environment(FEWTOKENS_OUTPUTS=str(tmp_path / "outputs"))
+    return subprocess.run(program, capture_output=True, text=True, check=False, cwd=tmp_path, env=env, timeout=300)
+
+
+def test_the_command_names_the_nearest_key_and_says_what_is_not_there(tmp_path: Path) -> None:
+    assert "did you mean export.format" in command(tmp_path, "export.fromat=onnx").stderr
+    done = command(tmp_path, "checkpoint=/nowhere")
+    assert (done.returncode, "not there" in done.stderr) == (1, True)
+
+
+@pytest.mark.slow
+def test_the_command_writes_into_its_run_directory(tmp_path: Path) -> None:
+    done = command(tmp_path, "tokenizer=ats", "backbone.pool=token", "export.num_images=5")
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "outputs" / "export" / "digits").iterdir()
+    assert (run / "model.onnx").is_file()
+    assert "python -m fewtokens.runs.export tokenizer=ats" in (run / "run.json").read_text()
+    assert "INFO" not in done.stdout, "no chatter of other packages"
