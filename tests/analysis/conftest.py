@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fewtokens.backbones.vit import ViT, vit
+from fewtokens.tokenizers.ats import ATS
 from fewtokens.tokenizers.base import Tokenizer
 
 
@@ -80,6 +81,15 @@ def one_thread():
 @pytest.fixture
 def make() -> Callable[..., ViT]:
     return small
+
+
+@pytest.fixture
+def adaptive() -> ViT:
+    """ATS in every block, with attention that is not flat: images keep different numbers of tokens."""
+    model = small(ATS, at=[0, 1, 2])
+    for block in model.encoder.blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.5)
+    return model
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
+import csv
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.image import imread
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -155,25 +157,75 @@ def test_measure(make, measured, tmp_path):
     model = make(partial(TokenLearnerV11, num_tokens=4), at=[1])
     task, data = measured(model)
     model.trunk.pos_embed.requires_grad_(False)
-    found = Cost(num_images=2)(task, data, tmp_path)
+    measure = Cost(num_images=2)
+    found = measure(task, data, tmp_path)
     params = sum(p.numel() for p in model.parameters())
     image = torch.zeros(1, 3, 8, 12)
+    gmacs = macs(model, image) / 1e9
+    peaks = {name: found.pop(name) for name in ("cost/peak_mib", "cost/peak_mib_dense")}
+    assert 0 < peaks["cost/peak_mib"] <= peaks["cost/peak_mib_dense"]
     assert found == {
-        "cost/gmacs": macs(model, image) / 1e9,
+        **dict.fromkeys(("cost/gmacs", "cost/gmacs_min", "cost/gmacs_max", "cost/gmacs_padded"), gmacs),
+        "cost/gmacs_std": 0.0,
         "cost/gmacs_dense": macs(make(), image) / 1e9,
+        "cost/images": 2.0,
+        "cost/batch_size": 2.0,
         "cost/params": params,
         "cost/params_trainable": params - 25 * 16,
+        "cost/tokens_block_00": 25.0,
+        "cost/tokens_block_01": 5.0,
+        "cost/tokens_block_02": 5.0,
         "cost/tokens_last_block": 5.0,
     }
     assert all(isinstance(value, float) for value in found.values())
+    assert measure.picture is None, "all cost the same"
+    assert (tmp_path / "cost_histogram.csv").read_text() == f"gmacs_from,gmacs_to,images\n{gmacs:.9g},{gmacs:.9g},2\n"
 
 
-def test_an_adaptive_tokenizer_costs_the_mean_over_images(make, measured, methods, tmp_path):
-    model = make(methods["adaptive"], at=[1])
-    task, data = measured(model)
-    each = [Cost(1)(task, type(data)(3, (8, 12), 7), tmp_path)["cost/gmacs"]]
-    each += [macs(model, image) / 1e9 for image in test_images(task, data, 5).split(1)[1:]]
-    assert Cost(5)(task, data, tmp_path)["cost/gmacs"] == pytest.approx(sum(each) / 5)
+def test_an_adaptive_tokenizer_costs_the_mean_over_the_whole_test_set(adaptive, measured, tmp_path):
+    task, data = measured(adaptive, count=31)
+    measure = Cost()
+    found = measure(task, data, tmp_path)
+    each = torch.tensor([macs(adaptive, image) for image in test_images(task, data, 100).split(1)]).double() / 1e9
+    assert found["cost/images"] == len(each) == 31
+    for name, value in {
+        "": each.mean(),
+        "_std": each.std(correction=0),
+        "_min": each.min(),
+        "_max": each.max(),
+    }.items():
+        assert found[f"cost/gmacs{name}"] == pytest.approx(value.item())
+    assert found["cost/gmacs_std"] > 0
+    padded = [macs(adaptive, part) for part in test_images(task, data, 100).split(3)]
+    assert found["cost/gmacs_padded"] == pytest.approx(sum(padded) / 31 / 1e9)
+    assert found["cost/gmacs"] < found["cost/gmacs_padded"] < found["cost/gmacs_dense"] * 1.05
+    with (tmp_path / "cost_histogram.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["images"]) for row in rows) == 31
+    assert float(rows[0]["gmacs_from"]) == pytest.approx(found["cost/gmacs_min"])
+    assert float(rows[-1]["gmacs_to"]) == pytest.approx(found["cost/gmacs_max"])
+    assert measure.picture == tmp_path / "pictures" / "cost.png"
+    assert imread(measure.picture).shape[:2] == (360, 1080)
+
+
+def test_the_tail_of_a_batch_that_is_not_asked_for_is_not_counted(adaptive, measured, tmp_path):
+    task, data = measured(adaptive)
+    found = Cost(4)(task, data, tmp_path)
+    pictures = test_images(task, data, 4)
+    assert found["cost/images"] == 4
+    assert found["cost/gmacs_padded"] == pytest.approx(
+        (macs(adaptive, pictures[:3]) + macs(adaptive, pictures[3:])) / 4e9
+    )
+
+
+def test_fewer_tokens_need_less_memory(make, measured, tmp_path):
+    large = {"patch_size": 1, "depth": 4}
+    dense = Cost(2)(*measured(make(**large)), tmp_path)
+    few = Cost(2)(*measured(make(partial(TokenLearnerV11, num_tokens=4), at=[0], **large)), tmp_path)
+    assert dense["cost/peak_mib"] == dense["cost/peak_mib_dense"] == few["cost/peak_mib_dense"]
+    assert few["cost/peak_mib"] < dense["cost/peak_mib"]
+    hidden = 2 * 97 * 4 * 16 * 4  # the widest tensor: batch, tokens, MLP ratio, width, bytes
+    assert 2 * hidden <= dense["cost/peak_mib"] * 2**20 <= 4 * hidden
 
 
 def test_a_fuser_costs_less_than_dense(make, measured, tmp_path):

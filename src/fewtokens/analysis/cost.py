@@ -1,61 +1,100 @@
-"""What a model costs: multiply-adds per image, parameters, and tokens alive after every block."""
+"""What a model costs: multiply-adds per image, parameters, peak memory, and tokens alive after every block."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from math import prod
+from itertools import chain
 from pathlib import Path
 
 import lightning as L
 import torch
 from jaxtyping import Float
-from torch import Size, Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
+from fewtokens.analysis.cost_picture import write_histogram, write_picture
+from fewtokens.analysis.counting import Counts, alive, count, evaluating, flop_counter
 from fewtokens.analysis.keras_cost import is_keras_example, keras_flops
+from fewtokens.analysis.memory import peak_bytes
 from fewtokens.backbones.vit import ViT
-from fewtokens.tokens import Tokens
+
+GIGA = 1e9
 
 
 class Cost:
-    """The measure of cost: a mean over test images, each a batch of its own, so that padding costs nothing.
+    """The measure of cost, over the test set: what each image needs by itself, and what its batch really computed.
 
-    An adaptive tokenizer spends more on one image than on another; every other method costs the same on all.
+    An adaptive tokenizer spends more on one image than on another; every other method costs the same on all. `picture`
+    is the file of the last call, None where all images cost the same.
 
     Args:
-        num_images: Test images to count.
+        num_images: The first test images are counted; None: all of them (on several processes, this process's share).
     """
 
-    def __init__(self, num_images: int = 8) -> None:
+    def __init__(self, num_images: int | None = None) -> None:
         self.num_images = num_images
+        self.picture: Path | None = None
 
     def __call__(self, task: L.LightningModule, datamodule: L.LightningDataModule, run_dir: Path) -> dict[str, float]:
-        """Counts the model of a task.
+        """Counts the model of a task; writes `cost_histogram.csv` and, where images differ, `pictures/cost.png`.
 
         Args:
             task: Its `.model` is counted.
             datamodule: Set up for testing.
-            run_dir: Not written to.
+            run_dir: Made if there is none.
 
         Returns:
-            `cost/gmacs`, `cost/gmacs_dense` (the same weights without the tokenizer), in 1e9 multiply-adds per image;
-            `cost/params`, `cost/params_trainable`; `cost/tokens_last_block` (class and register tokens included);
-            `cost/gmacs_keras` for the Keras example's models, in that example's own convention.
+            What `distribution` says; `cost/gmacs_dense`, of the same weights without the tokenizer, and for the Keras
+            example's models `cost/gmacs_keras`, in that example's own convention; `cost/params`,
+            `cost/params_trainable`; `cost/peak_mib` and `cost/peak_mib_dense`, what a forward pass of the first batch,
+            of `cost/batch_size` images, holds at most on top of weights and images (see `peak_bytes`), in MiB, in the
+            type of the weights, without autocast.
         """
-        model = plain(task.model)
-        images = test_images(task, datamodule, self.num_images).split(1)
-        counts = [macs(model, image) for image in images]
+        model, batches = plain(task.model), evaluation_batches(task, datamodule, self.num_images)
+        images = next(batches)
+        counts = count(model, chain([images], batches))
         with model.encoder.dense():
-            dense = macs(model, images[0])
-        numbers = {
-            "cost/gmacs": sum(counts) / len(counts) / 1e9,
-            "cost/gmacs_dense": dense / 1e9,
+            dense, peak_dense = macs(model, images[:1]), peak_memory(model, images)
+        numbers = distribution(counts) | {
+            "cost/gmacs_dense": dense / GIGA,
             "cost/params": float(sum(p.numel() for p in model.parameters())),
             "cost/params_trainable": float(sum(p.numel() for p in model.parameters() if p.requires_grad)),
-            "cost/tokens_last_block": sum(tokens_per_block(model, image)[-1] for image in images) / len(images),
+            "cost/peak_mib": peak_memory(model, images) / 2**20,
+            "cost/peak_mib_dense": peak_dense / 2**20,
+            "cost/batch_size": float(len(images)),
         }
         if is_keras_example(model):
-            numbers["cost/gmacs_keras"] = keras_flops(model) // 2 / 1e9
+            numbers["cost/gmacs_keras"] = keras_flops(model) // 2 / GIGA
+        write_histogram(counts, run_dir / "cost_histogram.csv")
+        self.picture = run_dir / "pictures" / "cost.png" if numbers["cost/gmacs_std"] else None
+        if self.picture:
+            write_picture(counts, dense, self.picture)
         return numbers
+
+
+def distribution(counts: Counts) -> dict[str, float]:
+    """The numbers of some images.
+
+    Returns:
+        In 1e9 multiply-adds: `cost/gmacs`, of an image by itself, the mean, and `_std`, `_min` and `_max` of the same;
+        `cost/gmacs_padded`, the mean of what the batches computed per image. `cost/images`, how many they are.
+        `cost/tokens_block_00` and so on, tokens alive after a block, the mean, class and register tokens included and
+        padding not; `cost/tokens_last_block`.
+    """
+    macs, tokens = counts.macs.double(), counts.tokens[:, 1:].double().mean(dim=0).tolist()
+    return {
+        "cost/gmacs": macs.mean().item() / GIGA,
+        "cost/gmacs_std": macs.std(correction=0).item() / GIGA,
+        "cost/gmacs_min": macs.min().item() / GIGA,
+        "cost/gmacs_max": macs.max().item() / GIGA,
+        "cost/gmacs_padded": counts.padded.mean().item() / GIGA,
+        "cost/images": float(len(macs)),
+        **{f"cost/tokens_block_{block:02d}": mean for block, mean in enumerate(tokens)},
+        "cost/tokens_last_block": tokens[-1],
+    }
+
+
+def peak_memory(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
+    """Bytes that a forward pass in evaluation holds at most, on top of weights and images."""
+    with evaluating(model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        return peak_bytes(lambda: model(images), images.device)
 
 
 def macs(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
@@ -71,13 +110,7 @@ def macs(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
         images: (B, channels, H, W), on the model's device; "meta" will do unless the tokenizer looks at values. One
             image by itself pads nothing.
     """
-    # Not left to torch's own table, which has missed a kernel of one device or another (CPU: pytorch issue 195460).
-    mapping = dict.fromkeys(_attention_kernels(), _attention_flops) | {
-        torch.ops.aten.mv: _mv_flops,
-        torch.ops.aten.dot: _mv_flops,
-        torch.ops.aten.addmv: _addmv_flops,
-    }
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    counter = flop_counter()
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
         model(images)
     return counter.get_total_flops() // 2
@@ -89,28 +122,11 @@ def tokens_per_block(model: ViT, images: Float[Tensor, "b c h w"]) -> list[float
         return [alive(tokens) for tokens in model.trace(images)]
 
 
-def alive(tokens: Tokens) -> float:
-    """Tokens of an image that are not padding, the mean over the batch."""
-    return float(tokens.x.shape[1]) if tokens.mask is None else tokens.mask.sum(dim=1).float().mean().item()
-
-
 def plain(model: object) -> ViT:
     """The ViT within whatever `torch.compile` made of it."""
     model = getattr(model, "_orig_mod", model)
     assert isinstance(model, ViT)
     return model
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode; afterwards every module is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def test_images(task: L.LightningModule, datamodule: L.LightningDataModule, count: int) -> Float[Tensor, "b c h w"]:
@@ -121,42 +137,22 @@ def test_images(task: L.LightningModule, datamodule: L.LightningDataModule, coun
         datamodule: Set up for testing.
         count: At least 1.
     """
-    dtype = next(task.parameters()).dtype
-    found: list[Tensor] = []
+    return torch.cat(list(evaluation_batches(task, datamodule, count)))
+
+
+def evaluation_batches(
+    task: L.LightningModule, datamodule: L.LightningDataModule, count: int | None = None
+) -> Iterator[Float[Tensor, "b c h w"]]:
+    """The same in the batches of the data; all test images where `count` is None."""
+    dtype, left = next(task.parameters()).dtype, count
     for batch in datamodule.test_dataloader():
-        wanted = tuple(part[: count - sum(map(len, found))].to(task.device) for part in batch)
+        wanted = tuple(part[:left].to(task.device) for part in batch)
         views, _ = datamodule.on_after_batch_transfer(wanted, 0)
-        found.append(views[:, 0].to(dtype))
-        if sum(map(len, found)) >= count:
-            break
-    return torch.cat(found)
+        yield views[:, 0].to(dtype)
+        if left is not None:
+            left -= len(views)
+            if left <= 0:
+                return
 
 
 test_images.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a test where it is imported
-
-
-def _attention_kernels() -> list[object]:
-    """Whatever scaled_dot_product_attention dispatches to, on any device that this torch knows."""
-    names = (
-        "flash_attention",
-        "flash_attention_for_cpu",
-        "efficient_attention",
-        "cudnn_attention",
-        "fused_attention_overrideable",
-        "attention_math_for_mps",
-    )
-    kernels = (getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None) for name in names)
-    return [kernel for kernel in kernels if kernel is not None]
-
-
-def _attention_flops(query: Size, key: Size, value: Size, *_: object, **__: object) -> int:
-    *batch, rows, width = query
-    return 2 * prod(batch) * rows * key[-2] * (width + value[-1])
-
-
-def _mv_flops(matrix: Size, vector: Size, *_: object, **__: object) -> int:
-    return 2 * prod(matrix)
-
-
-def _addmv_flops(bias: Size, matrix: Size, vector: Size, *_: object, **__: object) -> int:
-    return 2 * prod(matrix)

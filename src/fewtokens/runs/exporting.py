@@ -186,7 +186,7 @@ def _require(found: Agreement, name: str, tolerance: float) -> None:
             "An exported file computes what the model computes",
             expected=f"logits that differ by at most {tolerance:g}, relative to the largest where that is above 1",
             got=f"a difference of {found.worst:.3g} in {name}, the same class for {found.same_class:.1%} of the images",
-            fix="this file was not written; export in the other format, or set export.tolerance if that much is good enough",
+            fix="this file was not written; export in the other format, or set export.tolerance if that is near enough",
         )
 
 
