@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
+from PIL import Image
 
+from fewtokens.callbacks.pictures import log_picture
 from fewtokens.runs import report, saved
 from fewtokens.runs.checkpoints import AtomicCheckpointIO, EmbedConfig
 from fewtokens.runs.targets import instantiate
@@ -102,6 +105,9 @@ def finish(job: Job, numbers: dict[str, float], pictures: list[Path]) -> None:
             summary.update(numbers)
         else:
             logger.log_metrics(numbers, step=job.trainer.global_step)
+        for picture in pictures:
+            pixels = np.asarray(Image.open(picture).convert("RGB"))
+            log_picture(logger, f"test/{picture.stem}", pixels, job.trainer.global_step)
         logger.save()
     report.print_table(numbers, job.directory, pictures)
 

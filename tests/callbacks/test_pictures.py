@@ -1,0 +1,128 @@
+"""Pictures during training: in every logger that takes them, of the same images, and without a trace in the run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import Logger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import CONFIGS, TINY
+from fewtokens.analysis.token_maps import token_columns
+from fewtokens.callbacks import pictures as module
+from fewtokens.callbacks.pictures import Pictures, log_picture
+from fewtokens.errors import FewtokensError
+from fewtokens.runs import saved, training
+
+# Everything random there is, and a schedule that does not ask how long the run will be.
+PLAIN = [*TINY, "schedule=constant", "backbone.options.proj_drop_rate=0.1",
+       "backbone.options.drop_path_rate=0.1", "task.mix.mixup=0.8", "test=false"]  # fmt: skip
+RUN = [*PLAIN, "tokenizer.build.num_tokens=2"]
+DRAWN = ["callbacks=pictures", "callbacks.pictures.every_n_epochs=1", "callbacks.pictures.num_images=3"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return {name: value for name, value in content["state_dict"].items() if name.startswith("model.")}
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "pictures").iterdir())
+
+
+def images_in_tensorboard(run: Path) -> dict[str, list[int]]:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def test_drawing_changes_nothing_and_a_resumed_run_draws_the_same(composed, tmp_path: Path) -> None:
+    training.run(composed(*RUN, "trainer.max_epochs=3", directory="plain"))
+    training.run(composed(*RUN, *DRAWN, "logger=tensorboard", "trainer.max_epochs=3", directory="drawn"))
+    training.run(composed(*RUN, *DRAWN, "logger=tensorboard", "trainer.max_epochs=2", directory="cut"))
+    cut = tmp_path / "cut"
+    assert names(cut) == ["epoch_1.png", "epoch_2.png"]
+    folder = saved.overlay(saved.config_of(cut / "checkpoints" / "last.ckpt"), "train", CONFIGS)
+    training.run(composed(f"resume={cut}", "trainer.max_epochs=3", base="job", folder=folder, directory="cut"))
+    assert names(cut) == names(tmp_path / "drawn") == ["epoch_1.png", "epoch_2.png", "epoch_3.png"]
+    for name in names(cut):
+        assert (cut / "pictures" / name).read_bytes() == (tmp_path / "drawn" / "pictures" / name).read_bytes()
+    plain = weights(tmp_path / "plain")
+    for run in ("drawn", "cut"):
+        assert all(torch.equal(value, plain[name]) for name, value in weights(tmp_path / run).items())
+        assert images_in_tensorboard(tmp_path / run) == {"val/token_maps": [3, 6, 9]}
+    first, last = (np.asarray(Image.open(cut / "pictures" / f"epoch_{n}.png")) for n in (1, 3))
+    width = first.shape[1] // 3  # the image itself, then two tokens
+    # Not the figure's edges: where the columns end is not a whole pixel.
+    assert np.array_equal(first[60:, 4 : width - 4], last[60:, 4 : width - 4]), "the same images"
+    assert not np.array_equal(first, last)
+
+
+def test_offline_wandb_keeps_pictures_of_validation_and_of_the_test(
+    composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    measured = ["measure=default", "~measure.throughput", "measure.cost.num_images=8", "test=true"]
+    training.run(composed(*RUN, *DRAWN, *measured, "logger=wandb", "trainer.max_epochs=2"))
+    (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    kept = sorted((run / "files" / "media" / "images").rglob("*.png"))
+    assert [path.parent.name + "/" + path.name.partition("_maps")[0] for path in kept] == [
+        "test/token",
+        "val/token",
+        "val/token",
+    ]
+    on_disk = {Image.open(path).tobytes() for path in (tmp_path / "run" / "pictures").glob("epoch_*.png")}
+    assert {Image.open(path).convert("RGB").tobytes() for path in kept if path.parent.name == "val"} == on_disk
+
+
+def test_every_n_epochs_and_only_as_many_images_as_there_are(composed, tmp_path: Path) -> None:
+    options = ["callbacks.pictures.every_n_epochs=2", "callbacks.pictures.num_images=70", "trainer.max_epochs=3"]
+    training.run(composed(*RUN, *DRAWN, *options, "trainer.limit_val_batches=1"))
+    assert names(tmp_path / "run") == ["epoch_2.png"]
+    height, width = np.asarray(Image.open(tmp_path / "run" / "pictures" / "epoch_2.png")).shape[:2]
+    assert round(height / width) == round(64 / 3), "64 rows of a batch, the image and two tokens"
+
+
+def test_a_dense_model_draws_nothing(composed, tmp_path: Path) -> None:
+    training.run(composed(*PLAIN, *DRAWN, "tokenizer=none", "tokenizer.at=[]"))
+    assert not (tmp_path / "run" / "pictures").exists()
+
+
+def test_an_average_of_the_weights_is_what_is_drawn(composed, tmp_path: Path, monkeypatch) -> None:
+    seen = []
+
+    def spy(model, images, most):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return token_columns(model, images, most)
+
+    monkeypatch.setattr(module, "token_columns", spy)
+    options = ["callbacks=[pictures,ema]", *DRAWN[1:], "callbacks.ema.decay=0.5", "optimizer.lr=0.1"]
+    training.run(composed(*RUN, *options))
+    content = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    averaged, current = content["state_dict"], content["current_model_state"]
+    head = "trunk.head.weight"
+    assert torch.equal(seen[0][head], averaged[f"model.{head}"])
+    assert not torch.equal(seen[0][head], current[f"model.{head}"])
+
+
+def test_loggers_that_take_no_pictures_are_left_alone() -> None:
+    class Bare(Logger):
+        name = version = ""
+
+        def log_metrics(self, metrics, step=None):
+            raise AssertionError
+
+        def log_hyperparams(self, params, *args, **kwargs):
+            raise AssertionError
+
+    log_picture(Bare(), "val/token_maps", np.zeros((2, 3, 3), dtype=np.uint8), 0)
+
+
+@pytest.mark.parametrize("wrong", [{"every_n_epochs": 0}, {"num_images": 0}, {"max_columns": -1}])
+def test_wrong_numbers_are_answered_with_a_sentence(tmp_path: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(FewtokensError, match="every_n_epochs"):
+        Pictures(str(tmp_path), **wrong)
