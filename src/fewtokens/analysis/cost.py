@@ -69,6 +69,31 @@ class Cost:
         return numbers
 
 
+def macs(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
+    """Multiply-adds of these images together, as the model really runs in evaluation, on padding too.
+
+    Counted: every product of matrices and every convolution, that is patch embedding, the projections of queries, keys,
+    values and outputs, both products of attention (in full, whatever is masked), MLPs, poolings done as products,
+    similarities between tokens, the head. Not counted: what works element by element (biases, norms, activations,
+    softmax, residuals), sorting, gathering and scattering. One multiply-add is two FLOPs.
+
+    Args:
+        model: A compiled one is counted as if it were not: compiled kernels cannot be seen into.
+        images: (B, channels, H, W), on the model's device; "meta" will do unless the tokenizer looks at values. One
+            image by itself pads nothing.
+    """
+    counter = flop_counter()
+    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
+        model(images)
+    return counter.get_total_flops() // 2
+
+
+def tokens_per_block(model: ViT, images: Float[Tensor, "b c h w"]) -> list[float]:
+    """Tokens alive after every block, class and register tokens included and padding not; a mean over the images."""
+    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return [alive(tokens) for tokens in model.trace(images)]
+
+
 def distribution(counts: Counts) -> dict[str, float]:
     """The numbers of some images.
 
@@ -95,31 +120,6 @@ def peak_memory(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
     """Bytes that a forward pass in evaluation holds at most, on top of weights and images."""
     with evaluating(model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         return peak_bytes(lambda: model(images), images.device)
-
-
-def macs(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
-    """Multiply-adds of these images together, as the model really runs in evaluation, on padding too.
-
-    Counted: every product of matrices and every convolution, that is patch embedding, the projections of queries, keys,
-    values and outputs, both products of attention (in full, whatever is masked), MLPs, poolings done as products,
-    similarities between tokens, the head. Not counted: what works element by element (biases, norms, activations,
-    softmax, residuals), sorting, gathering and scattering. One multiply-add is two FLOPs.
-
-    Args:
-        model: A compiled one is counted as if it were not: compiled kernels cannot be seen into.
-        images: (B, channels, H, W), on the model's device; "meta" will do unless the tokenizer looks at values. One
-            image by itself pads nothing.
-    """
-    counter = flop_counter()
-    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
-        model(images)
-    return counter.get_total_flops() // 2
-
-
-def tokens_per_block(model: ViT, images: Float[Tensor, "b c h w"]) -> list[float]:
-    """Tokens alive after every block, class and register tokens included and padding not; a mean over the images."""
-    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return [alive(tokens) for tokens in model.trace(images)]
 
 
 def plain(model: object) -> ViT:

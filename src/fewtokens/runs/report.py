@@ -85,6 +85,12 @@ def write_run(cfg: DictConfig, directory: Path, status: str) -> None:
     write_json(content, path)
 
 
+def _program() -> list[str]:
+    """What python was asked to run: a file, or a module by `-m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name] if spec is not None and spec.name.startswith("fewtokens.") else [Path(sys.argv[0]).name]
+
+
 def commit() -> str | None:
     """The commit of the code, with "+changes" where the tree differs from it; None outside a repository."""
     root = Path(__file__).parents[3]
@@ -120,12 +126,6 @@ def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]
     for picture in pictures:
         console.print(f"Picture: {picture}", soft_wrap=True)
     console.print(f"Report: {directory / 'report.json'}", soft_wrap=True)
-
-
-def _program() -> list[str]:
-    """What python was asked to run: a file, or a module by `-m`."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name] if spec is not None and spec.name.startswith("fewtokens.") else [Path(sys.argv[0]).name]
 
 
 def write_json(content: Any, path: Path) -> None:
