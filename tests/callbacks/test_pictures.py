@@ -66,7 +66,13 @@ def test_offline_wandb_keeps_pictures_of_validation_and_of_the_test(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    measured = ["measure=default", "~measure.throughput", "measure.cost.num_images=8", "test=true"]
+    measured = [
+        "measure=default",
+        "~measure.throughput",
+        "~measure.confusion",
+        "measure.cost.num_images=8",
+        "test=true",
+    ]
     training.run(composed(*RUN, *DRAWN, *measured, "logger=wandb", "trainer.max_epochs=2"))
     (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     kept = sorted((run / "files" / "media" / "images").rglob("*.png"))
