@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from fewtokens.analysis.cost import macs
-from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
 from fewtokens.tokenizers.base import Place
 from fewtokens.tokenizers.evit import EViT, shares
@@ -21,33 +19,11 @@ N, P, DIM = 15, 3, 16
 PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True)
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def layer() -> Block:
-    block = Block(DIM, 2, qkv_bias=True, attn_layer=Attention).eval()
-    torch.nn.init.normal_(block.attn.qkv.weight)
-    return block
-
-
-def image(**more: object) -> Tokens:
-    return Tokens(torch.randn(4, P + N, DIM), P, grid=(3, 5), origin=torch.eye(N).expand(4, N, N), **more)
-
-
-def model(keep: float) -> ViT:
-    torch.manual_seed(0)
-    sizes = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 16, "depth": 3, "heads": 2}
-    build = partial(EViT, keep=keep)
-    return vit(**sizes, tokenizer={"at": [1, 2], "build": build}, options={"reg_tokens": 2}).eval()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("ties", [True, False])
-def test_kept_and_fused_tokens(normalize: bool, ties: bool) -> None:
-    tokens = image()
+def test_kept_and_fused_tokens(normalize: bool, ties: bool, make_images) -> None:
+    tokens = make_images()
     attention = torch.rand(4, N).mul(4).floor().add(1).div(100) if ties else torch.rand(4, N)
     out = EViT(PLACE, 0.4, normalize=normalize).reorganize(tokens, attention)
     assert out.origin is not None
@@ -65,16 +41,16 @@ def test_kept_and_fused_tokens(normalize: bool, ties: bool) -> None:
 
 
 @torch.no_grad()
-def test_it_acts_between_attention_and_mlp() -> None:
-    block, tokens, evit = layer(), image(), EViT(PLACE, 0.4)
+def test_it_acts_between_attention_and_mlp(block: Block, make_images) -> None:
+    tokens, evit = make_images(), EViT(PLACE, 0.4)
     attended, evidence = block.attend(tokens)
     expected = block.feed(evit.reorganize(attended, class_attention(evidence, P)))
     assert torch.equal(evit(tokens, block).x, expected.x)
 
 
 @torch.no_grad()
-def test_the_fused_token_is_a_patch_like_any_other_to_the_next_stage() -> None:
-    once = EViT(PLACE, 0.4, normalize=True).reorganize(image(), torch.rand(4, N))
+def test_the_fused_token_is_a_patch_like_any_other_to_the_next_stage(make_images) -> None:
+    once = EViT(PLACE, 0.4, normalize=True).reorganize(make_images(), torch.rand(4, N))
     attention = torch.zeros(4, 7)
     attention[:, 6] = 1
     twice = EViT(PLACE, 0.1, normalize=True).reorganize(once, attention)
@@ -85,15 +61,15 @@ def test_the_fused_token_is_a_patch_like_any_other_to_the_next_stage() -> None:
 
 
 @torch.no_grad()
-def test_without_fusion_it_is_top_k() -> None:
-    block, tokens = layer(), image()
+def test_without_fusion_it_is_top_k(block: Block, make_images) -> None:
+    tokens = make_images()
     assert torch.equal(EViT(PLACE, 0.4, fuse=False)(tokens, block).x, TopK(PLACE, 0.4)(tokens, block).x)
 
 
 @torch.no_grad()
-def test_sizes_go_along_and_the_fused_token_counts_once() -> None:
+def test_sizes_go_along_and_the_fused_token_counts_once(make_images) -> None:
     size = torch.rand(4, P + N) + 1
-    out = EViT(PLACE, 0.4).reorganize(image(size=size), torch.rand(4, N))
+    out = EViT(PLACE, 0.4).reorganize(make_images(size=size), torch.rand(4, N))
     assert out.size is not None
     assert out.origin is not None
     torch.testing.assert_close(out.size[:, P:-1], (out.origin[:, :-1] @ size[:, P:, None])[..., 0])
@@ -101,9 +77,9 @@ def test_sizes_go_along_and_the_fused_token_counts_once() -> None:
 
 
 @torch.no_grad()
-def test_padding_is_neither_kept_nor_fused() -> None:
+def test_padding_is_neither_kept_nor_fused(make_images) -> None:
     """An image gets the same tokens with padding as without; one with a single patch has nothing to fuse."""
-    tokens, attention = image(), torch.rand(4, N)
+    tokens, attention = make_images(), torch.rand(4, N)
     mask = torch.ones(4, P + N, dtype=torch.bool)
     mask[1, P + 10 :] = False
     mask[2, P + 1 :] = False
@@ -116,18 +92,18 @@ def test_padding_is_neither_kept_nor_fused() -> None:
 
 
 @torch.no_grad()
-def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper() -> None:
+def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(make_model) -> None:
     images = torch.randn(2, 3, 16, 16)
-    with (whole := model(1.0)).encoder.dense():
+    with (whole := make_model(partial(EViT, keep=1.0))).encoder.dense():
         expected = whole(images)
     assert torch.equal(whole(images), expected)
-    assert not torch.equal(model(0.3)(images), expected)
-    costs = [macs(model(keep), images[:1]) for keep in (0.25, 0.5, 0.75)]
+    assert not torch.equal(make_model(partial(EViT, keep=0.3))(images), expected)
+    costs = [macs(make_model(partial(EViT, keep=keep)), images[:1]) for keep in (0.25, 0.5, 0.75)]
     assert costs == sorted(set(costs))
 
 
-def test_gradients_reach_every_patch_and_the_attention() -> None:
-    tokens, attention = image(), torch.rand(4, N, requires_grad=True)
+def test_gradients_reach_every_patch_and_the_attention(make_images) -> None:
+    tokens, attention = make_images(), torch.rand(4, N, requires_grad=True)
     tokens.x.requires_grad_()
     out = EViT(PLACE, 0.4).reorganize(tokens, attention)
     out.patches.square().sum().backward()
@@ -136,8 +112,8 @@ def test_gradients_reach_every_patch_and_the_attention() -> None:
     assert torch.equal(attention.grad != 0, out.origin[:, -1] > 0)
 
 
-def test_it_is_finite_under_autocast() -> None:
-    net = model(0.5).train()
+def test_it_is_finite_under_autocast(make_model) -> None:
+    net = make_model(partial(EViT, keep=0.5)).train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = net(torch.randn(2, 3, 16, 16)).square().sum()
     loss.backward()

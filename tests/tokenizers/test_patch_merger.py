@@ -18,11 +18,6 @@ from fewtokens.tokens import Tokens
 PLACE = Place(dim=8, heads=2, block=0, depth=1, prefix=2, grid=(3, 5))
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def clip(frames: int = 1) -> Tokens:
     count = 15 * frames
     return Tokens(torch.randn(2, 2 + count, 8), 2, frames, (3, 5), origin=torch.eye(count).expand(2, -1, -1))

@@ -29,11 +29,6 @@ class Through(Block):
         return tokens
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def image(batch: int = 4) -> Tokens:
     origin = torch.eye(N).expand(batch, N, N)
     return Tokens(torch.randn(batch, 2 + N, 16), prefix=2, grid=(3, 5), origin=origin)

@@ -43,11 +43,6 @@ def image() -> Tokens:
     return Tokens(torch.randn(2, 1 + 15, DIM), prefix=1, grid=GRID)
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong settings reach our own checks; where pytest's hook checks types, it would be the first to refuse them."""

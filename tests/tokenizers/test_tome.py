@@ -25,11 +25,6 @@ PLACE = Place(dim=16, heads=2, block=0, depth=1, prefix=1, class_token=True)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def model(r: object = 2, **more: object) -> ViT:
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 16, "depth": 3, "heads": 2}

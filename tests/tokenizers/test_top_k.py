@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fewtokens.analysis.cost import macs
-from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.attention import Attention, Evidence
+from fewtokens.layers.attention import Evidence
 from fewtokens.layers.block import Block
 from fewtokens.tokenizers.base import Place
 from fewtokens.tokenizers.top_k import TopK, class_attention
@@ -19,27 +18,6 @@ from fewtokens.tokens import Tokens
 
 N, P, DIM = 15, 3, 16
 PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def layer() -> Block:
-    block = Block(DIM, 2, qkv_bias=True, attn_layer=Attention).eval()
-    torch.nn.init.normal_(block.attn.qkv.weight)
-    return block
-
-
-def image(**more: object) -> Tokens:
-    return Tokens(torch.randn(4, P + N, DIM), P, grid=(3, 5), origin=torch.eye(N).expand(4, N, N), **more)
-
-
-def model(build: object, at: object = (1, 2)) -> ViT:
-    torch.manual_seed(0)
-    sizes = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 16, "depth": 3, "heads": 2}
-    return vit(**sizes, tokenizer={"at": at, "build": build}, options={"reg_tokens": 2}).eval()
 
 
 def attention_by_hand(block: Block, x: Tensor) -> np.ndarray:
@@ -56,8 +34,8 @@ def attention_by_hand(block: Block, x: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.7])
-def test_the_most_attended_patches_stay_as_attention_left_them(keep: float) -> None:
-    block, tokens = layer(), image()
+def test_the_most_attended_patches_stay_as_attention_left_them(keep: float, block: Block, make_images) -> None:
+    tokens = make_images()
     scores = attention_by_hand(block, tokens.x)
     count = int(np.ceil(keep * N))
     expected = np.sort(np.argsort(-scores, axis=1)[:, :count], axis=1)
@@ -81,18 +59,17 @@ def test_attention_is_that_of_the_whole_matrix() -> None:
 
 
 @torch.no_grad()
-def test_of_equally_attended_patches_the_first_stay() -> None:
-    block = layer()
+def test_of_equally_attended_patches_the_first_stay(block: Block, make_images) -> None:
     torch.nn.init.zeros_(block.attn.qkv.weight)
-    out = TopK(PLACE, 0.2)(image(), block)
+    out = TopK(PLACE, 0.2)(make_images(), block)
     assert out.origin is not None
     assert out.origin.argmax(dim=2).tolist() == [[0, 1, 2]] * 4
 
 
 @torch.no_grad()
-def test_padding_is_never_chosen_and_changes_nothing() -> None:
+def test_padding_is_never_chosen_and_changes_nothing(block: Block, make_images) -> None:
     """An image gets the same tokens with padding in it as without."""
-    block, tokens = layer(), image()
+    tokens = make_images()
     mask = torch.ones(4, P + N, dtype=torch.bool)
     mask[1, P + 10 :] = False
     out = TopK(PLACE, 0.5)(replace(tokens, mask=mask), block)
@@ -103,18 +80,18 @@ def test_padding_is_never_chosen_and_changes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper() -> None:
+def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(make_model) -> None:
     images = torch.randn(2, 3, 16, 16)
-    with (whole := model(partial(TopK, keep=1.0))).encoder.dense():
+    with (whole := make_model(partial(TopK, keep=1.0))).encoder.dense():
         expected = whole(images)
     assert torch.equal(whole(images), expected)
-    assert not torch.equal(model(partial(TopK, keep=0.3))(images), expected)
-    costs = [macs(model(partial(TopK, keep=keep)), images[:1]) for keep in (0.25, 0.5, 0.75, 1.0)]
+    assert not torch.equal(make_model(partial(TopK, keep=0.3))(images), expected)
+    costs = [macs(make_model(partial(TopK, keep=keep)), images[:1]) for keep in (0.25, 0.5, 0.75, 1.0)]
     assert costs == sorted(set(costs))
 
 
-def test_gradients_reach_all_parameters_under_autocast() -> None:
-    net = model(partial(TopK, keep=0.5)).train()
+def test_gradients_reach_all_parameters_under_autocast(make_model) -> None:
+    net = make_model(partial(TopK, keep=0.5)).train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = net(torch.randn(2, 3, 16, 16)).square().sum()
     loss.backward()
