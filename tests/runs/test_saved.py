@@ -102,6 +102,22 @@ def test_half_a_checkpoint_is_refused_and_never_written(tmp_path: Path, monkeypa
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("tokenizer", sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml")))
+def test_the_weights_of_a_dense_run_fit_every_method_without_parameters(
+    composed, tmp_path: Path, tokenizer: str
+) -> None:
+    dense = instantiate(composed(*TINY, "backbone.pool=token", "tokenizer=none", "tokenizer.at=[]").task)
+    torch.save({"state_dict": dense.state_dict()}, tmp_path / "a.ckpt")
+    at = [] if tokenizer == "none" else 1
+    task = instantiate(composed(*TINY, "backbone.pool=token", f"tokenizer={tokenizer}", f"tokenizer.at={at}").task)
+    if any(True for _ in task.model.encoder.tokenizers.parameters()):
+        with pytest.raises(FewtokensError, match="a method with parameters must be trained first"):
+            checkpoints.load_model(task, tmp_path / "a.ckpt")
+    else:
+        checkpoints.load_model(task, tmp_path / "a.ckpt")
+        assert all(map(torch.equal, task.parameters(), dense.parameters()))
+
+
 def test_weights_that_do_not_fit_are_named(composed, tmp_path: Path) -> None:
     task = instantiate(composed(*TINY).task)
     torch.save({"state_dict": task.state_dict()}, tmp_path / "a.ckpt")

@@ -1,6 +1,7 @@
 """The interface of every token-reduction method."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,7 @@ class Pooler(Tokenizer):
 
 
 class Selector(Tokenizer):
-    """A method that keeps the share `keep` of the patches, unchanged, and drops the others.
+    """A method that leaves the share `keep` of the patches: chosen ones, the others dropped, or means of clusters.
 
     The share is rounded up, as EViT's code does, and at least one patch stays. With keep=1 nothing happens at all.
 
@@ -130,6 +131,27 @@ def share(count: int, keep: float) -> int:
     return max(1, math.ceil(keep * count - ROUNDING))
 
 
+def tokens_made(place: Place, num_tokens: int | float) -> int:
+    """Tokens per frame that a place makes: a number, or with a float the share of what the place before it left.
+
+    Raises:
+        FewtokensError: A share that is none.
+    """
+    if isinstance(num_tokens, int):
+        return num_tokens
+    if not 0 < num_tokens <= 1:
+        raise FewtokensError(
+            "num_tokens is a number of tokens or a share of the patches",
+            expected="an int >= 1, or a float 0 < share <= 1",
+            got=num_tokens,
+            fix="set tokenizer.build.num_tokens to 8 or to 0.5",
+        )
+    left = place.grid[0] * place.grid[1]
+    for _ in range(place.stage + 1):
+        left = share(left, num_tokens)
+    return left
+
+
 def highest(
     scores: Float[Tensor, "b m"], keep: float, valid: Bool[Tensor, "b m"] | None = None
 ) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:
@@ -155,3 +177,15 @@ def highest(
     kept = torch.arange(count, device=scores.device) < numbers
     # Padding goes last, whatever positions it holds.
     return torch.where(kept, order, order + total).sort(dim=1).values % total, kept
+
+
+def bias_per_frame(tokens: Tokens) -> Float[Tensor, "bt 1 m"] | None:
+    """`Tokens.bias` of the patches as `Tokens.per_frame` has them (B*T, 1, N/T): sizes and padding in a softmax."""
+    bias = tokens.bias()
+    return None if bias is None else bias[..., tokens.prefix :].reshape(-1, 1, tokens.num_patches // tokens.frames)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Within it products of matrices are as exact as their factors, whatever autocast is on."""
+    kind = device.type  # "meta" knows no autocast
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
