@@ -1,0 +1,289 @@
+"""K-medoids: loops in float64 with ties, the objective, the weights, frames, padding, sizes, and what it refuses."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewtokens.analysis.cost import macs, tokens_per_block
+from fewtokens.errors import FewtokensError
+from fewtokens.layers.block import Block
+from fewtokens.tokenizers.ats import ATS
+from fewtokens.tokenizers.base import Place, share
+from fewtokens.tokenizers.k_medoids import KMedoids, medoids
+from fewtokens.tokenizers.top_k import TopK, class_attention
+from fewtokens.tokens import Tokens
+
+N, P, DIM = 15, 3, 16
+PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True, grid=(3, 5))
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
+def nearest_by_hand(squared: list[list[float]], centres: list[int]) -> list[int]:
+    slots = [min(range(len(centres)), key=lambda s: (row[centres[s]], s)) for row in squared]
+    for slot, centre in enumerate(centres):
+        slots[centre] = slot
+    return slots
+
+
+def by_hand(x: np.ndarray, weights: np.ndarray, clusters: int, iterations: int) -> tuple[list[int], list[int]]:
+    """Medoids and the cluster of every patch of one image, by loops over the definition."""
+    patches = range(len(x))
+    squared = [[float(((a - b) ** 2).sum()) for b in x] for a in x]
+    centres = sorted(sorted(patches, key=lambda i: (-weights[i], i))[:clusters])
+    for _ in range(iterations):
+        slots = nearest_by_hand(squared, centres)
+        for slot in range(clusters):
+            members = [i for i in patches if slots[i] == slot]
+            costs = {i: sum(weights[j] * squared[i][j] for j in members) for i in members}
+            centres[slot] = min(members, key=lambda i: (costs[i], i))
+    return centres, nearest_by_hand(squared, centres)
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["normal", "lattice", "same"]),
+    count=st.integers(1, 12),
+    width=st.sampled_from([1, 2, 4]),
+    keep=st.sampled_from([0.01, 0.25, 0.5, 0.7, 0.99]),
+    iterations=st.integers(0, 4),
+    padded=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_clusters_against_loops(
+    kind: str, count: int, width: int, keep: float, iterations: int, padded: bool, seed: int
+) -> None:
+    """Padding, wherever it is and whatever it holds, changes nothing. Where ties are exact, float32 gives them too."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, count, width, generator=generator, dtype=torch.float64)
+    weights = torch.rand(3, count, generator=generator, dtype=torch.float64)
+    if kind != "normal":
+        x = torch.randint(-1, 2, (3, count, width), generator=generator).double() * (kind == "lattice")
+        weights = torch.randint(0, 4, (3, count), generator=generator).double() / 4
+    valid = torch.rand(3, count, generator=generator) < (0.6 if padded else 2)
+    valid[:, count // 2] = True
+    for dtype in (torch.float64,) if kind == "normal" else (torch.float64, torch.float32):
+        found = medoids(x.to(dtype), weights.to(dtype), keep, iterations, valid if padded else None)
+        for i in range(3):
+            real = valid[i].nonzero()[:, 0]
+            centres, slots = by_hand(x[i, real].numpy(), weights[i, real].numpy(), share(len(real), keep), iterations)
+            mask = slice(None) if found.mask is None else found.mask[i]
+            assert found.centres[i, mask].tolist() == real[centres].tolist()
+            assert found.slot[i, real].tolist() == slots
+
+
+def test_every_iteration_lowers_the_weighted_error_or_leaves_it() -> None:
+    x, weights = torch.randn(4, 40, 2), torch.rand(4, 40)
+    squared = torch.cdist(x, x).square()
+    errors = []
+    for iterations in range(8):
+        found = medoids(x, weights, 0.2, iterations)
+        least = squared.gather(2, found.centres[:, None].expand(-1, 40, -1)).amin(dim=2)
+        errors.append((weights * least).sum(dim=1))
+    steps = torch.stack(errors).diff(dim=0)
+    assert (steps < 1e-4).all()
+    assert (steps[0] < 0).all()
+    assert torch.equal(medoids(x, weights, 0.2, 30).centres, medoids(x, weights, 0.2, 31).centres)
+
+
+# --- the weights
+
+
+def attention_by_hand(block: Block, tokens: Tokens) -> torch.Tensor:
+    """The attention matrix (B, heads, N, N), in float64."""
+    qkv = block.attn.qkv(block.norm1(tokens.x)).double()
+    query, key, _ = (part.unflatten(2, (2, DIM // 2)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+    logits = query @ key.transpose(2, 3) / (DIM / 2) ** 0.5
+    if tokens.mask is not None:
+        logits = logits.masked_fill(~tokens.mask[:, None, None], float("-inf"))
+    return logits.softmax(dim=3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_weights_are_the_attention_that_patches_get(padded: bool, block: Block, make_images) -> None:
+    mask = torch.ones(4, P + N, dtype=torch.bool)
+    mask[1, P + 4 :] = False
+    tokens = make_images(mask=mask if padded else None)
+    evidence = block.attend(tokens)[1]
+    attention = attention_by_hand(block, tokens).mean(dim=1)
+    by_class = KMedoids(PLACE).weights(tokens, evidence)
+    by_all = KMedoids(PLACE, significance="all").weights(tokens, evidence)
+    close(by_class.double(), attention[:, 0, P:])
+    close(by_all.double(), (attention * mask[..., None] if padded else attention).sum(dim=1)[:, P:])
+    without = KMedoids(replace(PLACE, class_token=False))
+    assert torch.equal(without.weights(tokens, evidence), by_all)
+    assert not padded or (by_all[1, 4:] == 0).all()
+
+
+# --- the record
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("significance", ["class", "all"])
+def test_it_acts_between_attention_and_mlp_and_medoids_stay_as_attention_left_them(
+    significance: str, block: Block, make_images
+) -> None:
+    tokens, method = make_images(), KMedoids(PLACE, 0.4, significance=significance)
+    attended, evidence = block.attend(tokens)
+    out = method(tokens, block)
+    assert torch.equal(out.x, block.feed(method.choose(attended, method.weights(attended, evidence))).x)
+    assert out.origin is not None
+    assert (out.origin.sum(dim=2) == 1).all()
+    assert (out.origin.amax(dim=2) == 1).all()
+    expected = medoids(attended.patches, method.weights(attended, evidence), 0.4, 3).centres
+    assert torch.equal(out.origin.argmax(dim=2), expected)
+    rows = torch.cat([torch.arange(P).expand(4, P), expected + P], dim=1)
+    whole = block(tokens).x  # the MLP sees one token at a time, so what stays equals the plain block's
+    close(out.x, whole.gather(1, rows[..., None].expand(-1, -1, DIM)))
+    assert (out.prefix, out.grid, out.mask) == (P, None, None)
+    assert list(method.parameters()) == []
+
+
+@torch.no_grad()
+def test_without_iterations_it_is_top_k(block: Block, make_images) -> None:
+    tokens, method = make_images(), KMedoids(PLACE, 0.4, 0, sizes=False)
+    assert torch.equal(method(tokens, block).x, TopK(PLACE, 0.4)(tokens, block).x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [True, False])
+def test_a_medoid_counts_for_its_cluster(sizes: bool, make_images) -> None:
+    tokens, weights, size = make_images(), torch.rand(4, N), torch.randint(1, 5, (4, P + N)).float()
+    size[:, :P] = 1
+    method = KMedoids(PLACE, 0.3, sizes=sizes)
+    found = medoids(tokens.patches, weights, 0.3, 3)
+    member = torch.nn.functional.one_hot(found.slot, 5).float()
+    few = method.choose(tokens, weights)
+    assert sizes or few.size is None
+    if few.size is not None:
+        assert torch.equal(few.size[:, P:], member.sum(dim=1))
+        assert (few.size[:, :P] == 1).all()
+    sized = method.choose(replace(tokens, size=size), weights)
+    assert sized.size is not None
+    assert torch.equal(sized.size[:, P:], (member * size[:, P:, None]).sum(dim=1))
+    assert torch.equal(sized.size[:, :P], size[:, :P])
+    assert torch.equal(sized.x, few.x)
+
+
+@torch.no_grad()
+def test_frames_are_clustered_one_by_one_and_stay() -> None:
+    tokens = Tokens(torch.randn(2, 2 + 3 * 8, 6), 2, 3, (2, 4), origin=torch.eye(24).expand(2, -1, -1))
+    weights, method = torch.rand(2, 24), KMedoids(PLACE, 0.4)
+    few = method.choose(tokens, weights)
+    assert (few.frames, few.num_patches, few.grid) == (3, 12, None)
+    for frame in range(3):
+        own = slice(8 * frame, 8 * frame + 8)
+        alone = method.choose(Tokens(tokens.patches[:, own], origin=torch.eye(8).expand(2, 8, 8)), weights[:, own])
+        part = slice(4 * frame, 4 * frame + 4)
+        assert torch.equal(few.patches[:, part], alone.x)
+        assert torch.equal(few.size[:, 2:][:, part], alone.size)
+        assert torch.equal(few.origin[:, part, own], alone.origin)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("significance", ["class", "all"])
+def test_padding_takes_no_part_and_changes_nothing(significance: str, block: Block, make_images) -> None:
+    size = torch.randint(1, 4, (4, P + N)).float()
+    size[:, :P] = 1
+    tokens = make_images(size=size)
+    mask = torch.rand(4, P + N) < 0.6
+    mask[:, : P + 1] = True
+    mask[2, P + 1 :] = False
+    method = KMedoids(PLACE, 0.5, significance=significance)
+    out = method(replace(tokens, mask=mask, x=tokens.x.masked_fill(~mask[..., None], 1e3)), block)
+    assert out.mask is not None
+    assert out.size is not None
+    assert torch.isfinite(out.x).all()
+    for i in range(4):
+        real = mask[i]
+        alone = method(Tokens(tokens.x[i : i + 1, real], P, size=tokens.size[i : i + 1, real]), block)
+        close(out.x[i][out.mask[i]], alone.x[0])
+        close(out.size[i][out.mask[i]], alone.size[0])
+        assert (out.origin[i][~out.mask[i, P:]] == 0).all()
+    assert out.mask.sum(dim=1).tolist() == [P + share(int(row.sum()) - P, 0.5) for row in mask]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("significance", ["class", "all"])
+def test_behind_ats_an_image_is_the_same_alone_and_in_a_batch(significance: str, block: Block, make_images) -> None:
+    ats, method = ATS(PLACE, budget=8), KMedoids(PLACE, 0.5, significance=significance)
+    tokens = replace(make_images(), origin=None)
+    tokens = tokens.update(tokens.x * torch.linspace(0.1, 3, 4)[:, None, None])
+    together = method(ats(tokens, block), block)
+    assert together.mask is not None
+    assert not together.mask.all()
+    for i in range(4):
+        alone = method(ats(Tokens(tokens.x[i : i + 1], P), block), block)
+        close(together.x[i][together.mask[i]], alone.x[0])
+
+
+# --- in a model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("significance", ["class", "all"])
+def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(significance: str, make_model) -> None:
+    images, build = torch.randn(2, 3, 16, 16), partial(KMedoids, significance=significance)
+    with (whole := make_model(partial(build, keep=1.0))).encoder.dense():
+        expected = whole(images)
+    assert torch.equal(whole(images), expected)
+    few = make_model(partial(build, keep=0.3))
+    assert not torch.equal(few(images), expected)
+    assert tokens_per_block(few, images) == [P + 16, P + 5, P + 2]
+    costs = [macs(make_model(partial(build, keep=keep)), images[:1]) for keep in (0.25, 0.5, 0.75)]
+    assert costs == sorted(set(costs))
+    close(few(images)[1], few(images[1:])[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("keep", [0.01, 0.5, 1.0])
+def test_one_two_or_three_patches(count: int, keep: float, block: Block) -> None:
+    out = KMedoids(PLACE, keep)(Tokens(torch.randn(2, P + count, DIM), P), block)
+    assert out.num_patches == share(count, keep)
+    assert torch.isfinite(out.x).all()
+
+
+def test_gradients_reach_what_stays_and_equal_patches_give_no_nan(make_images) -> None:
+    tokens, weights = make_images(), torch.rand(4, N)
+    for x in (tokens.x, torch.ones_like(tokens.x)):
+        x.requires_grad_()
+        few = KMedoids(PLACE, 0.3).choose(tokens.update(x), weights)
+        few.patches.sum().backward()
+        assert few.origin is not None
+        assert torch.equal(x.grad[:, P:, 0], few.origin.sum(dim=1))
+
+
+def test_it_is_finite_under_autocast_and_in_bfloat16(make_model) -> None:
+    net, images = make_model(partial(KMedoids, keep=0.5)).train(), torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(images).square().sum()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+    assert torch.isfinite(net.bfloat16()(images.bfloat16())).all()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"iterations": -1}, r"a number of times\. Expected: iterations >= 0\. Found: -1"),
+        ({"significance": "class"}, r"attention that they get\. Expected: from 'all' .*no class token\. To do: .*null"),
+        ({"keep": 0.0}, r"KMedoids keeps a share of the patches"),
+    ],
+)
+def test_refusals(more: dict[str, object], said: str) -> None:
+    with pytest.raises(FewtokensError, match=said):
+        KMedoids(replace(PLACE, class_token=False), **more)
+
+
+@torch.no_grad()
+def test_the_class_tokens_attention_is_what_evit_reads(block: Block, make_images) -> None:
+    tokens = make_images()
+    evidence = block.attend(tokens)[1]
+    assert torch.equal(KMedoids(PLACE).weights(tokens, evidence), class_attention(evidence, P))
