@@ -9,11 +9,15 @@ import torch
 
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.tokenizers.base import Tokenizer
+from fewtokens.tokenizers.dpc_knn import DPCKNN
 from fewtokens.tokenizers.evit import EViT
 from fewtokens.tokenizers.fixed_pattern import FixedPattern
+from fewtokens.tokenizers.k_medoids import KMedoids
 from fewtokens.tokenizers.patch_merger import PatchMerger
 from fewtokens.tokenizers.pool import Pool
 from fewtokens.tokenizers.random_drop import RandomDrop
+from fewtokens.tokenizers.sinkhorn import Sinkhorn
+from fewtokens.tokenizers.sit import SiT
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearner, TokenLearnerV11, TokenLearnerV11Grouped
 from fewtokens.tokenizers.tome import ToMe
@@ -28,6 +32,8 @@ TOKENIZERS = [
     pytest.param(partial(TokenFuser, inner=partial(TokenLearner, num_tokens=4)), id="fuser 1.0"),
     pytest.param(partial(TokenFuser, inner=partial(TokenLearnerV11, num_tokens=4), init="official"), id="fuser 1.1"),
     pytest.param(partial(PatchMerger, num_tokens=4), id="patch merger"),
+    pytest.param(SiT, id="sit"),
+    pytest.param(Sinkhorn, id="sinkhorn"),
     pytest.param(Pool, id="pool"),
     pytest.param(RandomDrop, id="random drop"),
     pytest.param(FixedPattern, id="fixed pattern"),
@@ -37,6 +43,9 @@ CHOOSERS = [
     pytest.param(TopK, id="top-k"),
     pytest.param(EViT, id="evit"),
     pytest.param(partial(ToMe, r=3), id="tome"),
+    pytest.param(DPCKNN, id="dpc-knn"),
+    pytest.param(KMedoids, id="k-medoids"),
+    pytest.param(partial(KMedoids, significance="all"), id="k-medoids all"),
 ]
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -99,7 +99,7 @@ class TokenFuser(Tokenizer):
         init: Literal["gentle", "official"] = "gentle",
     ) -> None:
         super().__init__(place)
-        tokenizer = inner(place)
+        tokenizer = inner(replace(place, stage=0))  # no place before it left it fewer
         if not isinstance(tokenizer, Pooler):
             raise FewtokensError(
                 "TokenFuser wraps a tokenizer that makes a fixed number of tokens",
