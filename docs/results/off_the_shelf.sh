@@ -9,7 +9,7 @@ sweep() {  # name, then overrides
   name=$1; shift
   if [ -e "$out/$name/finished" ]; then return; fi
   "$python" eval.py -m checkpoint="$run" data.root="$root" trainer.precision=32-true data.eval_batch_size=250 \
-    measure.cost.num_images=100 measure.throughput.batch_size=64 measure.throughput.seconds=5 measure.token_maps=null measure.confusion=null \
+    measure=default measure.cost.num_images=100 measure.throughput.batch_size=64 measure.throughput.seconds=5 measure.token_maps=null measure.confusion=null \
     hydra.sweep.dir="$out/$name" "$@"
   touch "$out/$name/finished"
 }

@@ -377,12 +377,12 @@ def test_cost_rises_with_the_probes() -> None:
 def test_what_it_saves_to_the_last_multiply_add() -> None:
     """Queries, attention, projection and MLP of those dropped, less the class token's query and row of attention, which
     score: no N x N matrix is made."""
-    model, image, n, c = model_with(at=3, budget=9), images(2)[1:], 37, 16
+    model, image, n, c, heads = model_with(at=3, budget=9), images(2)[1:], 37, 16, 2
     dropped = n - model.trace(image)[-1].x.shape[1]
     with model.encoder.dense():
         dense = macs(model, image)
     assert dropped > 0
-    assert dense - macs(model, image) == dropped * (c * c + 2 * n * c + c * c + 8 * c * c) - n * c - c * c
+    assert dense - macs(model, image) == dropped * (c * c + 2 * n * c + c * c + 8 * c * c) - heads * n * c - c * c
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ class ATS(Tokenizer):
 
 
 def significance(evidence: Evidence) -> Float[Tensor, "b n"]:
-    """Scores of all tokens (B, N), float32, not normalised (paper, equation 3): N*C multiply-adds, no N x N matrix."""
+    """Scores of all tokens (B, N), float32, not normalised (paper, equation 3), from one row: no N x N matrix."""
     attention = evidence.rows(1)[:, :, 0].sum(dim=1)
     return attention * torch.linalg.vector_norm(evidence.value.float(), dim=(1, 3))
 

@@ -104,7 +104,7 @@ def match(metric: Float[Tensor, "b n d"], r: int, prefix: int) -> Matching:
     metric = F.normalize(metric, dim=-1)  # a zero vector stays one, similar to nothing, and gives no NaN
     first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
     scores = metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)
-    best, partner = scores.amax(dim=2), scores.argmax(dim=2)
+    best, partner = scores.max(dim=2)
     order = best.argsort(dim=1, descending=True, stable=True)
     merged, rest = order[:, :r], order[:, r:]
     if prefix:
