@@ -29,9 +29,9 @@ class Sinkhorn(Pooler):
     Args:
         place: Where it stands.
         num_tokens: Tokens per frame, S: a number, or with a float the share of those that the place before left.
-        iterations: Of the plan (first paper's command: 5; Haurum et al. 2023: 3).
-        epsilon: Strength of the entropy: the larger, the more even the plan (first paper's command: 0.25; Haurum et al.
-            2023: 1, at which cosines hardly tell).
+        iterations: Of the plan (command in the README of the first paper's code: 5; default of the second's: 3).
+        epsilon: Strength of the entropy: the larger, the more even the plan (the same command: 0.25; default of the
+            second's: 1, at which cosines hardly tell).
     """
 
     def __init__(self, place: Place, num_tokens: int | float = 0.5, iterations: int = 5, epsilon: float = 0.25) -> None:
