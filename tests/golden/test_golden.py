@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from fewtokens.backbones.keras_mini_vit import keras_mini_vit
 from fewtokens.backbones.vit import ViT, vit
+from fewtokens.backbones.vivit import ViViT, vivit
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place
+from fewtokens.layers.embed import Tubelets
+from fewtokens.tokenizers.base import Place, Tokenizer
 from fewtokens.tokenizers.token_fuser import Fuse, TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearner, TokenLearnerV11
 from fewtokens.tokens import Tokens
@@ -76,6 +78,20 @@ def fuse(g: Golden, source: str, target: str, normalize: bool = True) -> State:
     return state
 
 
+def scenic_block(g: Golden, block: str, ours: str, names: tuple[str, str, str] = ("_0", "_0", "_1")) -> State:
+    """Attention, its norm, the MLP and its norm; `names` end those of attention and norms."""
+    heads = f"{block}.MultiHeadDotProductAttention{names[0]}"
+    qkv = [f"{heads}.{part}" for part in ("query", "key", "value")]
+    mlp = f"{block}.MlpBlock_0" if names[0] == "_0" else f"{block}.MlpBlock"
+    return {
+        **attention(g, qkv, f"{heads}.out", ".", f"{ours}.attn"),
+        **norm(g, f"{block}.LayerNorm{names[1]}", f"{ours}.norm1"),
+        **norm(g, f"{block}.LayerNorm{names[2]}", f"{ours}.norm2"),
+        **dense(g, f"{mlp}.Dense_0", f"{ours}.mlp.fc1"),
+        **dense(g, f"{mlp}.Dense_1", f"{ours}.mlp.fc2"),
+    }
+
+
 def scenic_encoder(g: Golden) -> State:
     """Everything but the tokenizers."""
     t = "p.Transformer"
@@ -87,13 +103,7 @@ def scenic_encoder(g: Golden) -> State:
         **dense(g, "p.output_projection", "trunk.head"),
     }
     for i in range(3):
-        block, ours = f"{t}.encoderblock_{i}", f"encoder.blocks.{i}"
-        heads = f"{block}.MultiHeadDotProductAttention_0"
-        names = [f"{heads}.{part}" for part in ("query", "key", "value")]
-        state |= attention(g, names, f"{heads}.out", ".", f"{ours}.attn")
-        state |= norm(g, f"{block}.LayerNorm_0", f"{ours}.norm1") | norm(g, f"{block}.LayerNorm_1", f"{ours}.norm2")
-        state |= dense(g, f"{block}.MlpBlock_0.Dense_0", f"{ours}.mlp.fc1")
-        state |= dense(g, f"{block}.MlpBlock_0.Dense_1", f"{ours}.mlp.fc2")
+        state |= scenic_block(g, f"{t}.encoderblock_{i}", f"encoder.blocks.{i}")
     return state
 
 
@@ -117,6 +127,36 @@ def scenic_vit(tokenizer: dict, state: State) -> ViT:
     )
     model.load_state_dict(state)
     return model.eval()
+
+
+def scenic_vivit(g: Golden, model: str, state: State, **settings) -> ViViT:
+    net = vivit(
+        tubelets=Tubelets(clip_frames=4, image_size=16, frames=2, height=4, width=4),
+        num_classes=5,
+        dim=24,
+        depth=2,
+        heads=4,
+        model=model,
+        tokenizer={"at": [], "build": Tokenizer},
+        options={"mlp_ratio": 2, "act_layer": "gelu_tanh"},
+        **settings,
+    )
+    kernel = g["p.embedding.kernel"].permute(4, 3, 0, 1, 2)  # THWIO to OITHW
+    net.load_state_dict(
+        {"trunk.patch_embed.proj.weight": kernel, "trunk.patch_embed.proj.bias": g["p.embedding.bias"], **state}
+    )
+    return net.eval()
+
+
+def scenic_sequence(g: Golden, encoder: str, trunk: str) -> State:
+    """Positions and final norm of an encoder."""
+    positions = {f"{trunk}.pos_embed": g[f"p.{encoder}.posembed_input.pos_embedding"]}
+    return positions | norm(g, f"p.{encoder}.encoder_norm", f"{trunk}.norm")
+
+
+def clips(g: Golden) -> Tensor:
+    """(B, T, H, W, C) to (B, C, T, H, W)."""
+    return g["x"].permute(0, 4, 1, 2, 3)
 
 
 def token_learner(g: Golden, pooling: str) -> TokenLearner:
@@ -252,6 +292,66 @@ def test_mini_vit_of_the_keras_example() -> None:
             state |= dense(g, f"{theirs}.fc{part}", f"{ours}.mlp.fc{part}")
     model.load_state_dict(state)
     closer(model.eval()(g["x"].permute(0, 3, 1, 2)).softmax(dim=-1), g["probs"])
+
+
+@torch.no_grad()
+def test_token_learner_takes_the_time_steps_of_a_clip_one_by_one() -> None:
+    """The two samples of the official run are two time steps of one clip here: S tokens of each, the weights shared."""
+    g = golden("tokenlearner_v10")
+    steps = Tokens(g["x"].flatten(1, 2).reshape(1, 2 * 49, 24), frames=2, grid=(7, 7))
+    few = token_learner(g, "sum").pool(steps)
+    close(few.x, g["out_sum"].reshape(1, 2 * 8, 24))
+    assert few.frames == 2
+    g = golden("tokenlearner_v11")
+    tokenizer = TokenLearnerV11(PLACE, 8)
+    tokenizer.load_state_dict(mask_mlp(g, "p", ""))
+    steps = Tokens(g["x"].flatten(1, 2).reshape(1, 2 * 49, 24), frames=2, grid=(7, 7))
+    close(tokenizer.pool(steps).x, g["out"].reshape(1, 2 * 8, 24))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "model", "pool"),
+    [
+        ("vivit_m1_spacetime_cls", "spatio_temporal", "token"),
+        ("vivit_m4_factorized_dot_product_gap", "factorised_dot_product", "avg"),
+    ],
+)
+def test_vivit_models_1_and_4(name: str, model: str, pool: str) -> None:
+    g = golden(name)
+    state = scenic_sequence(g, "Transformer", "trunk") | dense(g, "p.output_projection", "trunk.head")
+    for i in range(2):
+        state |= scenic_block(g, f"p.Transformer.encoderblock_{i}", f"encoder.blocks.{i}")
+    if pool == "token":
+        state["trunk.cls_token"] = g["p.cls"]
+    close(scenic_vivit(g, model, state, pool=pool)(clips(g)), g["logits"])
+
+
+@torch.no_grad()
+def test_vivit_model_2() -> None:
+    g = golden("vivit_m2_factorized_encoder_cls")
+    state = dense(g, "p.output_projection", "temporal.trunk.head")
+    for encoder, ours, depth in (("SpatialTransformer", "", 2), ("TemporalTransformer", "temporal.", 1)):
+        state |= scenic_sequence(g, encoder, f"{ours}trunk") | {f"{ours}trunk.cls_token": g[f"p.cls_{encoder}"]}
+        for i in range(depth):
+            state |= scenic_block(g, f"p.{encoder}.encoderblock_{i}", f"{ours}encoder.blocks.{i}")
+    close(scenic_vivit(g, "factorised_encoder", state, temporal_depth=1)(clips(g)), g["logits"])
+
+
+@torch.no_grad()
+def test_vivit_model_3() -> None:
+    g = golden("vivit_m3_factorized_self_attention_gap")
+    state = scenic_sequence(g, "Transformer", "trunk") | dense(g, "p.output_projection", "trunk.head")
+    for i in range(2):
+        theirs, ours = f"p.Transformer.encoderblock_{i}", f"encoder.blocks.{i}"
+        state |= scenic_block(g, theirs, ours, ("_space", "_space", "_mlp"))
+        over_time = scenic_block(g, theirs, ours, ("_time", "_time", "_mlp"))
+        for part, twin in ((".attn.", ".attn_time."), (".norm1.", ".norm_time.")):
+            state |= {name.replace(part, twin): value for name, value in over_time.items() if part in name}
+    model = scenic_vivit(g, "factorised_self_attention", state)
+    close(model(clips(g)), g["logits"])
+    other = scenic_vivit(g, "factorised_self_attention_time_space", state)
+    assert (other(clips(g)) - g["logits"]).abs().max() > 1e-2
 
 
 def test_every_layer_norm_has_the_epsilon_of_flax_and_keras() -> None:

@@ -16,9 +16,11 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fewtokens.backbones.vit import Size, TokenizerRecipe, ViT, check_sizes, pair
+from fewtokens.backbones.trunk import check_sizes
+from fewtokens.backbones.vit import TokenizerRecipe, ViT
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
+from fewtokens.layers.embed import Size, pair
 from fewtokens.tokenizers.token_learner import MapPooler
 
 

@@ -15,10 +15,12 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from fewtokens.backbones.vit import Size, TokenizerRecipe, ViT, check_sizes
+from fewtokens.backbones.trunk import check_sizes
+from fewtokens.backbones.vit import TokenizerRecipe, ViT
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
+from fewtokens.layers.embed import Size
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """ViT: timm's VisionTransformer with our blocks and a tokenizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypedDict
 
@@ -11,13 +11,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fewtokens.backbones.encoder import At, Build, Encoder
+from fewtokens.backbones.trunk import check_sizes, make_trunk
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.attention import Attention
-from fewtokens.layers.block import Block
+from fewtokens.layers.embed import Size, pair
 from fewtokens.tokenizers.base import Place
 from fewtokens.tokens import Tokens
-
-Size = int | Sequence[int]
 
 
 class TokenizerRecipe(TypedDict):
@@ -36,13 +34,14 @@ class ViT(nn.Module):
     Args:
         trunk: timm's model, built with `block_fn=Block, attn_layer=Attention`. Its blocks move to the encoder.
         tokenizer: Where the tokenizer stands and its recipe.
+        frames: Time steps in which the patches are laid out; an image is a clip of one.
     """
 
-    def __init__(self, trunk: VisionTransformer, tokenizer: TokenizerRecipe) -> None:
+    def __init__(self, trunk: VisionTransformer, tokenizer: TokenizerRecipe, frames: int = 1) -> None:
         super().__init__()
         blocks: list[Any] = list(trunk.blocks)
         trunk.blocks = nn.Sequential()
-        self.trunk = trunk
+        self.trunk, self.frames = trunk, frames
         place = Place(
             dim=trunk.embed_dim,
             heads=blocks[0].attn.num_heads,
@@ -50,15 +49,16 @@ class ViT(nn.Module):
             depth=len(blocks),
             prefix=trunk.num_prefix_tokens,
             class_token=trunk.has_class_token,
+            frames=frames,
             grid=tuple(trunk.patch_embed.grid_size),
         )
         self.encoder = Encoder(blocks, tokenizer["build"], tokenizer["at"], place)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
+    def forward(self, images: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "b classes"]:
         """Images (B, channels, H, W), normalised as the data says, to logits (B, classes)."""
         return self.classify(self.encoder(self.embed(images)))
 
-    def embed(self, images: Float[Tensor, "b c h w"], trace: bool = False) -> Tokens:
+    def embed(self, images: Float[Tensor, "b c *t h w"], trace: bool = False) -> Tokens:
         """Patches with positions, class and register tokens.
 
         Args:
@@ -74,8 +74,8 @@ class ViT(nn.Module):
         grid = tuple(x.shape[1:3]) if trunk.dynamic_img_size else tuple(trunk.patch_embed.grid_size)
         x = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(x)))
         prefix = trunk.num_prefix_tokens
-        dropped = x.shape[1] - prefix < grid[0] * grid[1]
-        tokens = Tokens(x, prefix, grid=None if dropped else grid)
+        dropped = x.shape[1] - prefix < self.frames * grid[0] * grid[1]
+        tokens = Tokens(x, prefix) if dropped else Tokens(x, prefix, self.frames, grid)
         return traced(tokens) if trace else tokens
 
     def classify(self, tokens: Tokens) -> Float[Tensor, "b classes"]:
@@ -86,12 +86,16 @@ class ViT(nn.Module):
             return trunk.forward_head(tokens.x)
         return trunk.head(trunk.head_drop(trunk.fc_norm(self._pool(tokens))))
 
-    def trace(self, images: Float[Tensor, "b c h w"]) -> list[Tokens]:
+    def trace(self, images: Float[Tensor, "b c *t h w"]) -> list[Tokens]:
         """The tokens after every block, with the origin of each: one record per block, for pictures and counts."""
         tokens = self.embed(images, trace=True)
         self.encoder(tokens)
         assert tokens.trace is not None
         return tokens.trace
+
+    def pictures(self, images: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "bt c h w"]:
+        """What every time step shows (B*T, channels, H, W), for pictures of the tokens."""
+        return images
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone: positions, class and register tokens."""
@@ -171,54 +175,14 @@ def vit(
     """
     check_sizes(image_size, patch_size, dim, heads, depth)
     settings = {"class_token": pool == "token", "global_pool": pool, **(options or {})}
-    try:
-        trunk = VisionTransformer(
-            img_size=pair(image_size),
-            patch_size=pair(patch_size),
-            in_chans=channels,
-            num_classes=num_classes,
-            embed_dim=dim,
-            depth=depth,
-            num_heads=heads,
-            block_fn=Block,
-            attn_layer=Attention,
-            **settings,
-        )
-    except (TypeError, ValueError, KeyError, AssertionError) as error:  # timm has no exception of its own
-        raise FewtokensError(
-            "backbone.options are arguments of timm's VisionTransformer",
-            expected="names and values that it takes",
-            got=f"{settings}: {error}",
-            fix="see help(timm.models.vision_transformer.VisionTransformer)",
-        ) from error
+    trunk = make_trunk(
+        settings,
+        img_size=pair(image_size),
+        patch_size=pair(patch_size),
+        in_chans=channels,
+        num_classes=num_classes,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+    )
     return ViT(trunk, tokenizer)
-
-
-def check_sizes(image_size: Size, patch_size: Size, dim: int, heads: int, depth: int) -> None:
-    """Refuse sizes that do not fit each other.
-
-    Raises:
-        FewtokensError: The patch does not divide the image, the heads do not divide the width, or nothing is left.
-    """
-    image, patch = pair(image_size), pair(patch_size)
-    if min(patch) < 1 or any(i < p or i % p for i, p in zip(image, patch, strict=True)):
-        raise FewtokensError(
-            "Patches tile the image",
-            expected=f"a patch size that divides {image[0]}x{image[1]}",
-            got=f"{patch[0]}x{patch[1]}",
-            fix="set backbone.patch_size, or resize the data with data.image_size",
-        )
-    if heads < 1 or dim < 1 or dim % heads:
-        raise FewtokensError(
-            "The heads share the width among them",
-            expected=f"a number of heads that divides {dim}",
-            got=heads,
-            fix="set backbone.heads or backbone.dim",
-        )
-    if depth < 1:
-        raise FewtokensError("A ViT has blocks", expected="backbone.depth >= 1", got=depth, fix="set backbone.depth=4")
-
-
-def pair(size: Size) -> tuple[int, int]:
-    """(height, width) of a size."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -3,6 +3,7 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -54,6 +55,12 @@ class Tokenizer(nn.Module):
         place: Where it stands; given by the encoder, the other arguments by the configuration.
     """
 
+    keeps_frames: ClassVar[bool] = False
+    """Whether after it every time step has as many tokens, in the same order, so that attention over time can go on.
+
+    Methods say so themselves; the plain transformer, which is only this class itself, keeps everything.
+    """
+
     def __init__(self, place: Place) -> None:
         super().__init__()
         self.place = place
@@ -76,6 +83,8 @@ class Pooler(Tokenizer):
         place: Where it stands.
         num_tokens: Tokens per frame that it makes, S.
     """
+
+    keeps_frames = True
 
     def __init__(self, place: Place, num_tokens: int) -> None:
         super().__init__(place)

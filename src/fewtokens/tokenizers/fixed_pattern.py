@@ -4,6 +4,7 @@ After the fixed radial patterns of Haurum et al., "Which Tokens to Use? Investig
 Transformers", 2023 (arXiv 2308.04657). That patches are ranked by l1, l2 or l-infinity distance was not checked there.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -29,6 +30,8 @@ class FixedPattern(Selector):
         distance: "l1" keeps a diamond, "l2" a disc, "linf" a rectangle.
     """
 
+    keeps_frames = True
+
     def __init__(self, place: Place, keep: float = 0.5, distance: Distance = "l2") -> None:
         super().__init__(place, keep)
         if distance not in ("l1", "l2", "linf"):
@@ -49,7 +52,8 @@ class FixedPattern(Selector):
         scores = -distances(grid, self.distance)[None].float()
         index = highest(scores, self.keep)[0]
         whole = torch.cat([index + area * frame for frame in range(tokens.frames)], dim=1)
-        return block(tokens.select(whole.to(tokens.x.device).expand(tokens.x.shape[0], -1)))
+        kept = tokens.select(whole.to(tokens.x.device).expand(tokens.x.shape[0], -1))
+        return block(replace(kept, frames=tokens.frames))
 
 
 def distances(grid: tuple[int, int], distance: Distance) -> Int[Tensor, "m"]:

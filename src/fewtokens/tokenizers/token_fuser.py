@@ -88,6 +88,8 @@ class TokenFuser(Tokenizer):
         init: See `Fuse`.
     """
 
+    keeps_frames = True
+
     def __init__(
         self,
         place: Place,
