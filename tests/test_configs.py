@@ -20,6 +20,10 @@ def options(group: str) -> list[str]:
 TOKENIZERS, BACKBONES = options("tokenizer"), options("backbone")
 
 
+def frames(backbone: str) -> int:
+    return 4 if backbone.startswith("vivit_") else 1
+
+
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_tokenizer_on_every_backbone_runs_or_refuses(composed, tokenizer: str, backbone: str) -> None:
@@ -34,11 +38,13 @@ def test_every_tokenizer_on_every_backbone_runs_or_refuses(composed, tokenizer: 
         "data=cifar10",
         "data.image_size=48",
         "data.num_classes=5",
+        f"data.frames={frames(backbone)}",
         *small,
     )
+    shape = (3, 4, 48, 48) if frames(backbone) > 1 else (3, 48, 48)
     try:
         model = instantiate(cfg.backbone)
-        logits = model(torch.randn(2, 3, 48, 48))
+        logits = model(torch.randn(2, *shape))
     except FewtokensError as error:
         assert "To do:" in str(error)
         return
@@ -51,7 +57,8 @@ def test_every_tokenizer_on_every_backbone_runs_or_refuses(composed, tokenizer: 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_plain_tokenizer_runs_on_every_backbone(composed, backbone: str) -> None:
-    cfg = composed("tokenizer=none", f"backbone={backbone}", "data=cifar10", "data.image_size=48")
+    data = ("data=cifar10", "data.image_size=48", f"data.frames={frames(backbone)}")
+    cfg = composed("tokenizer=none", f"backbone={backbone}", *data)
     with torch.device("meta"):
         model = instantiate(cfg.backbone)
     assert all(not list(tokenizer.parameters()) for tokenizer in model.encoder.tokenizers)
@@ -67,6 +74,32 @@ def test_the_fuser_goes_around_what_the_command_line_names(composed, inner: str)
     assert torch.isfinite(model(torch.randn(2, 1, 8, 8))).all()
 
 
+MODELS = ["factorised_encoder", "factorised_self_attention", "factorised_dot_product"]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_tokenizer_in_every_model_of_vivit_runs_or_refuses(composed, tokenizer: str, model: str) -> None:
+    cfg = composed(
+        f"tokenizer={tokenizer}",
+        "backbone=vivit_mini",
+        f"backbone.model={model}",
+        "data.frames=4",
+        "data.image_size=32",
+    )
+    try:
+        net = instantiate(cfg.backbone)
+    except FewtokensError as error:  # at construction, not later
+        assert model != "factorised_encoder"
+        assert "set backbone." in str(error)
+        return
+    logits = net(torch.randn(2, 1, 4, 32, 32))
+    assert torch.isfinite(logits).all()
+    logits.sum().backward()
+    names = {name for name, p in net.named_parameters() if p.requires_grad and p.grad is None}
+    assert not names, f"no gradient reaches {names}"
+
+
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_no_two_places_share_parameters(composed, tokenizer: str) -> None:
     at = [] if tokenizer == "none" else [1, 3]
@@ -77,7 +110,7 @@ def test_no_two_places_share_parameters(composed, tokenizer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "group", ["optimizer", "schedule", "callbacks", "trainer", "logger", "data", "task", "measure"]
+    "group", ["optimizer", "schedule", "callbacks", "trainer", "logger", "data", "task", "measure", "init_image"]
 )
 def test_every_option_of_every_group_builds(composed, group: str, tmp_path: Path) -> None:
     for option in options(group):
@@ -86,6 +119,8 @@ def test_every_option_of_every_group_builds(composed, group: str, tmp_path: Path
         if group == "trainer":
             OmegaConf.update(node, "accelerator", "cpu")  # this machine may have no GPU
             node.devices, node.strategy = 1, "auto"
+        if group == "init_image" and node:
+            node.weights = "a file"
         nodes = [node] if "_target_" in node else list(node.values())
         for part in nodes:
             assert instantiate(part) is not None

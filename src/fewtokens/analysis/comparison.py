@@ -60,7 +60,7 @@ class Setting:
 
 
 def compare(
-    models: Mapping[str, nn.Module], images: Float[Tensor, "b c h w"], setting: Setting, seconds: float
+    models: Mapping[str, nn.Module], images: Float[Tensor, "b c *t h w"], setting: Setting, seconds: float
 ) -> list[dict[str, Any]]:
     """Times all models in turns, on the same images, and counts what they compute.
 
@@ -112,14 +112,14 @@ def compare(
     return records
 
 
-def in_batches(images: Float[Tensor, "n c h w"], batch: int) -> list[Float[Tensor, "b c h w"]]:
+def in_batches(images: Float[Tensor, "n c *t h w"], batch: int) -> list[Float[Tensor, "b c *t h w"]]:
     """Whole batches of the images, which are repeated where they do not fill one; several if a batch is small."""
     wanted = max(1, FEWEST // batch) * batch
     repeated = torch.cat([images] * -(-wanted // len(images)))[:wanted]
     return list(repeated.split(batch))
 
 
-def costs_of(model: nn.Module, batches: list[Float[Tensor, "b c h w"]]) -> tuple[float, float]:
+def costs_of(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]]) -> tuple[float, float]:
     """Multiply-adds per image: of each by itself, the mean of up to 16, and in these batches."""
     images = torch.cat(batches)
     some = images[:16].split(1)
@@ -127,7 +127,7 @@ def costs_of(model: nn.Module, batches: list[Float[Tensor, "b c h w"]]) -> tuple
     return sum(macs(model, image) for image in some) / len(some), padded
 
 
-def run_of(model: nn.Module, batches: list[Float[Tensor, "b c h w"]], setting: Setting) -> Run:
+def run_of(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], setting: Setting) -> Run:
     """What is timed: all batches once."""
     device = batches[0].device
     if setting.precision == "bf16-true":

@@ -69,7 +69,7 @@ class Cost:
         return numbers
 
 
-def macs(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
+def macs(model: nn.Module, images: Float[Tensor, "b c *t h w"]) -> int:
     """Multiply-adds of these images together, as the model really runs in evaluation, on padding too.
 
     Counted: every product of matrices and every convolution, that is patch embedding, the projections of queries, keys,
@@ -79,8 +79,8 @@ def macs(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
 
     Args:
         model: A compiled one is counted as if it were not: compiled kernels cannot be seen into.
-        images: (B, channels, H, W), on the model's device; "meta" will do unless the tokenizer looks at values. One
-            image by itself pads nothing.
+        images: (B, channels, H, W), or clips (B, channels, frames, H, W), on the model's device; "meta" will do unless
+            the tokenizer looks at values. One image by itself pads nothing.
     """
     counter = flop_counter()
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
@@ -88,10 +88,13 @@ def macs(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
     return counter.get_total_flops() // 2
 
 
-def tokens_per_block(model: ViT, images: Float[Tensor, "b c h w"]) -> list[float]:
-    """Tokens alive after every block, class and register tokens included and padding not; a mean over the images."""
+def tokens_per_block(model: ViT, images: Float[Tensor, "b c *t h w"]) -> list[float]:
+    """Tokens alive after every block, class and register tokens included and padding not; a mean over the images.
+
+    Of a clip they are those of all time steps; of a factorised encoder only the first, spatial encoder is counted.
+    """
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return [alive(tokens) for tokens in model.trace(images)]
+        return [alive(tokens) * len(tokens.x) / len(images) for tokens in model.trace(images)]
 
 
 def distribution(counts: Counts) -> dict[str, float]:
@@ -116,7 +119,7 @@ def distribution(counts: Counts) -> dict[str, float]:
     }
 
 
-def peak_memory(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
+def peak_memory(model: nn.Module, images: Float[Tensor, "b c *t h w"]) -> int:
     """Bytes that a forward pass in evaluation holds at most, on top of weights and images."""
     with evaluating(model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         return peak_bytes(lambda: model(images), images.device)
@@ -129,7 +132,7 @@ def plain(model: object) -> ViT:
     return model
 
 
-def test_images(task: L.LightningModule, datamodule: L.LightningDataModule, count: int) -> Float[Tensor, "b c h w"]:
+def test_images(task: L.LightningModule, datamodule: L.LightningDataModule, count: int) -> Float[Tensor, "b c *t h w"]:
     """The first `count` test images (fewer if there are no more), first view of each, as the model gets them.
 
     Args:
@@ -142,7 +145,7 @@ def test_images(task: L.LightningModule, datamodule: L.LightningDataModule, coun
 
 def evaluation_batches(
     task: L.LightningModule, datamodule: L.LightningDataModule, count: int | None = None
-) -> Iterator[Float[Tensor, "b c h w"]]:
+) -> Iterator[Float[Tensor, "b c *t h w"]]:
     """The same in the batches of the data; all test images where `count` is None."""
     dtype, left = next(task.parameters()).dtype, count
     for batch in datamodule.test_dataloader():

@@ -27,7 +27,8 @@ class Counts:
     Args:
         macs: Multiply-adds of every image by itself (N,).
         padded: Multiply-adds of every image as its batch computed it, padding included (N,).
-        tokens: Tokens before the first block and after every block, class and register tokens included (N, depth + 1).
+        tokens: Tokens before the first block and after every block, class and register tokens included (N, depth + 1);
+            of a clip those of all time steps, of a factorised encoder those of the first, spatial one.
     """
 
     macs: Int[Tensor, " n"]
@@ -49,7 +50,7 @@ class Alone:
         self.model = model
         self.known: dict[tuple[int, int, int], int] = {}  # block (-1: all else), tokens before it, tokens after it
 
-    def __call__(self, image: Float[Tensor, "1 c h w"], tokens: list[int]) -> int:
+    def __call__(self, image: Float[Tensor, "1 c *t h w"], tokens: list[int]) -> int:
         """Of an image that keeps so many tokens, before the first block and after every block."""
         keys = _keys(tokens)
         if not all(key in self.known for key in keys):
@@ -60,7 +61,7 @@ class Alone:
         return sum(self.known[key] for key in keys)
 
 
-def count(model: ViT, batches: Iterable[Float[Tensor, "_ c h w"]]) -> Counts:
+def count(model: ViT, batches: Iterable[Float[Tensor, "_ c *t h w"]]) -> Counts:
     """Counts all images of some batches.
 
     Args:
@@ -74,14 +75,22 @@ def count(model: ViT, batches: Iterable[Float[Tensor, "_ c h w"]]) -> Counts:
         alone = Alone(model)
         for images in batches:
             total, tokens, _ = run(model, images)
-            macs += [alone(*pair) for pair in zip(images.split(1), tokens.tolist(), strict=True)]
+            if len(tokens) == len(images):
+                macs += [alone(*pair) for pair in zip(images.split(1), tokens.tolist(), strict=True)]
+            else:  # a factorised encoder, to which every time step is a sample
+                alike = bool((tokens == tokens[:1]).all())
+                macs += [total // len(images) if alike else run(model, clip)[0] for clip in images.split(1)]
+                tokens = tokens.unflatten(0, (len(images), -1)).sum(dim=1)
             padded.append(torch.full((len(images),), total / len(images), dtype=torch.float64))
             numbers.append(tokens)
     return Counts(torch.tensor(macs), torch.cat(padded), torch.cat(numbers))
 
 
-def run(model: ViT, images: Float[Tensor, "b c h w"]) -> tuple[int, Int[Tensor, "b blocks"], list[int]]:
-    """The multiply-adds of one forward pass; tokens of every image before and after every block; multiply-adds then."""
+def run(model: ViT, images: Float[Tensor, "b c *t h w"]) -> tuple[int, Int[Tensor, "samples blocks"], list[int]]:
+    """The multiply-adds of one forward pass; tokens of every image before and after every block; multiply-adds then.
+
+    A factorised encoder has the tokens of every time step.
+    """
     counter, tokens, macs = flop_counter(), list[Tensor](), list[int]()
 
     def note(module: nn.Module, given: tuple[Any, ...], result: Tokens | None = None) -> None:

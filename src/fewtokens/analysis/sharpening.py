@@ -23,7 +23,7 @@ STEPS = 24  # of a bisection between factors 1 and 2^16
 
 
 @torch.no_grad()
-def sharpen(model: ViT, images: Float[Tensor, "b c h w"], profile: Sequence[float]) -> list[float]:
+def sharpen(model: ViT, images: Float[Tensor, "b c *t h w"], profile: Sequence[float]) -> list[float]:
     """Scale the queries of the last blocks until ATS keeps so many tokens after each of them.
 
     Args:

@@ -1,6 +1,6 @@
 """A picture of where tokens look: one row per test image, drawn from `Tokens.origin` and thus the same for all methods.
 
-What a column shows is decided by the origin (B, tokens, patches) alone:
+A clip has a row for every time step. What a column shows is decided by the origin (B, tokens, patches) alone:
 
 - every patch belongs to one token at most, every token has one patch: selection; what was dropped is covered;
 - every patch belongs to one token at most: merging; groups of several patches are coloured;
@@ -45,7 +45,7 @@ class TokenMaps:
     """The measure that draws; it has no numbers. `picture` is the file of the last call, None if nothing was reduced.
 
     Args:
-        num_images: Rows: the first test images.
+        num_images: Rows: the first test images, or the time steps of the first clips (one clip at least).
         max_columns: At most so many tokens, or stages of a method that acts in many blocks, evenly spread.
     """
 
@@ -63,6 +63,7 @@ class TokenMaps:
         """
         self.picture = None
         model, images = plain(task.model), test_images(task, datamodule, self.num_images)
+        images = images[: max(1, self.num_images // len(model.pictures(images[:1])))]
         columns = token_columns(model, images, self.max_columns)
         if columns:
             path = run_dir / "pictures" / "token_maps.png"
@@ -72,11 +73,11 @@ class TokenMaps:
         return {}
 
 
-def token_columns(model: ViT, images: Float[Tensor, "b c h w"], most: int = 16) -> list[Column]:
+def token_columns(model: ViT, images: Float[Tensor, "b c *t h w"], most: int = 16) -> list[Column]:
     """The columns of the picture, the images themselves first; none where no tokenizer reduced anything.
 
     Args:
-        model: Any ViT.
+        model: Any ViT or ViViT.
         images: As the model gets them.
         most: Columns after the first, at most.
     """
@@ -85,20 +86,30 @@ def token_columns(model: ViT, images: Float[Tensor, "b c h w"], most: int = 16) 
     blocks = reducing_blocks([start, *trace])
     if not blocks or start.grid is None:
         return []
-    pictures = displayed(images)
-    columns = [Column("image", pictures, [""] * len(images))]
-    first = trace[blocks[0]]
-    if kind_of(_origin(first), most) == "maps":
-        covers = _origin(first).unbind(1)
+    pictures = displayed(model.pictures(images))
+    columns = [Column("image", pictures, [""] * len(pictures))]
+    first = origin_by_step(trace[blocks[0]], start.frames)
+    if kind_of(first, most) == "maps":
+        covers = first.unbind(1)
         titles = [f"token {number}" for number in range(1, len(covers) + 1)]
         titles[0] = f"block {blocks[0]}\n{titles[0]}"
         return columns + [
-            Column(title, heat(pictures, shares, start.grid), [""] * len(images))
+            Column(title, heat(pictures, shares, start.grid), [""] * len(pictures))
             for title, shares in zip(titles, covers, strict=True)
         ]
     if len(blocks) > most:
         blocks = [blocks[i] for i in np.linspace(0, len(blocks) - 1, most).round().astype(int)]
-    return columns + [_stage(block, trace[block], pictures, start.grid) for block in blocks]
+    origins = {block: origin_by_step(trace[block], start.frames) for block in blocks}
+    return columns + [_stage(block, origin, pictures, start.grid) for block, origin in origins.items()]
+
+
+def origin_by_step(tokens: Tokens, steps: int) -> Float[Tensor, "bt n patches"]:
+    """What is held of every time step (B*T, tokens, H*W): by its own tokens, or by all where they belong to no step."""
+    assert tokens.origin is not None
+    origin = tokens.origin.float().cpu().unflatten(2, (steps, -1))
+    if tokens.frames == steps:
+        return origin.unflatten(1, (steps, -1)).diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+    return origin.movedim(2, 1).flatten(0, 1)
 
 
 def reducing_blocks(records: list[Tokens]) -> list[int]:
@@ -184,8 +195,10 @@ def draw(columns: list[Column]) -> Figure:
     return figure
 
 
-def _stage(block: int, tokens: Tokens, pictures: Float[Tensor, "b 3 h w"], grid: tuple[int, int]) -> Column:
-    origin, counts = _origin(tokens), _alive(tokens).sum(dim=1).tolist()
+def _stage(
+    block: int, origin: Float[Tensor, "b n patches"], pictures: Float[Tensor, "b 3 h w"], grid: tuple[int, int]
+) -> Column:
+    counts = (origin.amax(dim=2) > 0).sum(dim=1).tolist()  # padding holds nothing
     present = origin.amax(dim=1) > 0
     if kind_of(origin, 0) == "selection":
         drawn = covered(pictures, present, grid)
@@ -194,11 +207,6 @@ def _stage(block: int, tokens: Tokens, pictures: Float[Tensor, "b 3 h w"], grid:
     same = min(counts) == max(counts)
     title = f"block {block}\n" + (f"{counts[0]} tokens" if same else f"{min(counts)} to {max(counts)} tokens")
     return Column(title, drawn, [""] * len(counts) if same else [str(count) for count in counts])
-
-
-def _origin(tokens: Tokens) -> Float[Tensor, "b n patches"]:
-    assert tokens.origin is not None
-    return tokens.origin.float().cpu()
 
 
 def _alive(tokens: Tokens) -> Bool[Tensor, "b n"]:

@@ -16,14 +16,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewtokens.backbones.positions import TABLE, How, spread
-from fewtokens.backbones.pretrained import read_weights
-from fewtokens.backbones.vivit import FactorisedEncoder, ViViT
+from fewtokens.backbones.pretrained import read_weights, timm_vit
+from fewtokens.backbones.vivit import PLAIN, FactorisedEncoder, ViViT
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.factorised import SelfAttentionBlock
 
 log = logging.getLogger(__name__)
 Kernel = Literal["central_frame", "filter_inflation"]
 State = dict[str, Tensor]
+TIMM = "timm:"
 PROJECTION, HEAD = "trunk.patch_embed.proj.weight", "trunk.head."
 # What an image model may have and a video model not, or the other way round
 OF_TRUNK = ("cls_token", "reg_token", "dist_token", "head", "attn_pool.")
@@ -54,7 +55,8 @@ class FromImage:
     """The recipe `init_image` of a run: the video model starts from an image model that lies in a file.
 
     Args:
-        weights: A run of an image ViT (its directory or a checkpoint) or a file of weights in timm's names.
+        weights: A run of an image ViT (its directory or a checkpoint), a file of weights in timm's names, or
+            "timm:<name>", which timm fetches and resamples to the video's frames.
         kernel: See `from_image_model`.
         positions: See `from_image_model`.
         grid: See `from_image_model`.
@@ -67,7 +69,7 @@ class FromImage:
         positions: How = "tile",
         grid: tuple[int, int] | list[int] | None = None,
     ) -> None:
-        self.weights, self.kernel, self.positions = Path(weights), kernel, positions
+        self.weights, self.kernel, self.positions = weights, kernel, positions
         self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
 
     def __call__(self, model: nn.Module) -> Started:
@@ -83,13 +85,25 @@ class FromImage:
                 got=type(model).__name__,
                 fix="set backbone=vivit_base, or init_image=none",
             )
-        path = self.weights
-        if path.is_dir():
-            folder = path / "checkpoints"
-            path = folder / ("best.ckpt" if (folder / "best.ckpt").is_file() else "last.ckpt")
-        started = from_image_model(model, read_weights(path), self.kernel, self.positions, self.grid)
-        log.info("%s: %s", path, started)
+        started = from_image_model(model, self._read(model), self.kernel, self.positions, self.grid)
+        log.info("%s: %s", self.weights, started)
         return started
+
+    def _read(self, model: ViViT) -> Mapping[str, Tensor]:
+        if self.weights.startswith(TIMM):
+            name, sides = self.weights.removeprefix(TIMM), model.tubelets.sides
+            return timm_vit(name=name, image_size=sides, num_classes=0, tokenizer=PLAIN, pretrained=True).state_dict()
+        path = Path(self.weights)
+        candidates = [path] if path.is_file() else [path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
+        for candidate in candidates:
+            if candidate.is_file():
+                return read_weights(candidate)
+        raise FewtokensError(
+            "init_image.weights names an image model",
+            expected="a run directory with checkpoints, a file of weights, or timm:<name>",
+            got=self.weights,
+            fix="set init_image.weights=outputs/<name>/<time>",
+        )
 
 
 @torch.no_grad()
@@ -129,7 +143,7 @@ def from_image_model(
     _rename(found, own, isinstance(model, FactorisedEncoder))
     if PROJECTION in found:
         found[PROJECTION] = inflated(found[PROJECTION], model.tubelets.frames, kernel)
-    if TABLE in found and TABLE in own:
+    if TABLE in found and TABLE in own and found[TABLE].shape[-1] == own[TABLE].shape[-1]:
         found[TABLE] = spread(found, model, positions, grid)
     for index, block in enumerate(model.encoder.blocks):
         if isinstance(block, SelfAttentionBlock):
@@ -153,7 +167,7 @@ def image_state(state: Mapping[str, Tensor]) -> State:
     return {f"{'encoder' if name.startswith('blocks.') else 'trunk'}.{name}": v for name, v in named.items()}
 
 
-def inflated(kernel: Float[Tensor, "d c h w"], frames: int, how: Kernel) -> Float[Tensor, "d c t h w"]:
+def inflated(kernel: Float[Tensor, "d c *t h w"], frames: int, how: Kernel) -> Float[Tensor, "d c t h w"]:
     """An image kernel as that of a tubelet of so many frames.
 
     Raises:

@@ -50,7 +50,7 @@ def spread(image: Mapping[str, Tensor], model: ViViT, how: How, grid: tuple[int,
             "A class token has a position in both models or in neither",
             expected=f"an image model {'with' if lead else 'without'} one",
             got=f"a table of {table.shape[1]} rows for a grid of {grid}",
-            fix=f"set backbone.options.no_embed_class={str(bool(lead)).lower()}",
+            fix=f"set backbone.options.no_embed_class={str(bool(lead)).lower()}, or init_image.grid=[height,width]",
         )
     if both:
         count = rows if rows == lead else 1

@@ -9,6 +9,7 @@ from fewtokens.callbacks.loggers import CsvLogger
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import checkpoints, job, saved
 from fewtokens.runs.processes import one_job, override
+from fewtokens.runs.targets import instantiate
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -26,6 +27,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
         start = _resume(cfg, parts)
         numbers = _init(cfg, parts)
         with one_job(parts.directory, [override("resume", cfg.resume)]):
+            if start is None and cfg.init_image:
+                instantiate(cfg.init_image)(parts.task.model)
             began = time.monotonic()
             parts.trainer.fit(parts.task, parts.data, ckpt_path=start, weights_only=True)
             numbers |= {"train/seconds": time.monotonic() - began, "train/epochs": float(parts.trainer.current_epoch)}
