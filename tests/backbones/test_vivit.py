@@ -75,6 +75,18 @@ def test_cost_of_vivit_b_is_the_published_one_within_a_percent(model: Model, gma
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(million, rel=1e-3)
 
 
+def test_cost_of_token_learner_in_vivit_l_is_the_published_one_within_a_percent() -> None:
+    """16 tokens per time step before block 12 of L/16: 766 instead of 1446 GFLOPs a view (TokenLearner's journal text)."""
+    counts = []
+    for build_tokenizer, at in ((Tokenizer, []), (partial(TokenLearner, num_tokens=16), 12)):
+        with torch.device("meta"):
+            cut, tokenizer = Tubelets(clip_frames=32, image_size=224), {"at": at, "build": build_tokenizer}
+            sizes = {"num_classes": 400, "dim": 1024, "depth": 24, "heads": 16, "pool": "avg"}
+            net = vivit(tubelets=cut, tokenizer=tokenizer, **sizes)
+            counts.append(macs(net, torch.zeros(1, 3, 32, 224, 224)) / 1e9)
+    assert counts == pytest.approx([1446, 766], rel=0.01)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("pool", [None, "avg"])
 def test_macs_are_the_closed_form(model: Model, pool: str | None) -> None:
@@ -386,3 +398,32 @@ def test_clips_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     )
     with pytest.raises(FewtokensError, match=said):
         build()(torch.randn(shape))
+
+
+# --- learning
+
+
+def moving_bars(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A bar that moves to the right (1), or the same clip backwards (0): no single frame says which."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(2, (count,), generator=generator)
+    columns = torch.randint(5, (count, 1), generator=generator) + torch.arange(4)
+    columns = torch.where(target[:, None] == 1, columns, columns.flip(1))
+    return 4 * nn.functional.one_hot(columns, 8).float()[:, None, :, None].expand(-1, -1, -1, 8, -1) - 0.5, target
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_learns_where_a_bar_moves(model: Model) -> None:
+    cut = Tubelets(clip_frames=4, image_size=8, channels=1, frames=2, height=8, width=2)
+    tokenizer = {"at": 1, "build": partial(TokenLearnerV11, num_tokens=4)}
+    net = build(model, tubelets=cut, num_classes=2, depth=2, temporal_depth=1, tokenizer=tokenizer)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
+    for step in range(120):
+        x, target = moving_bars(32, step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net.train()(x), target).backward()
+        optimizer.step()
+    x, target = moving_bars(200, 1000)
+    with torch.no_grad():
+        assert (net.eval()(x).argmax(dim=1) == target).float().mean() > 0.95
+        assert (net(x.flip(2)).argmax(dim=1) == 1 - target).float().mean() > 0.95

@@ -86,6 +86,26 @@ def test_training_starts_from_a_dense_run(composed, tmp_path: Path, caplog: pyte
     assert "model.encoder.tokenizers.1.norm.weight" in caplog.text
 
 
+VIDEO = [
+    "backbone=vivit_mini",
+    "backbone.tubelets.frames=1",
+    "backbone.tubelets.height=2",
+    "backbone.tubelets.width=2",
+    "backbone.pool=avg",
+]
+
+
+def test_a_video_model_starts_from_a_run_of_an_image_model(composed, tmp_path: Path) -> None:
+    training.run(composed(*TINY, "test=false"))
+    small = [entry for entry in TINY if "patch_size" not in entry]
+    start = ["init_image=central_frame", f"init_image.weights={tmp_path / 'run'}"]
+    numbers = training.run(composed(*small, *VIDEO, *start, "trainer.limit_train_batches=1", directory="video"))
+    assert (numbers["init_image/missing"], numbers["init_image/unexpected"]) == (0, 0)
+    assert "test/top1" in numbers
+    with pytest.raises(FewtokensError, match="init_image starts a video model"):
+        training.run(composed(*TINY, *start, directory="image"))
+
+
 @pytest.mark.parametrize("options", [["callbacks=ema"], ["optimizer=sgd", "trainer.accumulate_grad_batches=2"],
                                      ["optimizer=lamb", "schedule=constant"], ["trainer.precision=bf16-mixed"],
                                      ["task.mix.mixup=0.8", "task.mix.cutmix=1.0", "task.label_smoothing=0.1"],

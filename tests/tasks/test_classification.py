@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fewtokens.backbones.vivit import vivit
 from fewtokens.errors import FewtokensError
+from fewtokens.layers.embed import Tubelets
 from fewtokens.tasks.classification import Classifier
 from fewtokens.tasks.mixing import Mix
+from fewtokens.tokenizers.base import Tokenizer
 
 
 def classifier(**settings) -> Classifier:
@@ -20,6 +23,23 @@ def test_logits_are_averaged_over_views() -> None:
     views = torch.randn(3, 4, 3, 2, 2)
     expected = torch.stack([task.model(views[:, v]) for v in range(4)]).mean(0)
     torch.testing.assert_close(task(views), expected)
+
+
+def test_logits_of_a_video_are_the_mean_over_its_views_and_it_counts_once() -> None:
+    tubelets = Tubelets(clip_frames=4, image_size=4, channels=1, frames=2, height=2, width=2)
+    plain = {"at": [], "build": Tokenizer}
+    torch.manual_seed(0)
+    net = vivit(tubelets=tubelets, num_classes=7, tokenizer=plain, dim=8, depth=1, heads=2)
+    task = Classifier(net, 7, optimizer=partial(torch.optim.SGD, lr=0.1)).eval()
+    task.log = lambda *a, **k: None
+    videos = torch.randn(3, 5, 1, 4, 4, 4)  # (videos, views, channels, frames, height, width), no two views alike
+    each = torch.stack([torch.stack([net(view[None])[0] for view in video]) for video in videos])
+    assert each.std(dim=1).min() > 1e-4
+    torch.testing.assert_close(task(videos), each.mean(dim=1))
+    torch.testing.assert_close(task(videos[:, [3, 1, 0, 4, 2]]), each.mean(dim=1))
+    task.test_step((videos, each.mean(dim=1).argmax(dim=1)), 0)
+    assert task.test_metrics["top1"].compute() == 1
+    assert task.test_metrics["loss"].weight == 3
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -134,10 +135,14 @@ class TubeletEmbed(nn.Module):
         An image (B, channels, H, W) is a clip of one frame.
         """
         clips = clips[:, :, None] if clips.ndim == 4 else clips
-        x = self.proj(clips if self.indices is None else clips.index_select(2, self.indices))
-        if self.per_step:
-            return x.transpose(1, 2).flatten(0, 1).flatten(2).transpose(1, 2)
-        return x.flatten(2).transpose(1, 2)
+        clips = clips if self.indices is None else clips.index_select(2, self.indices)
+        # A convolution without overlap is a product; as one it took a seventh of the time in bfloat16 on a CPU, both
+        # passes, and no more in float32.
+        frames, height, width = self.proj.kernel_size
+        boxes = clips.unflatten(4, (-1, width)).unflatten(3, (-1, height)).unflatten(2, (-1, frames))
+        boxes = boxes.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # (B, T, H, W, channels and pixels of a tubelet)
+        x = F.linear(boxes, self.proj.weight.flatten(1), self.proj.bias)
+        return x.flatten(0, 1).flatten(1, 2) if self.per_step else x.flatten(1, 3)
 
 
 class Pixels(nn.Module):

@@ -25,10 +25,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     try:
         parts = job.build(cfg)
         start = _resume(cfg, parts)
-        numbers = _init(cfg, parts)
+        numbers = _init(cfg, parts) | _init_image(cfg, parts)
         with one_job(parts.directory, [override("resume", cfg.resume)]):
-            if start is None and cfg.init_image:
-                instantiate(cfg.init_image)(parts.task.model)
             began = time.monotonic()
             parts.trainer.fit(parts.task, parts.data, ckpt_path=start, weights_only=True)
             numbers |= {"train/seconds": time.monotonic() - began, "train/epochs": float(parts.trainer.current_epoch)}
@@ -69,6 +67,15 @@ def _init(cfg: DictConfig, parts: job.Job) -> dict[str, float]:
     if cfg.init_from is None or cfg.resume is not None:
         return {}
     return checkpoints.start_from(parts.task, saved.checkpoint_of(cfg.init_from))
+
+
+def _init_image(cfg: DictConfig, parts: job.Job) -> dict[str, float]:
+    """An image model for a video model to start from; a resumed run has weights of its own."""
+    if not cfg.init_image or cfg.resume is not None:
+        return {}
+    started = instantiate(cfg.init_image)(parts.task.model)
+    names = ("loaded", "missing", "unexpected")
+    return {f"init_image/{name}": float(len(getattr(started, name))) for name in names}
 
 
 def _load_best(parts: job.Job) -> None:
