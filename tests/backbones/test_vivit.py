@@ -76,7 +76,7 @@ def test_cost_of_vivit_b_is_the_published_one_within_a_percent(model: Model, gma
 
 
 def test_cost_of_token_learner_in_vivit_l_is_the_published_one_within_a_percent() -> None:
-    """16 tokens per time step before block 12 of L/16: 766 instead of 1446 GFLOPs a view (TokenLearner's journal text)."""
+    """16 tokens per time step before block 12 of L/16, 766 of 1446 GFLOPs a view: TokenLearner's journal text."""
     counts = []
     for build_tokenizer, at in ((Tokenizer, []), (partial(TokenLearner, num_tokens=16), 12)):
         with torch.device("meta"):
