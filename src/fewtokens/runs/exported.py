@@ -22,6 +22,7 @@ from fewtokens.errors import FewtokensError
 Format = Literal["onnx", "torch_export"]
 Forward = Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b classes"]]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch_export": ".pt2"}
+INT32, INT64 = 6, 7  # of ONNX
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -156,7 +157,7 @@ def publish(folder: Path, target: Path) -> list[Path]:
 
 
 def _translations() -> dict[Callable, Callable]:
-    """Operations that torch.onnx lacks (onnxscript 0.7), as functions that build them from those of ONNX."""
+    """Operations that torch.onnx lacks (onnxscript 0.7) or onnxruntime gets wrong (1.31), built from others of ONNX."""
     from onnxscript import opset18
 
     op: Any = opset18  # its types know tensors only, and Python's numbers will do
@@ -172,10 +173,25 @@ def _translations() -> dict[Callable, Callable]:
         assert sorter is None
         less = op.LessOrEqual if right or side == "right" else op.Less
         below = less(op.Unsqueeze(levels, [-2]), op.Unsqueeze(x, [-1]))
-        return op.ReduceSum(op.Cast(below, to=6 if out_int32 else 7), [-1], keepdims=0)  # int32 or int64
+        return op.ReduceSum(op.Cast(below, to=INT32 if out_int32 else INT64), [-1], keepdims=0)
+
+    def extreme(largest: int, reduce: Any) -> Callable:
+        def build(x: Any, dim: list[int], keepdim: bool = False) -> Any:
+            if x.dtype != INT64 or len(dim) != 1:
+                return reduce(x, dim, keepdims=int(keepdim))
+            # ReduceMin and ReduceMax of int64 are wrong, on a CPU, for some values of 2^31 and more.
+            found, _ = op.TopK(x, op.Constant(value_ints=[1]), axis=dim[0], largest=largest, sorted=1)
+            return found if keepdim else op.Squeeze(found, dim)
+
+        return build
 
     aten = torch.ops.aten
-    return {aten.sort.stable: stable_sort, aten.searchsorted.Tensor: searchsorted}
+    return {
+        aten.sort.stable: stable_sort,
+        aten.searchsorted.Tensor: searchsorted,
+        aten.amin.default: extreme(0, op.ReduceMin),
+        aten.amax.default: extreme(1, op.ReduceMax),
+    }
 
 
 def _tokenizers(model: nn.Module) -> str:
