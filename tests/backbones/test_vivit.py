@@ -125,6 +125,7 @@ def test_models_share_encoder_blocks_and_names(model: Model, kind: type, block: 
     assert {layer.eps for layer in norms} == {1e-6}
     named = {name for name, p in net.named_parameters() if name.endswith(("pos_embed", "cls_token"))}
     assert named == net.no_weight_decay() & set(dict(net.named_parameters()))
+    assert (net.sample_shape, image.sample_shape) == ((3, 6, 8, 12), (3, 8, 12))
 
 
 def test_the_two_orders_of_model_3_differ_in_nothing_else() -> None:

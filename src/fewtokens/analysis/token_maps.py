@@ -63,8 +63,7 @@ class TokenMaps:
         """
         self.picture = None
         model, images = plain(task.model), test_images(task, datamodule, self.num_images)
-        images = images[: max(1, self.num_images // len(model.pictures(images[:1])))]
-        columns = token_columns(model, images, self.max_columns)
+        columns = token_columns(model, images, self.max_columns, self.num_images)
         if columns:
             path = run_dir / "pictures" / "token_maps.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,14 +72,18 @@ class TokenMaps:
         return {}
 
 
-def token_columns(model: ViT, images: Float[Tensor, "b c *t h w"], most: int = 16) -> list[Column]:
+def token_columns(
+    model: ViT, images: Float[Tensor, "b c *t h w"], most: int = 16, rows: int | None = None
+) -> list[Column]:
     """The columns of the picture, the images themselves first; none where no tokenizer reduced anything.
 
     Args:
         model: Any ViT or ViViT.
         images: As the model gets them.
         most: Columns after the first, at most.
+        rows: At most so many, if need be of the first clips alone, one clip at least; None for all.
     """
+    images = images if rows is None else images[: max(1, rows // len(model.pictures(images[:1])))]
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         start, trace = model.embed(images), model.trace(images)
     blocks = reducing_blocks([start, *trace])

@@ -93,6 +93,11 @@ class ViT(nn.Module):
         assert tokens.trace is not None
         return tokens.trace
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: channels, frames if it is a clip, height, width."""
+        return (self.trunk.in_chans, *self.trunk.patch_embed.img_size)
+
     def pictures(self, images: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "bt c h w"]:
         """What every time step shows (B*T, channels, H, W), for pictures of the tokens."""
         return images

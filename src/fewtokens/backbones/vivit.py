@@ -50,16 +50,20 @@ class ViViT(ViT):
         if any(isinstance(block, FactorisedBlock) for block in self.encoder.blocks):
             _check_kept(list(self.encoder.tokenizers))
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(channels, frames, height, width) of a clip."""
+        return (self.tubelets.channels, self.tubelets.clip_frames, *self.tubelets.sides)
+
     def pictures(self, clips: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "bt c h w"]:
         """The middle frame of every time step (B*T, channels, H, W)."""
         clips = clips[:, :, None] if clips.ndim == 4 else clips
         return self.tubelets.centres(clips).transpose(1, 2).flatten(0, 1)
 
     def _check_shape(self, clips: Tensor) -> None:
-        cut = self.tubelets
-        expected = (cut.channels, cut.clip_frames, *cut.sides)
+        channels, frames, *sides = expected = self.sample_shape
         found = tuple(clips.shape[1:])
-        if found != expected and not (cut.clip_frames == 1 and found == (cut.channels, *cut.sides)):
+        if found != expected and not (frames == 1 and found == (channels, *sides)):
             raise FewtokensError(
                 "A ViViT takes clips of the size that it was built for",
                 expected="(batch, channels, frames, height, width) = (B, {}, {}, {}, {})".format(*expected),
