@@ -9,22 +9,21 @@ sweep() {  # name, then overrides
   name=$1; shift
   if [ -e "$out/$name/finished" ]; then return; fi
   "$python" eval.py -m checkpoint="$run" data.root="$root" trainer.precision=32-true data.eval_batch_size=250 \
-    measure=default measure.cost.num_images=100 measure.throughput.batch_size=64 measure.throughput.seconds=5 measure.token_maps=null measure.confusion=null \
+    measure=default measure.token_maps=null measure.confusion=null measure.cost.num_images=100 \
+    measure.throughput.batch_size=64 measure.throughput.seconds=4 \
     hydra.sweep.dir="$out/$name" "$@"
   touch "$out/$name/finished"
 }
 
 sweep none tokenizer=none
-sweep ats tokenizer=ats tokenizer.build.budget=1.0,0.6,0.35,0.2
-sweep tome tokenizer=tome tokenizer.build.r=1,2,3,5
-sweep evit tokenizer=evit tokenizer.build.keep=0.9,0.75,0.6,0.4
-sweep evit_mean tokenizer=evit tokenizer.build.normalize=true tokenizer.build.keep=0.9,0.75,0.6,0.4
+sweep ats tokenizer=ats tokenizer.build.budget=512,256,128,1.0,0.6,0.35,0.2
+sweep tome tokenizer=tome tokenizer.build.r=2,3,5
+sweep evit tokenizer=evit tokenizer.build.keep=0.75,0.6,0.4
 sweep top_k tokenizer=top_k tokenizer.build.keep=0.9,0.75,0.6,0.4
-sweep dpc_knn tokenizer=dpc_knn tokenizer.build.keep=0.9,0.75,0.6,0.4
-sweep k_medoids tokenizer=k_medoids tokenizer.build.keep=0.9,0.75,0.6,0.4
-sweep random_drop tokenizer=random_drop 'tokenizer.at=[3,6,9]' tokenizer.build.keep=0.9,0.75,0.6,0.4
-sweep fixed_pattern tokenizer=fixed_pattern tokenizer.at=0.25 tokenizer.build.keep=0.8,0.6,0.4,0.2
-sweep pool tokenizer=pool 'tokenizer.at=[3],[6],[9]'
+sweep dpc_knn tokenizer=dpc_knn tokenizer.build.keep=0.75,0.6,0.4
+sweep k_medoids tokenizer=k_medoids tokenizer.build.keep=0.75,0.6,0.4
+sweep random_drop tokenizer=random_drop 'tokenizer.at=[3,6,9]' tokenizer.build.keep=0.75,0.6,0.4
+sweep fixed_pattern tokenizer=fixed_pattern tokenizer.at=0.25 tokenizer.build.keep=0.7,0.5,0.3
 
 "$python" -m fewtokens.analysis.pareto "$out" --write docs/results/off_the_shelf \
   --title "Reduction off the shelf: CIFAR-10, a dense ViT-Ti with 4x4 patches"
