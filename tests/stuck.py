@@ -1,0 +1,39 @@
+"""Functions for another process that never end, crash, or chatter: what native decoders do at their worst."""
+
+import ctypes
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from fewtokens.errors import FewtokensError
+
+EXCLUSIVE = ctypes.PyDLL(None)  # calls through it keep the interpreter's lock: no thread and no handler runs meanwhile
+
+
+def functions(allocate: Any) -> dict[str, Any]:
+    def fill(size: int) -> int:
+        allocate((size,))[:] = np.arange(size) % 251
+        return os.getpid()
+
+    def chatter() -> str:
+        print("on standard output", flush=True)
+        os.write(2, b"on standard error\n" * 1000)
+        return "quiet"
+
+    def refuse() -> None:
+        raise FewtokensError("The rule", expected=1, got=[2], fix="mend it")
+
+    return {
+        "fill": fill,
+        "chatter": chatter,
+        "refuse": refuse,
+        "crash": lambda: ctypes.string_at(0),
+        "leave": lambda: os._exit(3),
+        "bug": lambda: 1 / 0,
+        "spin": lambda: EXCLUSIVE.pause(),
+        "sleep": lambda seconds: time.sleep(seconds),
+        "torch": lambda: "torch" in sys.modules,
+    }
