@@ -1,5 +1,9 @@
 """Batched transforms: own draws, determinism, edge values, and parity with the libraries they follow."""
 
+import colorsys
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +19,7 @@ def images(b: int = 16, c: int = 3, side: int = 32) -> Tensor:
     return torch.randint(256, (b, c, side, side), dtype=torch.uint8, generator=generator(7))
 
 
-ALL = [
+ALL: list[Any] = [
     transforms.PadCrop(4),
     transforms.PadCrop(4, mode="reflect"),
     transforms.RandomCrop(24),
@@ -36,6 +40,80 @@ def test_same_generator_same_images_and_the_input_stays(transform: object, chann
     assert torch.equal(first, second)
     assert torch.equal(batch, before)
     assert first.dtype == (torch.float32 if isinstance(transform, transforms.Resize) else torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [*ALL, transforms.ColourJitter(), transforms.RandomErasing(0.9, fill="noise"), transforms.RandomErasing(0.9)],
+    ids=lambda t: type(t).__name__,
+)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_all_frames_of_a_clip_are_treated_as_one_image_is(transform: Any, frames: int) -> None:
+    batch = images()
+    if isinstance(transform, transforms.RandomErasing):
+        batch = batch.float()
+    alone = transform(batch, generator(1, 2))
+    clips = batch[:, None].repeat(1, frames, 1, 1, 1)
+    for layout in (clips, clips.transpose(1, 2).contiguous().transpose(1, 2)):  # as videos come: channels before time
+        before = layout.clone()
+        out = transform(layout, generator(1, 2))
+        assert torch.equal(out, alone[:, None].expand_as(out))
+        assert out.shape[1] == frames
+        assert torch.equal(layout, before)
+
+
+def test_pipeline_takes_clips() -> None:
+    steps = [transforms.RandomFlip(), transforms.ColourJitter(), transforms.RandAugment(2, 9), transforms.Resize(16)]
+    pipeline = Pipeline(steps, [0.5] * 3, [0.5] * 3)
+    clips = images()[:, None].expand(-1, 4, -1, -1, -1)
+    out = pipeline(clips, generator(0))
+    assert out.shape == (16, 4, 3, 16, 16)
+    assert torch.equal(out, out[:, :1].expand_as(out))
+    assert out.is_contiguous()
+
+
+def colours(clip: Tensor, shift: float, contrast: float, saturation: float, hue: float, grey: bool) -> Tensor:
+    """One clip (T, 3, H, W) step by step, pixel by pixel, with the standard library's YIQ."""
+    pixels = (clip.double().permute(0, 2, 3, 1).reshape(-1, 3) + 255 * shift).tolist()
+    changed = []
+    for red, green, blue in pixels:
+        luma = 0.299 * red + 0.587 * green + 0.114 * blue
+        y, i, q = colorsys.rgb_to_yiq(*(luma + saturation * (x - luma) for x in (red, green, blue)))
+        turned = complex(i, q) * np.exp(2j * np.pi * hue)
+        # colorsys clips what it gives back, and rounds its matrix: the inverse is solved for instead.
+        matrix = np.array([colorsys.rgb_to_yiq(*unit) for unit in np.eye(3)]).T
+        changed.append(np.linalg.solve(matrix, [y, turned.real, turned.imag]))
+    array = np.array(changed)
+    array = array.mean(0) + contrast * (array - array.mean(0))
+    if grey:
+        array = np.repeat(array @ np.array([0.299, 0.587, 0.114])[:, None], 3, 1)
+    t, _, h, w = clip.shape
+    return torch.from_numpy(array.round().clip(0, 255)).view(t, h, w, 3).permute(0, 3, 1, 2)
+
+
+def test_colour_jitter_is_what_its_steps_are_one_by_one() -> None:
+    clips = torch.randint(256, (8, 2, 3, 5, 4), dtype=torch.uint8, generator=generator(3))
+    out = transforms.ColourJitter(0.1, 0.4, 0.3, 0.2, p=0.7, grey=0.4)(clips, generator(11))
+    rand = torch.rand(6, 8, generator=generator(11)).double()
+    changed = rand[4] < 0.7
+    assert 0 < changed.sum() < 8
+    for index, clip in enumerate(clips):
+        shift, contrast, saturation, hue = (
+            float((2 * rand[i, index] - 1) * s * changed[index]) for i, s in enumerate((0.1, 0.4, 0.3, 0.2))
+        )
+        grey = bool(rand[5, index] < 0.4)
+        expected = colours(clip, shift, 1 + contrast, 1 + saturation, hue, grey)
+        assert (out[index] - expected).abs().max() <= 3  # the library rounds its matrix to two digits
+        if not changed[index] and not grey:
+            assert torch.equal(out[index], clip)
+
+
+def test_colour_jitter_draws_per_clip_and_can_do_nothing() -> None:
+    batch = images(1).expand(64, -1, -1, -1)
+    assert len(transforms.ColourJitter(p=1.0)(batch, generator(0)).flatten(1).unique(dim=0)) == 64
+    assert torch.equal(transforms.ColourJitter(p=0.0, grey=0.0)(batch, generator(0)), batch)
+    grey = transforms.ColourJitter(p=0.0, grey=1.0)(batch, generator(0))
+    assert torch.equal(grey, grey[:, :1].expand_as(grey))
 
 
 def test_crops_equal_slices() -> None:
@@ -181,6 +259,8 @@ def test_seeds_depend_on_every_number_and_their_order() -> None:
         (lambda: transforms.RandAugment(2, 31), "magnitude < 31"),
         (lambda: transforms.RandAugment()(images().float(), generator(0)), "before Resize"),
         (lambda: transforms.RandomErasing(1.5), "0 <= p <= 1"),
+        (lambda: transforms.ColourJitter(contrast=1.5), "0 to 1, and a hue"),
+        (lambda: transforms.ColourJitter()(images(2, 1), generator(0)), "3 channels"),
         (lambda: transforms.RandomCrop(33)(images(), generator(0)), "from 1 to 32"),
         (lambda: transforms.CentreCrop(33)(images(), generator(0)), "from 1 to 32"),
         (lambda: Pipeline([], [0.5], [0.0]), "positive standard deviation"),

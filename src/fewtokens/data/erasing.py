@@ -40,9 +40,9 @@ class RandomErasing:
             )
         self.p, self.area, self.log_aspect, self.fill = p, (min_area, max_area), -math.log(min_aspect), fill
 
-    def __call__(self, images: Float[Tensor, "b c h w"], generator: torch.Generator) -> Float[Tensor, "b c h w"]:
-        """Overwrites one rectangle in each drawn image."""
-        b, _, h, w = images.shape
+    def __call__(self, images: Float[Tensor, "b *t c h w"], generator: torch.Generator) -> Float[Tensor, "b *t c h w"]:
+        """Overwrites one rectangle in each drawn image, or the same in all frames of a drawn clip."""
+        b, *_, h, w = images.shape
         rand = torch.rand(b, _ATTEMPTS, 5, generator=generator, device=images.device)
         height, width = self._sides(rand[..., 0], rand[..., 1], h * w)
         fits = (height < h) & (width < w)
@@ -53,10 +53,13 @@ class RandomErasing:
         y, x = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
         inside = ((y >= top) & (y < top + height))[:, :, None] & ((x >= left) & (x < left + width))[:, None, :]
         inside &= (fits.any(1) & (chosen[:, 0] < self.p))[:, None, None]
+        one = [1] * (images.ndim - 4)  # frames of a clip have the same place and the same noise
+        inside = inside.view(b, *one, 1, h, w)
         if self.fill == "zero":
-            return images.masked_fill(inside[:, None], 0.0)
-        noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-        return torch.where(inside[:, None], noise, images)
+            return images.masked_fill(inside, 0.0)
+        shape = (b, *one, *images.shape[-3:])
+        noise = torch.randn(shape, generator=generator, device=images.device, dtype=images.dtype)
+        return torch.where(inside, noise, images)
 
     def _sides(self, area: Tensor, aspect: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
         share = (self.area[0] + area * (self.area[1] - self.area[0])) * pixels

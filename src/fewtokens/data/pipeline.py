@@ -44,14 +44,20 @@ class Pipeline(nn.Module):
         self.register_buffer("factor", (1 / (255 * scale)).float(), persistent=False)
         self.register_buffer("offset", (-shift / scale).float(), persistent=False)
 
-    def forward(self, images: Shaped[Tensor, "b c h w"], generator: torch.Generator) -> Float[Tensor, "b c h2 w2"]:
-        """Turns stored images, uint8 or float on the scale 0 to 255, into normalised ones."""
+    def forward(
+        self, images: Shaped[Tensor, "b *t c h w"], generator: torch.Generator
+    ) -> Float[Tensor, "b *t c h2 w2"]:
+        """Turns stored images or clips, uint8 or float on the scale 0 to 255, into normalised ones."""
         for transform in self.before:
             images = transform(images, generator)
         if self.factor.device != images.device:
             self.to(images.device)
         # A copy, changed in place: on a CPU a second large result costs as much as the arithmetic.
-        images = images.to(torch.float32, copy=True).mul_(self.factor).add_(self.offset)
+        images = (
+            images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            .mul_(self.factor)
+            .add_(self.offset)
+        )
         for transform in self.after:
             images = transform(images, generator)
         return images

@@ -51,7 +51,7 @@ _OPERATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float, bool]] = 
 class RandAugment:
     """Applies `num_ops` random operations of one magnitude to every image.
 
-    The draws are per image; images with the same draw form a group, and each group is one call of torchvision.
+    The draws are per image or clip; those with the same draw form a group, and each group is one call of torchvision.
 
     Args:
         num_ops: Operations in a row; 0 changes nothing.
@@ -71,7 +71,7 @@ class RandAugment:
             )
         self.num_ops, self.magnitude = num_ops, magnitude
 
-    def __call__(self, images: Shaped[Tensor, "b c h w"], generator: torch.Generator) -> UInt8[Tensor, "b c h w"]:
+    def __call__(self, images: Shaped[Tensor, "b *t c h w"], generator: torch.Generator) -> UInt8[Tensor, "b *t c h w"]:
         """Augments a batch; draws per image `num_ops` operations and signs."""
         if images.dtype != torch.uint8:
             raise FewtokensError(
@@ -93,5 +93,6 @@ class RandAugment:
             magnitude = float(torch.linspace(0.0, greatest, _BINS)[self.magnitude])
             if signed and draw % 2:
                 magnitude = -magnitude
-            out[members] = operation(images[members], magnitude)
+            chosen = images[members]
+            out[members] = operation(chosen.flatten(0, -4), magnitude).reshape(chosen.shape)
         return out

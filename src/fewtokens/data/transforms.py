@@ -1,7 +1,8 @@
-"""Augmentation of whole batches on the device; every image has its own draw.
+"""Augmentation of whole batches on the device; every image has its own draw, and so has every clip.
 
-A transform is called as `transform(images, generator)`. Images are on the scale 0 to 255, uint8 (as long as possible: a
-quarter of the memory traffic) or float. All randomness comes from the generator.
+A transform is called as `transform(images, generator)` with images (B, C, H, W) or clips (B, T, C, H, W), whose frames
+are all treated alike. They are on the scale 0 to 255, uint8 (as long as possible: a quarter of the memory traffic) or
+float. All randomness comes from the generator.
 """
 
 import torch
@@ -9,28 +10,40 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional
 
+from fewtokens.data.colour import ColourJitter
 from fewtokens.data.erasing import RandomErasing
 from fewtokens.data.randaugment import RandAugment
 from fewtokens.errors import FewtokensError
 
 # Every transform has one address, whatever file it lives in: `fewtokens.data.transforms.<Name>`.
-__all__ = ["CentreCrop", "PadCrop", "RandAugment", "RandomCrop", "RandomErasing", "RandomFlip", "Resize", "crop"]
+__all__ = [
+    "CentreCrop",
+    "ColourJitter",
+    "PadCrop",
+    "RandAugment",
+    "RandomCrop",
+    "RandomErasing",
+    "RandomFlip",
+    "Resize",
+    "crop",
+]
 
-Images = Shaped[Tensor, "b c h w"]
+Images = Shaped[Tensor, "b *t c h w"]
+Cropped = Shaped[Tensor, "b *t c s s"]
 
 
-def crop(images: Images, top: Int[Tensor, " b"], left: Int[Tensor, " b"], size: int) -> Shaped[Tensor, "b c s s"]:
+def crop(images: Images, top: Int[Tensor, " b"], left: Int[Tensor, " b"], size: int) -> Cropped:
     """Cuts a square of `size` pixels out of every image at its own place, without a loop and without a device wait.
 
     Every row of a window is one entry of an overlapping view of the memory, so that whole rows are copied: four times
     as fast as a gather of pixels.
     """
-    b, c, h, w = images.shape
+    h, w = images.shape[-2:]
     flat = images.contiguous().view(-1)
     windows = flat.as_strided((flat.numel() - size + 1, size), (1, 1), flat.storage_offset())
-    planes = torch.arange(b * c, device=images.device).view(b, c, 1) * (h * w)
+    planes = torch.arange(images[..., 0, 0].numel(), device=images.device).view(len(images), -1, 1) * (h * w)
     rows = (top[:, None] + torch.arange(size, device=images.device)) * w + left[:, None]
-    return windows.index_select(0, (planes + rows[:, None]).flatten()).view(b, c, size, size)
+    return windows.index_select(0, (planes + rows[:, None]).flatten()).view(*images.shape[:-2], size, size)
 
 
 def _check_window(size: int, images: Tensor, name: str) -> None:
@@ -54,7 +67,7 @@ class RandomCrop:
     def __init__(self, size: int, per_batch: bool = False) -> None:
         self.size, self.per_batch = size, per_batch
 
-    def __call__(self, images: Images, generator: torch.Generator) -> Shaped[Tensor, "b c s s"]:
+    def __call__(self, images: Images, generator: torch.Generator) -> Cropped:
         """Cuts the windows; raises a FewtokensError if the images are smaller."""
         _check_window(self.size, images, "RandomCrop")
         draws = 1 if self.per_batch else images.shape[0]
@@ -128,12 +141,13 @@ class Resize:
             )
         self.size, self.interpolation = size, interpolation
 
-    def __call__(self, images: Images, generator: torch.Generator) -> Float[Tensor, "b c s s"]:
+    def __call__(self, images: Images, generator: torch.Generator) -> Float[Tensor, "b *t c s s"]:
         """Scales and returns floats, still on the scale 0 to 255; draws nothing."""
         corners = None if self.interpolation == "nearest-exact" else False
-        return functional.interpolate(
-            images.float(), size=(self.size, self.size), mode=self.interpolation, align_corners=corners
+        scaled = functional.interpolate(
+            images.float().flatten(0, -4), size=(self.size, self.size), mode=self.interpolation, align_corners=corners
         )
+        return scaled.view(*images.shape[:-2], self.size, self.size)
 
 
 class CentreCrop:
@@ -142,7 +156,7 @@ class CentreCrop:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __call__(self, images: Images, generator: torch.Generator) -> Shaped[Tensor, "b c s s"]:
+    def __call__(self, images: Images, generator: torch.Generator) -> Cropped:
         """Cuts the windows; raises a FewtokensError if the images are smaller; draws nothing."""
         _check_window(self.size, images, "CentreCrop")
         top, left = ((side - self.size) // 2 for side in images.shape[-2:])
