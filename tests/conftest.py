@@ -1,6 +1,7 @@
 """What the tests of whole runs share."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ TINY = [
 ]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 
 
 def environment(**more: str) -> dict[str, str]:
