@@ -86,6 +86,8 @@ def test_the_command_writes_points_plot_and_tables(runs: Path, tmp_path: Path, c
     assert "| ToMe | r=1 | 88.00% | 8.0000 | 80% | 1.20 | - | yes | yes |" in text
     assert "| ToMe | 89.00% | 88.00% | 85.33% | 82.67% | 80.00% |" in text
     assert "1.2 x" in text
+    main([str(runs), "--cost-only"])
+    assert "1.2 x" not in capsys.readouterr().out
 
 
 def test_nothing_to_read_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -211,10 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, help="with runs in them")
     parser.add_argument("--metric", default="test/top1", help="of the reports (default: %(default)s)")
     parser.add_argument("--write", type=Path, help="path of the files without ending")
+    parser.add_argument("--cost-only", action="store_true", help="leave out speed that was measured on a busy machine")
     parser.add_argument("--title", default="Accuracy against cost and speed")
     args = parser.parse_args(argv)
     try:
         points, left_out = read_points(args.folders, args.metric)
+        if args.cost_only:
+            points = [replace(point, speedup=None, images_per_s=None) for point in points]
         if not points:
             raise FewtokensError(
                 "A point needs an accuracy and a cost",
