@@ -148,7 +148,8 @@ def evaluation_batches(
 ) -> Iterator[Float[Tensor, "b c *t h w"]]:
     """The same in the batches of the data; all test images where `count` is None."""
     dtype, left = next(task.parameters()).dtype, count
-    for batch in datamodule.test_dataloader():
+    # Videos are looked at once more, in one view; a datamodule without videos need not know of that.
+    for batch in getattr(datamodule, "measured_dataloader", datamodule.test_dataloader)():
         wanted = tuple(part[:left].to(task.device) for part in batch)
         views, _ = datamodule.on_after_batch_transfer(wanted, 0)
         yield views[:, 0].to(dtype)

@@ -1,6 +1,7 @@
 """What all data sets share: loaders, sharding, the way to the device, and the place where a run resumes."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Unpack
 
 import lightning as L
@@ -41,6 +42,7 @@ class DataModule(L.LightningDataModule):
     # Lightning refuses ranks without a batch unless told so; evaluation without padding makes them (see EvalSampler).
     allow_zero_length_dataloader_with_multiple_devices = True
     stamped: ClassVar[bool] = False
+    holds_clips: ClassVar[bool] = False
     description = "images"
 
     def __init__(
@@ -74,7 +76,7 @@ class DataModule(L.LightningDataModule):
         for name, bound in (least | {"num_workers": 0, "seed": 0}).items():
             if getattr(self, name) < bound:
                 raise out_of_range(name, f"at least {bound}", getattr(self, name))
-        if self.frames != 1:
+        if self.frames != 1 and not self.holds_clips:
             raise out_of_range("frames", "1, since this data set holds images", self.frames)
         if len(self.mean) not in (1, self.channels):
             raise out_of_range("mean", f"one number per channel, that is {self.channels}", self.mean)
@@ -120,7 +122,7 @@ class DataModule(L.LightningDataModule):
         sampler.skip(epoch, batches)
         if self.drop_last and len(sampler) < self.batch_size:
             raise out_of_range("batch_size", f"at most {len(sampler)} with drop_last", self.batch_size)
-        return self._loader(samples, sampler, self.batch_size, self.drop_last)
+        return self._loader(samples, sampler, self.batch_size, self.drop_last, part="train")
 
     def val_dataloader(self) -> Loader | list:
         """Every validation sample exactly once over all processes; an empty list if there are none."""
@@ -130,10 +132,17 @@ class DataModule(L.LightningDataModule):
         """Every test sample exactly once over all processes."""
         return self._eval_loader("test")
 
+    def measured_dataloader(self) -> Loader:
+        """The test samples for measures of one view, and of nothing that could be counted twice."""
+        return self.test_dataloader()
+
     def _eval_loader(self, part: Part) -> Loader:
-        samples, (rank, world) = self._part(part), self._ranks()
+        return self._ordered(self._part(part), self.eval_batch_size, part)
+
+    def _ordered(self, samples: Dataset, batch_size: int, part: Part | None) -> Loader:
+        rank, world = self._ranks()
         sampler = EvalSampler(len(samples), rank=rank, world=world)  # type: ignore[arg-type]
-        return self._loader(samples, sampler, self.eval_batch_size, False)
+        return self._loader(samples, sampler, batch_size, False, part)
 
     def _part(self, part: Part) -> Dataset:
         samples = self.dataset(part)
@@ -143,7 +152,11 @@ class DataModule(L.LightningDataModule):
             )
         return samples
 
-    def _loader(self, samples: Dataset, sampler: Any, batch_size: int, drop_last: bool) -> Loader:
+    def receive(self, part: Part | None, batch: Any) -> Any:
+        """What becomes of a batch of a part (None: of measures) on its way to the model. None passes over it."""
+        return batch
+
+    def _loader(self, samples: Dataset, sampler: Any, batch_size: int, drop_last: bool, part: Part | None) -> Loader:
         root = self.trainer.strategy.root_device.type if self.trainer is not None else "cpu"
         return Loader(
             samples,
@@ -154,6 +167,7 @@ class DataModule(L.LightningDataModule):
             pin_memory=root == "cuda",
             drop_last=drop_last,
             persistent_workers=self.num_workers > 0,
+            receive=partial(self.receive, part),
             # Every iterator draws a seed: from the global generator this would shift the dropout of resumed runs.
             generator=torch.Generator().manual_seed(seeding.mix(seeding.IMAGE, self.seed)),
         )
@@ -162,15 +176,18 @@ class DataModule(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def on_after_batch_transfer(
-        self, batch: tuple[Shaped[Tensor, "b c h w"], Int64[Tensor, " b"]], dataloader_idx: int
-    ) -> tuple[Float[Tensor, "b 1 c h2 w2"], Int64[Tensor, " b"]]:
+        self, batch: tuple[Shaped[Tensor, "b *stored"], Int64[Tensor, "b *k"]], dataloader_idx: int
+    ) -> tuple[Float[Tensor, "b v *sample"], Int64[Tensor, "b *k"]]:
         """Augments (in training), converts and normalises; draws depend on (seed, rank, epoch, batch in the epoch)."""
-        images, targets = batch
+        samples, targets = batch
         training = self.trainer is not None and self.trainer.training
         where = progress.coming(self.trainer) if training and self.trainer is not None else (0, 0)
-        draws = seeding.generator(seeding.BATCH, self.seed, self._ranks()[0], *where, device=images.device)
-        pipeline = self.train_pipeline if training else self.eval_pipeline
-        return pipeline(images, draws).unsqueeze(1), targets
+        draws = seeding.generator(seeding.BATCH, self.seed, self._ranks()[0], *where, device=samples.device)
+        return self.views(self.train_pipeline if training else self.eval_pipeline, samples, draws), targets
+
+    def views(self, pipeline: Pipeline, samples: Tensor, draws: torch.Generator) -> Float[Tensor, "b v *sample"]:
+        """The views of every sample: of an image there is one, the image."""
+        return pipeline(samples, draws).unsqueeze(1)
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches of it that are used up, and what must not change for this count to keep its meaning."""

@@ -6,7 +6,6 @@ The views are scenic's (Arnab et al., arXiv:2103.15691, and the readers of DMVR)
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -45,16 +44,6 @@ class Plan:
         for view, ((top, left), window) in zip(out, views, strict=True):
             for target, place in zip(view, np.searchsorted(needed, window), strict=True):
                 target[:] = rows[place, top : top + self.side, left : left + self.side]
-
-
-class Sampling(Protocol):
-    """A rule that says what of a video becomes a sample."""
-
-    views: int
-
-    def plan(self, facts: Facts, draws: torch.Generator) -> Plan:
-        """What to read of a video with these facts."""
-        ...
 
 
 class RandomClip:
@@ -137,6 +126,9 @@ class FixedViews:
         starts = offsets(facts.frames, self.frames * self.stride, self.clips)
         windows = [_window(start, facts.frames, self.frames, self.stride) for start in starts]
         return Plan(windows, self.short_side, corners(height, width, self.side, self.crops), self.side)
+
+
+Sampling = RandomClip | FixedViews
 
 
 def offsets(length: int, covered: int, clips: int) -> list[int]:

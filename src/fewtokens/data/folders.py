@@ -1,4 +1,4 @@
-"""Pictures in class folders: `<part>/<class>/<picture>`."""
+"""Files in class folders: `<part>/<class>/<picture or video>`."""
 
 import hashlib
 import os
@@ -15,12 +15,12 @@ from torchvision.transforms.v2 import functional
 
 from fewtokens.errors import FewtokensError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """The pictures of one part of a data set.
+    """The files of one part of a data set.
 
     Attributes:
         root: The folder of the part.
@@ -36,7 +36,7 @@ class ClassFolders:
     targets: Tensor
 
     def path(self, index: int) -> Path:
-        """The path of one picture."""
+        """The path of one file."""
         return self.root / os.fsdecode(self.files[index])
 
     def fingerprint(self) -> str:
@@ -48,34 +48,37 @@ class ClassFolders:
         return digest.hexdigest()
 
 
-def scan(root: Path, layout: str) -> ClassFolders:
-    """Lists the pictures below `root`.
+def scan(root: Path, layout: str, suffixes: tuple[str, ...] = PICTURES) -> ClassFolders:
+    """Lists the pictures, or other files, below `root`.
 
     Args:
         root: Folder that holds one folder per class.
         layout: Sentence that says how the data should lie and how to get them; it ends up in errors.
+        suffixes: Of the files that count, in lower case.
 
     Raises:
-        FewtokensError: If `root` is missing or has no class folder, or a class folder has no picture.
+        FewtokensError: If `root` is missing or has no class folder, or a class folder has no such file.
     """
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
     classes = [name for name in classes if not name.startswith(".")]
     if not classes:
-        found = "no class folder in it" if root.is_dir() else "no such folder"
-        raise FewtokensError("Pictures lie in class folders", expected=f"{root}/<class>/*.jpg", got=found, fix=layout)
+        lack = "no class folder in it" if root.is_dir() else "no such folder"
+        raise FewtokensError(
+            "Files lie in class folders", expected=f"{root}/<class>/*{suffixes[0]}", got=lack, fix=layout
+        )
     files: list[bytes] = []
     counts = []
     for name in classes:
-        pictures = sorted(e.name for e in os.scandir(root / name) if e.name.lower().endswith(_SUFFIXES))
-        if not pictures:
+        found = sorted(e.name for e in os.scandir(root / name) if e.name.lower().endswith(suffixes))
+        if not found:
             raise FewtokensError(
-                "Every class folder holds pictures",
-                expected=f"files ending in {', '.join(_SUFFIXES)}",
+                "Every class folder holds files",
+                expected=f"files ending in {', '.join(suffixes)}",
                 got=f"none in {root / name}",
                 fix=f"remove the folder, or fill it: {layout}",
             )
-        files += [os.fsencode(os.path.join(name, picture)) for picture in pictures]
-        counts.append(len(pictures))
+        files += [os.fsencode(os.path.join(name, file)) for file in found]
+        counts.append(len(found))
     targets = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(counts))
     return ClassFolders(root, classes, np.array(files), targets)
 

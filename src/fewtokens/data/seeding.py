@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # Namespaces of the draws: without them, rank 1 of epoch 0 could meet the numbers of rank 0 of epoch 1.
-ORDER, BATCH, IMAGE, SPLIT = range(4)
+ORDER, BATCH, IMAGE, SPLIT, REPLACEMENT = range(5)
 
 
 def mix(*numbers: int) -> int:

@@ -32,6 +32,26 @@ class Common(Loading):
     eval_transforms: NotRequired[Iterable[Transform]]
 
 
+class ClipSettings(Common):
+    """The settings of video data sets: which frames of a video a clip has, how they are scaled, who decodes them.
+
+    Attributes:
+        stride: Distance between the frames of a clip, in frames of the video.
+        resize: Shorter side of the frames before they are cut to `image_size`, in pixels; None leaves them as stored.
+        scale_jitter: Least and greatest random factor on `resize` in training.
+        views: Clips and crops of a test video.
+        decoder: "decord", "torchcodec" or "pyav".
+        decode_limit: Seconds after which a clip is given up.
+    """
+
+    stride: NotRequired[int]
+    resize: NotRequired[int | None]
+    scale_jitter: NotRequired[Sequence[float]]
+    views: NotRequired[Sequence[int]]
+    decoder: NotRequired[str]
+    decode_limit: NotRequired[float]
+
+
 def out_of_range(name: str, expected: str, got: object) -> FewtokensError:
     """The error for a setting of the configuration that cannot be."""
     return FewtokensError(
