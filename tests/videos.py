@@ -78,6 +78,17 @@ def write_sound(path: Path) -> Path:
     return path
 
 
+def write_folders(root: Path, count: int = 40, size: tuple[int, int] = (48, 48)) -> Path:
+    """Four training videos in two classes and three others; b/1.mp4 is broken in both parts."""
+    for name in ("train/a/0", "train/a/1", "train/b/0", "train/b/1", "val/a/0", "val/b/0", "val/b/1"):
+        path = root / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, count, size=size)
+        if name.endswith("b/1"):
+            path.write_bytes(path.read_bytes()[:900])
+    return root
+
+
 def cut(source: Path, target: Path, frames: int) -> Path:
     """The source without its first frames, not encoded anew: an edit list hides them, as in many clips."""
     with av.open(str(source)) as old, av.open(str(target), "w", options={"avoid_negative_ts": "disabled"}) as new:

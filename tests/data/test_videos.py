@@ -21,15 +21,7 @@ PARTS = {"train": "train", "val": "val", "test": "val"}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four training videos in two classes, three others; b/1.mp4 is broken in both parts."""
-    folder = tmp_path_factory.mktemp("videos")
-    for name in ("train/a/0", "train/a/1", "train/b/0", "train/b/1", "val/a/0", "val/b/0", "val/b/1"):
-        path = folder / f"{name}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        videos.write(path, LONG, size=(48, 48))
-        if name.endswith("b/1"):
-            path.write_bytes(path.read_bytes()[:900])
-    return folder
+    return videos.write_folders(tmp_path_factory.mktemp("videos"), LONG)
 
 
 def data(root: Path, **changes) -> Videos:

@@ -85,7 +85,8 @@ class Videos(DataModule):
         self._parts: dict[Part, VideoDataset] = {}
         self._unread: dict[tuple[Part, str], str] = {}
         self._broken: list[Unread] = []  # in training
-        self.replaced, self.tested = 0, 0
+        self._refused: dict[Part, int] = {}
+        self.replaced, self.tested, self.untested = 0, 0, 0  # samples, of this process
 
     def _check_clips(self, clips: dict[str, Any]) -> None:
         views = list(clips.get("views", (1, 1)))
@@ -116,6 +117,7 @@ class Videos(DataModule):
         names = sources.class_names(self.root, self.classes, order, self.num_classes, self.multilabel)
         found = sources.read(self.root, source, self.num_classes, several=self.multilabel, classes=names or None)
         self._unread |= {(part, video.path): video.reason for video in found.left_out}
+        self._refused[part] = len(found.left_out)
         if found.left_out:
             log.warning("%d of the videos of the %s part are left out", len(found.left_out), part)
         return VideoDataset(
@@ -151,7 +153,7 @@ class Videos(DataModule):
 
     def test_dataloader(self) -> Loader:
         """Every test video exactly once over all processes, with all its views."""
-        self.tested = 0
+        self.tested = self.untested = 0
         views = self.sampling["test"].views
         return self._ordered(self._part("test"), max(1, self.eval_batch_size // views), "test")
 
@@ -172,8 +174,13 @@ class Videos(DataModule):
         if part == "train":
             self.replaced += len(batch.unread)
             self._check_broken()
-        self.tested += len(batch.targets) if part == "test" else 0
+        if part == "test":
+            self.tested, self.untested = self.tested + len(batch.targets), self.untested + len(batch.unread)
         return (batch.views, batch.targets) if len(batch.targets) else None
+
+    def refused(self, part: Part) -> int:
+        """How many videos of a part its list or manifest left out from the beginning."""
+        return self._refused.get(part, 0)
 
     @property
     def left_out(self) -> list[LeftOut]:

@@ -5,7 +5,7 @@ import logging
 from omegaconf import DictConfig
 from torch import nn
 
-from fewtokens.runs import checkpoints, job, saved
+from fewtokens.runs import checkpoints, job, left_out, saved
 from fewtokens.runs.processes import one_job, override
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             parts.trainer.test(parts.task, parts.data, verbose=False)
             metrics = parts.trainer.callback_metrics.items()
             numbers = {name: float(value) for name, value in metrics if name.startswith("test/")}
+            numbers |= left_out.account(parts, numbers)
             more, pictures = job.measure(parts)
             job.finish(parts, numbers | more, pictures)
         ok = True

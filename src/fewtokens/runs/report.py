@@ -31,6 +31,8 @@ PACKAGES = (
 TABLE = (
     ("test/top1", "test accuracy", "{:.2%}"),
     ("test/top5", "test accuracy, top 5", "{:.2%}"),
+    ("test/left_out", "test videos that were not read", "{:,.0f}"),
+    ("test/top1_of_listed", "test accuracy, those counted as wrong", "{:.2%}"),
     ("cost/gmacs_dense", "GMACs per image, all tokens", "{:.4f}"),
     ("cost/gmacs", "GMACs per image, with the tokenizer", "{:.4f}"),
     ("cost/gmacs_std", "standard deviation over the images", "{:.4f}"),

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from fewtokens.callbacks.loggers import CsvLogger
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import checkpoints, job, saved
+from fewtokens.runs import checkpoints, job, left_out, saved
 from fewtokens.runs.processes import one_job, override
 from fewtokens.runs.targets import instantiate
 
@@ -35,6 +35,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
                 _load_best(parts)
                 parts.trainer.test(parts.task, parts.data, verbose=False)
                 numbers |= _numbers(parts, "test/")
+            numbers |= left_out.account(parts, numbers)
             more, pictures = job.measure(parts)
             job.finish(parts, numbers | more, pictures)
         ok = True

@@ -1,0 +1,71 @@
+"""Whole runs on videos, some of which are broken: what is counted, what is named."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+import videos
+from conftest import CONFIGS
+from fewtokens.runs import evaluation, saved, training
+
+TINY = [
+    "data=kinetics400",
+    "data.num_classes=2",
+    "data.image_size=32",
+    "data.resize=32",
+    "data.scale_jitter=[1,1]",
+    "data.frames=4",
+    "data.views=[2,3]",
+    "data.decoder=pyav",
+    "data.batch_size=2",
+    "data.num_workers=0",
+    "data.max_broken=0.5",
+    "backbone=vivit_mini",
+    "backbone.dim=16",
+    "backbone.heads=2",
+    "backbone.depth=2",
+    "backbone.pool=avg",
+    "backbone.tubelets.height=16",
+    "backbone.tubelets.width=16",
+    "tokenizer.at=1",
+    "tokenizer.build.num_tokens=2",
+    "trainer.max_epochs=1",
+    "measure=none",
+    "name=videos",
+]
+
+
+def test_a_run_says_what_it_could_not_read_and_how_it_counted(composed, tmp_path: Path, caplog) -> None:
+    root = videos.write_folders(tmp_path / "set")
+    report = training.run(composed(*TINY, f"data.root={root}", "trainer=cpu"))
+    assert report["test/videos"] == 2
+    assert report["test/left_out"] == report["data/test_left_out"] == report["data/train_left_out"] == 1
+    assert report["data/train_replaced"] == 1
+    assert report["test/top1_of_listed"] == pytest.approx(report["test/top1"] * 2 / 3)
+    with open(tmp_path / "run" / "left_out.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["part"], row["path"]) for row in rows] == [
+        ("test", "val/b/1.mp4"),
+        ("train", "train/b/1.mp4"),
+        ("val", "val/b/1.mp4"),
+    ]
+    assert all(row["reason"] for row in rows)
+    assert any("over the 2 videos that were read" in record.message for record in caplog.records)
+
+
+def test_two_processes_count_every_video_once_with_all_its_views(script, composed, tmp_path: Path) -> None:
+    root = videos.write_folders(tmp_path / "set")
+    script("train.py", *TINY, f"data.root={root}", "trainer=ddp_cpu")
+    (run,) = (tmp_path / "outputs" / "videos").iterdir()
+    report = json.loads((run / "report.json").read_text())
+    assert report["test/videos"] == 2
+    assert report["test/left_out"] == 1
+    assert report["data/train_replaced"] == 1
+    folder = saved.overlay(saved.config_of(saved.checkpoint_of(str(run))), "eval", CONFIGS)
+    again = composed(f"checkpoint={run}", "trainer=cpu", "measure=none", base="job", folder=folder, directory="again")
+    alone = evaluation.run(again)
+    assert {n: v for n, v in alone.items() if n.startswith("test/")} == pytest.approx(
+        {n: v for n, v in report.items() if n.startswith("test/")}, abs=1e-6
+    )
