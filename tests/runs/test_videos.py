@@ -52,7 +52,7 @@ def test_a_run_says_what_it_could_not_read_and_how_it_counted(composed, tmp_path
         ("val", "val/b/1.mp4"),
     ]
     assert all(row["reason"] for row in rows)
-    assert any("over the 2 videos that were read" in record.message for record in caplog.records)
+    assert any("over the videos that were read: 2. Left out: 1" in record.message for record in caplog.records)
 
 
 def test_two_processes_count_every_video_once_with_all_its_views(script, composed, tmp_path: Path) -> None:
@@ -69,3 +69,14 @@ def test_two_processes_count_every_video_once_with_all_its_views(script, compose
     assert {n: v for n, v in alone.items() if n.startswith("test/")} == pytest.approx(
         {n: v for n, v in report.items() if n.startswith("test/")}, abs=1e-6
     )
+
+
+def test_several_actions_a_video(composed, tmp_path: Path) -> None:
+    root = videos.write_folders(tmp_path / "set")
+    (root / "Charades_v1_train.csv").write_text('id,actions\n0,"c000 0 1;c003 0.5 1"\n1,c001 0 1\n')
+    (root / "Charades_v1_test.csv").write_text('id,actions\n0,"c000 0 1;c003 0.5 1"\nnowhere,c001 0 1\n')
+    settings = [part for part in TINY if not part.startswith("data=")] + ["data=charades", "data.num_classes=4"]
+    report = training.run(composed(*settings, f"data.root={root}", "trainer=cpu", "task=multilabel"))
+    assert 0 <= report["test/map"] <= 1
+    assert report["test/left_out"] == report["test/videos"] == 1
+    assert "test/top1_of_listed" not in report

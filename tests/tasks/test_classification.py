@@ -92,6 +92,13 @@ def test_mixing_keeps_shapes_and_gives_probabilities(settings: dict, batch: int)
     assert not torch.equal(mixed, images)
 
 
+def test_mixing_mixes_targets_with_several_classes() -> None:
+    target = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1]])
+    _, soft = Mix(4, mixup=0.8, cutmix=0.0)(torch.randn(2, 3, 8, 8), target)
+    torch.testing.assert_close(soft[:, 1:3], torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    torch.testing.assert_close(soft[:, 0] + soft[:, 3], torch.ones(2))
+
+
 def test_mixing_is_off_at_zero_and_cuts_clips_alike_in_every_frame() -> None:
     images, target = torch.randn(4, 3, 8, 8), torch.arange(4)
     same, index = Mix(7, mixup=0.0, cutmix=0.0)(images, target)

@@ -48,12 +48,10 @@ def _tested(read: float, left_out: float, numbers: dict[str, float]) -> dict[str
     if left_out and "test/top1" in numbers:
         found["test/top1_of_listed"] = numbers["test/top1"] * read / (read + left_out)
     if left_out:
-        log.warning(
-            "Test figures are over the %d videos that were read; %d were left out, and test/top1_of_listed counts them "
-            "as wrong",
-            read,
-            left_out,
+        counted = (
+            "Test figures are over the videos that were read: %d. Left out: %d; test/top1_of_listed counts them wrong"
         )
+        log.warning(counted, read, left_out)
     return found
 
 
@@ -63,4 +61,4 @@ def _write(job: Job, records: list[LeftOut]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(LeftOut._fields)
         writer.writerows(records)
-    log.warning("%d videos were left out, each named with its reason in %s", len(records), path)
+    log.warning("Videos left out: %d, each named with its reason in %s", len(records), path)

@@ -25,9 +25,9 @@ class Mix:
             self.ways.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
 
     def __call__(
-        self, images: Float[Tensor, "b *shape"], target: Int[Tensor, " b"]
-    ) -> tuple[Float[Tensor, "b *shape"], Int[Tensor, " b"] | Float[Tensor, "b classes"]]:
-        """Images and probabilities, or both as they came."""
+        self, images: Float[Tensor, "b *shape"], target: Int[Tensor, "b *k"]
+    ) -> tuple[Float[Tensor, "b *shape"], Int[Tensor, "b *k"] | Float[Tensor, "b classes"]]:
+        """Images and probabilities, or both as they came; targets are class numbers or 1 and 0 for every class."""
         if not self.ways or torch.rand(()).item() >= self.probability:
             return images, target
         way = self.ways[int(torch.randint(len(self.ways), ()).item())]
