@@ -104,6 +104,8 @@ def test_a_video_model_starts_from_a_run_of_an_image_model(composed, tmp_path: P
     assert "test/top1" in numbers
     with pytest.raises(FewtokensError, match="init_image starts a video model"):
         training.run(composed(*TINY, *start, directory="image"))
+    with pytest.raises(FewtokensError, match="one set of weights"):
+        training.run(composed(*small, *VIDEO, *start, f"init_from={tmp_path / 'run'}", directory="both"))
 
 
 @pytest.mark.parametrize("options", [["callbacks=ema"], ["optimizer=sgd", "trainer.accumulate_grad_batches=2"],

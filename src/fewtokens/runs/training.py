@@ -67,6 +67,13 @@ def _init(cfg: DictConfig, parts: job.Job) -> dict[str, float]:
     """Weights of another run to start from; a resumed run has its own."""
     if cfg.init_from is None or cfg.resume is not None:
         return {}
+    if cfg.init_image:
+        raise FewtokensError(
+            "A model starts from one set of weights",
+            expected="init_from (a run of the same kind) or init_image (an image model for a video model)",
+            got=f"init_from={cfg.init_from} and init_image={cfg.init_image.weights}",
+            fix="leave one of them out",
+        )
     return checkpoints.start_from(parts.task, saved.checkpoint_of(cfg.init_from))
 
 
