@@ -1,9 +1,17 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fewtokens.analysis.cost import peak_memory
 from fewtokens.analysis.memory import LiveTensors, peak_bytes
+from fewtokens.tokenizers.ats import ATS
+from fewtokens.tokenizers.evit import EViT
+from fewtokens.tokenizers.k_medoids import KMedoids
+from fewtokens.tokenizers.tome import ToMe
+from fewtokens.tokenizers.top_k import TopK
 
 CPU = torch.device("cpu")
 X, W = torch.randn(100, 100), torch.randn(100, 100)
@@ -44,6 +52,18 @@ def test_of_an_mlp_and_not_of_its_weights():
             assert peak_bytes(lambda rows=rows: mlp(X[:rows]), CPU) == 4 * rows * (300 + 300)
     trained = peak_bytes(lambda: mlp(X), CPU)  # with gradients, what backward needs is held
     assert trained == 4 * 100 * (300 + 300 + 100)
+
+
+METHODS = [partial(TopK, keep=0.8), partial(EViT, keep=0.8), partial(ToMe, r=3), partial(KMedoids, keep=0.8), ATS]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_inside_the_block_holds_nothing_that_the_plain_block_does_not(make, method):
+    images = torch.randn(4, 3, 8, 12)
+    dense, few = (peak_memory(make(build, at=at), images) for build, at in ((method, []), (method, [1, 2])))
+    early = peak_memory(make(method, at=[0, 1, 2]), images)
+    assert few <= dense
+    assert early < dense or method is ATS  # random weights give it nothing to drop
 
 
 def test_nothing_made_nothing_held():

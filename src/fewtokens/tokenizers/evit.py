@@ -40,7 +40,9 @@ class EViT(TopK):
         if not self.fuse or share(tokens.num_patches, self.keep) == tokens.num_patches:
             return super().forward(tokens, block)
         tokens, evidence = block.attend(tokens)
-        return block.feed(self.reorganize(tokens, class_attention(evidence, tokens.prefix)))
+        tokens = self.reorganize(tokens, class_attention(evidence, tokens.prefix))
+        del evidence  # memory, see top_k
+        return block.feed(tokens)
 
     def reorganize(self, tokens: Tokens, attention: Float[Tensor, "b m"]) -> Tokens:
         """The patches of the highest attention (B, N), then the fused others."""

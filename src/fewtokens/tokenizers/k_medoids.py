@@ -77,6 +77,7 @@ class KMedoids(Selector):
         count = tokens.num_patches // tokens.frames
         if share(count, self.keep) < count:
             attended = self.choose(attended, self.weights(attended, evidence))
+        del evidence  # memory, see top_k
         return block.feed(attended)
 
     @torch.no_grad()

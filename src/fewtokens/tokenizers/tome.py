@@ -71,12 +71,14 @@ class ToMe(Tokenizer):
                 got="padded tokens, from an adaptive tokenizer before it",
                 fix="place it first, or leave the adaptive tokenizer out",
             )
-        attended, evidence = block.attend(tokens if self.proportional else replace(tokens, size=None))
-        tokens = replace(attended, size=tokens.size)
+        size = tokens.size
+        tokens, evidence = block.attend(tokens if self.proportional else replace(tokens, size=None))
+        tokens = replace(tokens, size=size)
         r = clipped(self.r, tokens.num_patches)
         if r:
             matching = match(evidence.key.mean(dim=1), r, tokens.prefix)
             tokens = tokens.merge(matching.keep, matching.source, matching.target)
+        del evidence  # memory, see top_k
         return block.feed(tokens)
 
 

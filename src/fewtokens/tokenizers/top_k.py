@@ -36,6 +36,7 @@ class TopK(Selector):
         tokens, evidence = block.attend(tokens)
         if self.keep < 1:
             tokens = self.keep_highest(tokens, class_attention(evidence, tokens.prefix).detach())
+        del evidence  # it would be there beside the MLP, which is the peak of memory
         return block.feed(tokens)
 
 
