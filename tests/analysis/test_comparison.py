@@ -71,6 +71,7 @@ def test_padding_costs_what_a_batch_computes(make):
 def test_batches_are_whole_and_small_ones_are_several():
     assert [len(batch) for batch in in_batches(images(3), 1)] == [1] * 8
     assert [len(batch) for batch in in_batches(images(9), 4)] == [4, 4]
+    assert [len(batch) for batch in in_batches(images(9), 2, fewest=1)] == [2]
     [batch] = in_batches(images(3), 10)
     assert torch.equal(batch[3:6], images(3))
     assert len(batch) == 10

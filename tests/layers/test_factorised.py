@@ -128,6 +128,7 @@ def test_the_evidence_of_model_3_is_that_of_space() -> None:
         {"prefix": 3},
         {"mask": torch.ones(2, 12, dtype=torch.bool)},
         {"size": torch.ones(2, 12, dtype=torch.float64)},
+        {"keep": torch.ones(2, 12, dtype=torch.float64)},  # decisions that this attention would not heed
     ],
     ids=lambda c: next(iter(c)),
 )

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from conftest import CONFIGS, ROOT, TINY, environment
 from fewtokens.backbones.vit import ViT
+from fewtokens.backbones.vivit import Model
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import exported, exporting, saved, training
 from fewtokens.runs.targets import instantiate
@@ -234,6 +236,31 @@ def plain_job(composed, tmp_path: Path):
         return composed(*TINY, "tokenizer=none", "tokenizer.at=[]", *fixed, target, *overrides, base="export")
 
     return make
+
+
+CLIPS = ["backbone=vivit_mini", "backbone.depth=2", "backbone.dim=16", "backbone.heads=2", "backbone.temporal_depth=1",
+         "data.frames=4", "data.image_size=16", "export.images=random", "export.num_images=3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", get_args(Model))
+@pytest.mark.parametrize("tokenizer", ["token_learner", "ats"])
+def test_video_models_export_without_video_data(composed, tmp_path: Path, capsys, model: str, tokenizer: str) -> None:
+    if tokenizer == "ats" and model not in ("spatio_temporal", "factorised_encoder"):
+        pytest.skip("refused when it is built")
+    target = [f"export.path={tmp_path / 'model'}", "export.format=torch_export"]
+    method = [f"tokenizer={tokenizer}", "tokenizer.at=1", f"backbone.model={model}"]
+    [path] = exporting.run(composed(*CLIPS, *method, *target, base="export"))
+    assert torch.export.load(path).module()(torch.randn(5, 1, 4, 16, 16)).shape == (5, 10)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "clips (batch, channels, frames, height, width)" in shown
+    assert "compared on random clips by 1, 2" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", get_args(Model))
+def test_so_do_they_as_onnx(composed, tmp_path: Path, model: str) -> None:
+    target = [f"export.path={tmp_path / 'model'}", "tokenizer.at=1", f"backbone.model={model}"]
+    assert exporting.run(composed(*CLIPS, *target, base="export")) == [tmp_path / "model.onnx"]
 
 
 def test_a_file_that_differs_is_not_written(plain_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,16 @@ def test_a_trained_run_is_timed_with_its_weights_and_test_images(script, tmp_pat
     assert records(tmp_path)[0]["checkpoint"] == str(run)
 
 
+def test_clips_are_timed_without_video_data(script, tmp_path: Path) -> None:
+    video = ["backbone=vivit_mini", "data.frames=4", "data.image_size=16", "data.num_classes=3", "trainer=cpu"]
+    tokenizers = "tokenizers=['token_learner build.num_tokens=2']"
+    done = script(COMMAND, *video, tokenizers, "batch=[1]", "seconds=0.1", "at_once=1")
+    found = records(tmp_path)
+    assert [record["tokenizer"] for record in found] == ["none", "token_learner build.num_tokens=2"], "timm has none"
+    assert {(record["frames"], record["image_size"]) for record in found} == {(4, 16)}
+    assert "clips/s" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

@@ -24,7 +24,7 @@ DENSE = "none"
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 PRECISIONS = ("32-true", "bf16-true", *AUTOCAST)
 MODES = ("inference", "training")
-FEWEST = 8  # images of one sample: at batch 1 an adaptive tokenizer's time depends on the image
+FEWEST = 8  # images timed together: at batch 1 an adaptive tokenizer's time depends on the image
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,11 @@ class Setting:
 
 
 def compare(
-    models: Mapping[str, nn.Module], images: Float[Tensor, "b c *t h w"], setting: Setting, seconds: float
+    models: Mapping[str, nn.Module],
+    images: Float[Tensor, "b c *t h w"],
+    setting: Setting,
+    seconds: float,
+    fewest: int = FEWEST,
 ) -> list[dict[str, Any]]:
     """Times all models in turns, on the same images, and counts what they compute.
 
@@ -69,6 +73,7 @@ def compare(
         images: At least one, on the models' device; repeated or cut to whole batches.
         setting: How they are run.
         seconds: For all of them together, warm-up not included.
+        fewest: Images that are timed together, as several batches where those are smaller.
 
     Returns:
         A record for each: tokenizer, the setting, images_per_s (median over the rounds) and its interquartile range,
@@ -76,7 +81,7 @@ def compare(
         mean), gmacs_padded (what an image costs in these batches), gmacs_dense, and realised_over_theoretical: the
         speed-up over gmacs_dense / gmacs.
     """
-    batches = in_batches(images, setting.batch)
+    batches = in_batches(images, setting.batch, fewest)
     count = sum(map(len, batches))
     costs = {name: costs_of(model, batches) for name, model in models.items()}
     try:
@@ -112,9 +117,11 @@ def compare(
     return records
 
 
-def in_batches(images: Float[Tensor, "n c *t h w"], batch: int) -> list[Float[Tensor, "b c *t h w"]]:
-    """Whole batches of the images, which are repeated where they do not fill one; several if a batch is small."""
-    wanted = max(1, FEWEST // batch) * batch
+def in_batches(
+    images: Float[Tensor, "n c *t h w"], batch: int, fewest: int = FEWEST
+) -> list[Float[Tensor, "b c *t h w"]]:
+    """Whole batches of the images, which are repeated where they do not fill one; about `fewest` images or a batch."""
+    wanted = max(1, fewest // batch) * batch
     repeated = torch.cat([images] * -(-wanted // len(images)))[:wanted]
     return list(repeated.split(batch))
 

@@ -132,6 +132,11 @@ def plain(model: object) -> ViT:
     return model
 
 
+def random_images(model: ViT, count: int, seed: int) -> Float[Tensor, "b c *t h w"]:
+    """So many samples of the shape that a model takes, images or clips, from a normal distribution."""
+    return torch.randn(count, *model.sample_shape, generator=torch.Generator().manual_seed(seed))
+
+
 def test_images(task: L.LightningModule, datamodule: L.LightningDataModule, count: int) -> Float[Tensor, "b c *t h w"]:
     """The first `count` test images (fewer if there are no more), first view of each, as the model gets them.
 

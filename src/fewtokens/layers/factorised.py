@@ -35,7 +35,7 @@ class FactorisedBlock(Block):
         Raises:
             FewtokensError: Tokens were dropped or merged, sized or padded before, or are to be chosen here.
         """
-        whole = tokens.frames == self.frames and tokens.prefix == 0 and tokens.mask is None and tokens.size is None
+        whole = tokens.frames == self.frames and tokens.prefix == 0 and tokens.uniform
         if not whole or choose is not None:
             raise FewtokensError(
                 "Attention over time needs the same tokens in every time step",

@@ -20,7 +20,7 @@ from fewtokens.analysis.cost import evaluating
 from fewtokens.errors import FewtokensError
 
 Format = Literal["onnx", "torch_export"]
-Forward = Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b classes"]]
+Forward = Callable[[Float[Tensor, "b c *t h w"]], Float[Tensor, "b classes"]]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch_export": ".pt2"}
 INT32, INT64 = 6, 7  # of ONNX
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -45,12 +45,12 @@ def check_packages(formats: list[Format]) -> None:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, images: Float[Tensor, "b c h w"], any_batch: bool) -> ExportedProgram:
+def trace(model: nn.Module, images: Float[Tensor, "b c *t h w"], any_batch: bool) -> ExportedProgram:
     """The model in evaluation mode as one graph, images to logits.
 
     Args:
         model: On the CPU, in float32.
-        images: Of the right size, at least two; their values are of no consequence, and none goes into the graph.
+        images: Or clips, of the right size, at least two; their values are of no consequence, none goes into the graph.
         any_batch: Whether the graph takes batches of any size, or only of the size of `images`.
 
     Raises:

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fewtokens.analysis.cost import evaluating, plain, test_images
-from fewtokens.data.base import DataModule
+from fewtokens.analysis.cost import evaluating, plain, random_images, test_images
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import exported, job, report
 from fewtokens.runs.evaluation import load_weights
@@ -62,9 +61,9 @@ def run(cfg: DictConfig) -> list[Path]:
     with open_dict(cfg):
         cfg.task.compile = False  # a graph is made of the model, not of what a compiler made of it
     directory = job.start(cfg)
-    data, task = instantiate(cfg.data), instantiate(cfg.task)
+    task = instantiate(cfg.task)
     load_weights(cfg, task)
-    model, images = plain(task.float().model), _images(cfg, data, task)
+    model, images = plain(task.float().model), _images(cfg, task)
     fixed = cfg.export.batch_size
     program = exported.trace(model, _some(images, fixed or 2), any_batch=fixed is None)
     numbers, files = {}, []
@@ -78,13 +77,13 @@ def run(cfg: DictConfig) -> list[Path]:
             files += exported.publish(Path(folder), path)
         numbers[path] = found
     report.write_run(cfg, directory, status="finished")
-    _print(numbers, fixed, cfg.export.images)
+    _print(numbers, fixed, cfg.export.images, images.ndim == 5)
     return files
 
 
 @torch.no_grad()
 def compare(
-    model: nn.Module, forward: Forward, images: Float[Tensor, "b c h w"], tolerance: float, batch_size: int | None
+    model: nn.Module, forward: Forward, images: Float[Tensor, "b c *t h w"], tolerance: float, batch_size: int | None
 ) -> Agreement:
     """Runs a file and the model on the same batches.
 
@@ -117,14 +116,15 @@ def compare(
     )
 
 
-def jumps(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+def jumps(model: nn.Module, images: Float[Tensor, "b c *t h w"]) -> Float[Tensor, " b"]:
     """How far an image's logits jump when its pixels move by 1e-5 of their spread; 0 where they only follow.
 
     A method that chooses tokens is not continuous. Where two tokens are about equally good, the last bit of a sum
     decides, and another runtime adds in another order. Then some of the moves are far, and others as small as they are.
     """
     generator = torch.Generator().manual_seed(0)
-    spread, expected, found = images.std(dim=(1, 2, 3), keepdim=True), model(images), []
+    spread = images.flatten(1).std(dim=1).view(-1, *[1] * (images.ndim - 1))
+    expected, found = model(images), []
     for _ in range(DRAWS):
         moved = model(images + STEP * spread * torch.randn(images.shape, generator=generator))
         found.append((moved - expected).abs().amax(dim=1))
@@ -165,17 +165,17 @@ def _setting(name: str, expected: str, got: object) -> FewtokensError:
     )
 
 
-def _images(cfg: DictConfig, data: DataModule, task: LightningModule) -> Float[Tensor, "b c h w"]:
+def _images(cfg: DictConfig, task: LightningModule) -> Float[Tensor, "b c *t h w"]:
     count = cfg.export.num_images
-    if cfg.export.images == "random":
-        shape = (count, data.channels, data.image_size, data.image_size)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(cfg.seed))
+    if cfg.export.images == "random":  # of the data only the numbers in its config count
+        return random_images(plain(task.model), count, cfg.seed)
+    data = instantiate(cfg.data)
     data.prepare_data()
     data.setup("test")
     return test_images(task, data, count)
 
 
-def _some(images: Float[Tensor, "b c h w"], count: int) -> Float[Tensor, "n c h w"]:
+def _some(images: Float[Tensor, "b c *t h w"], count: int) -> Float[Tensor, "n c *t h w"]:
     """So many of them, the first again where there are fewer."""
     return images[torch.arange(count) % len(images)]
 
@@ -190,7 +190,7 @@ def _require(found: Agreement, name: str, tolerance: float) -> None:
         )
 
 
-def _print(numbers: dict[Path, Agreement], fixed: int | None, images: str) -> None:
+def _print(numbers: dict[Path, Agreement], fixed: int | None, images: str, clips: bool) -> None:
     table = Table("file", "size", "largest difference", "same class", "near ties")
     for path, found in numbers.items():
         size = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
@@ -199,7 +199,9 @@ def _print(numbers: dict[Path, Agreement], fixed: int | None, images: str) -> No
     console = Console()
     console.print(table)
     sizes = ", ".join(str(size) for size in next(iter(numbers.values())).batches)
-    what = f"any batch; compared on {images} images by {sizes}" if fixed is None else f"batches of {fixed}"
-    console.print(f"Input: images (batch, channels, height, width), float32, normalised as data says; {what}.")
+    kind = "clips" if clips else "images"
+    what = f"any batch; compared on {images} {kind} by {sizes}" if fixed is None else f"batches of {fixed}"
+    axes = f"{kind} (batch, channels, {'frames, ' if clips else ''}height, width)"
+    console.print(f"Input: {axes}, float32, normalised as data says; {what}.")
     for path in numbers:
         console.print(f"Written: {path}", soft_wrap=True)

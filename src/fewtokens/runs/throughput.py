@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fewtokens.analysis.comparison import DENSE, Setting, compare, timms_own
-from fewtokens.analysis.cost import plain, test_images
+from fewtokens.analysis.cost import plain, random_images, test_images
 from fewtokens.analysis.sharpening import sharpen
 from fewtokens.backbones.vit import ViT
 from fewtokens.errors import FewtokensError
@@ -65,9 +65,9 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     console = Console() if sys.stdout.isatty() else Console(width=120)  # in a file, rich would take 80 columns
     records: list[dict[str, Any]] = []
     for setting in settings:
-        found = compare(models, images, setting, cfg.seconds)
+        found = compare(models, images, setting, cfg.seconds, cfg.at_once)
         records += [{"backbone": about["backbone"], **record, **about} for record in found]
-        show(found, f"{about['backbone']}: {setting}", console)
+        show(found, f"{about['backbone']}: {setting}", console, "clips/s" if images.ndim == 5 else "images/s")
         report.write_json(records, directory / "throughput.json")  # what is measured stays, whatever comes after it
     print(f"Records: {directory / 'throughput.json'}")
     return records
@@ -98,7 +98,7 @@ def dense_model(cfg: DictConfig) -> ViT:
 def models_of(cfg: DictConfig, dense: ViT) -> dict[str, nn.Module]:
     """The dense model, timm's own, and one for every tokenizer; all share the dense one's parameters."""
     models: dict[str, nn.Module] = {DENSE: dense}
-    if cfg.timm:
+    if cfg.timm and len(dense.sample_shape) == 3:  # timm has no video models
         models[TIMM] = timms_own(dense)
     for entry in cfg.tokenizers:
         model = plain(instantiate(_composed(str(entry)).backbone))
@@ -110,8 +110,8 @@ def models_of(cfg: DictConfig, dense: ViT) -> dict[str, nn.Module]:
     return models
 
 
-def images_of(cfg: DictConfig, model: ViT, count: int, device: torch.device) -> Float[Tensor, "b c h w"]:
-    """As many images as the largest batch: of the test set, or random ones of the same shape."""
+def images_of(cfg: DictConfig, model: ViT, count: int, device: torch.device) -> Float[Tensor, "b c *t h w"]:
+    """As many images or clips as the largest batch: of the test set, or random ones."""
     if cfg.images == "test":
         data, task = instantiate(cfg.data), nn.Module()
         task.model, task.device = model, device  # type: ignore[assignment]
@@ -121,20 +121,19 @@ def images_of(cfg: DictConfig, model: ViT, count: int, device: torch.device) -> 
         raise FewtokensError(
             "Images are random or those of the test set", expected="random or test", got=cfg.images, fix="images=test"
         )
-    embed = model.trunk.patch_embed
-    return torch.randn(count, model.trunk.in_chans, *embed.img_size, device=device)
+    return random_images(model, count, cfg.seed).to(device)
 
 
-def show(records: list[dict[str, Any]], title: str, console: Console) -> None:
-    """Print one setting's records."""
+def show(records: list[dict[str, Any]], title: str, console: Console, rate: str) -> None:
+    """Print one setting's records; `rate` is what images_per_s is called."""
     table = Table("tokenizer", title=title, box=box.SIMPLE)
-    for name in ("images/s", "IQR", "speed-up", "GMACs", "padded", "MAC ratio", "realised/theoretical"):
+    for name in (rate, "IQR", "speed-up", "GMACs", "padded", "MAC ratio", "realised/theoretical"):
         table.add_column(name, justify="right")
+    digits = 1 if min(record["images_per_s"] for record in records) >= 10 else 3
     for record in records:
         table.add_row(
             record["tokenizer"],
-            f"{record['images_per_s']:,.1f}",
-            f"{record['images_per_s_spread']:,.1f}",
+            *(f"{record[name]:,.{digits}f}" for name in ("images_per_s", "images_per_s_spread")),
             f"{record['speedup_vs_dense']:.2f}",
             f"{record['gmacs']:.3f}",
             f"{record['gmacs_padded']:.3f}",
@@ -171,6 +170,7 @@ def _about(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
     return {
         "backbone": str(name),
         "image_size": cfg.data.image_size,
+        "frames": cfg.data.frames,
         "images": cfg.images,
         "sharpen": None if cfg.sharpen is None else list(cfg.sharpen),
         "checkpoint": cfg.checkpoint,
