@@ -169,6 +169,8 @@ def test_measure(make, measured, tmp_path):
         "cost/gmacs_std": 0.0,
         "cost/gmacs_dense": macs(make(), image) / 1e9,
         "cost/images": 2.0,
+        "cost/views": 2.0,
+        "cost/gmacs_all_views": 2 * gmacs,
         "cost/batch_size": 2.0,
         "cost/params": params,
         "cost/params_trainable": params - 25 * 16,

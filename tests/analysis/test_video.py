@@ -3,53 +3,26 @@
 from functools import partial
 from typing import Any, get_args
 
-import lightning as L
 import pytest
 import torch
 from matplotlib.image import imread
-from torch import Tensor, nn
+from torch import nn
 
 from fewtokens.analysis.cost import Cost, macs, tokens_per_block
+from fewtokens.analysis.counting import count
 from fewtokens.analysis.throughput import Throughput
 from fewtokens.analysis.token_maps import TokenMaps, origin_by_step, token_columns
-from fewtokens.backbones.vivit import Model, ViViT, vivit
-from fewtokens.layers.embed import Tubelets
-from fewtokens.tokenizers.base import Tokenizer
+from fewtokens.backbones.vivit import Model, ViViT
+from fewtokens.tokenizers.ats import ATS
 from fewtokens.tokenizers.evit import EViT
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 from fewtokens.tokenizers.tome import ToMe
 from fewtokens.tokenizers.top_k import TopK
+from vivits import Data, Task, build, clips
 
 MODELS = get_args(Model)
 learner = partial(TokenLearnerV11, num_tokens=4)
-
-
-def build(model: str = "spatio_temporal", tokenizer: Any = Tokenizer, at: Any = (1, 2)) -> ViViT:
-    torch.manual_seed(0)
-    cut = Tubelets(clip_frames=6, image_size=(8, 12), frames=2, height=2, width=2)  # 3 time steps of 4 x 6
-    sizes = {"dim": 16, "depth": 3, "heads": 2, "num_classes": 5, "temporal_depth": 1}
-    return vivit(tubelets=cut, tokenizer={"at": list(at), "build": tokenizer}, model=model, **sizes)
-
-
-def clips(count: int = 2) -> Tensor:
-    return torch.randn(count, 3, 6, 8, 12, generator=torch.Generator().manual_seed(0))
-
-
-class Data(L.LightningDataModule):
-    """Two clips, two views each, the second of which is zero."""
-
-    def test_dataloader(self) -> Any:
-        return [(clips(2), torch.zeros(2).long())]
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return torch.stack([batch[0], torch.zeros_like(batch[0])], dim=1), batch[1]
-
-
-class Task(L.LightningModule):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -62,9 +35,37 @@ def test_measures_of_clips(model: Model, tmp_path: Any) -> None:
         < found["cost/gmacs_dense"]
         == macs(build(model), clips(1)) / 1e9
     )
+    assert (found["cost/frames"], found["cost/views"]) == (6, 2)
+    assert found["cost/gmacs_all_views"] == 2 * found["cost/gmacs"]
     token = {"spatio_temporal": 1, "factorised_encoder": 3}.get(model, 0)
     assert found["cost/tokens_last_block"] == 3 * 4 + token
     assert macs(net.to("meta"), clips(1).to("meta")) / 1e9 == found["cost/gmacs"]
+
+
+def sharp(model: str) -> ViViT:
+    """ATS in every block, with attention that is not flat: clips and time steps keep different numbers of tokens."""
+    net = build(model, ATS, at=[0, 1, 2])
+    for block in net.encoder.blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=0.5)
+    return net
+
+
+@pytest.mark.parametrize("model", MODELS[:2])
+def test_an_adaptive_tokenizer_costs_every_clip_its_own(model: Model) -> None:
+    net, many = sharp(model), clips(8)
+    found = count(net, many.split(5))
+    assert found.macs.tolist() == [macs(net, clip) for clip in many.split(1)]
+    assert len(set(found.macs.tolist())) > 3
+    padded = [macs(net, part) / len(part) for part in many.split(5)]
+    assert found.padded.tolist() == [padded[0]] * 5 + [padded[1]] * 3
+    assert (found.padded >= found.macs).all()
+    # Of a clip the tokens of all its time steps together, each of which keeps its own number.
+    with torch.no_grad():
+        masks = [tokens.mask for tokens in net.eval().trace(many)]
+    kept = [mask.sum(dim=1).reshape(len(many), -1) for mask in masks]
+    assert found.tokens[:, 1:].tolist() == torch.stack([each.sum(dim=1) for each in kept], dim=1).tolist()
+    if model == "factorised_encoder":
+        assert (kept[0].amax(dim=1) > kept[0].amin(dim=1)).any()
 
 
 def test_speed_of_clips(tmp_path: Any) -> None:
@@ -84,7 +85,7 @@ def test_tokens_of_a_clip_are_those_of_all_its_time_steps() -> None:
 def test_a_row_per_time_step_and_a_column_per_token(model: Model, fused: bool, tmp_path: Any) -> None:
     build_ = partial(TokenFuser, inner=learner) if fused else learner
     columns = token_columns(build(model, build_, at=[1]), clips())
-    assert [column.title for column in columns] == ["image", "block 1\ntoken 1", "token 2", "token 3", "token 4"]
+    assert [column.title for column in columns] == ["frame", "block 1\ntoken 1", "token 2", "token 3", "token 4"]
     assert all(column.pictures.shape[0] == len(column.notes) == 2 * 3 for column in columns)
     measure = TokenMaps(num_images=4)
     measure(Task(build(model, build_, at=[1])), Data(), tmp_path)
@@ -107,7 +108,7 @@ def test_the_first_column_shows_the_middle_frame_of_every_step() -> None:
 def test_a_column_per_stage_with_the_tokens_of_every_step(model: Model, method: Any) -> None:
     net = build(model, method)
     columns = token_columns(net, clips())
-    assert [column.title.split("\n")[0] for column in columns] == ["image", "block 1", "block 2"]
+    assert [column.title.split("\n")[0] for column in columns] == ["frame", "block 1", "block 2"]
     assert all(len(column.pictures) == 6 for column in columns)
     if method.func is TopK and model == "spatio_temporal":
         counts = [int(note) for note in columns[1].notes]

@@ -1,20 +1,28 @@
 """Pictures during training: in every logger that takes them, of the same images, and without a trace in the run."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import Logger
+import wandb
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from conftest import CONFIGS, TINY
 from fewtokens.analysis.token_maps import token_columns
 from fewtokens.callbacks import pictures as module
-from fewtokens.callbacks.pictures import Pictures, log_picture
+from fewtokens.callbacks.loggers import WandbRun
+from fewtokens.callbacks.pictures import Pictures, log_picture, log_video
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import saved, training
+from fewtokens.tasks.classification import Classifier
+from fewtokens.tokenizers.token_learner import TokenLearnerV11
+from vivits import Data, build
 
 # Everything random there is, and a schedule that does not ask how long the run will be.
 PLAIN = [*TINY, "schedule=constant", "backbone.options.proj_drop_rate=0.1",
@@ -101,9 +109,9 @@ def test_a_dense_model_draws_nothing(composed, tmp_path: Path) -> None:
 def test_an_average_of_the_weights_is_what_is_drawn(composed, tmp_path: Path, monkeypatch) -> None:
     seen = []
 
-    def spy(model, images, most):
+    def spy(model, images, *limits):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        return token_columns(model, images, most)
+        return token_columns(model, images, *limits)
 
     monkeypatch.setattr(module, "token_columns", spy)
     options = ["callbacks=[pictures,ema]", *DRAWN[1:], "callbacks.ema.decay=0.5", "optimizer.lr=0.1"]
@@ -113,6 +121,34 @@ def test_an_average_of_the_weights_is_what_is_drawn(composed, tmp_path: Path, mo
     head = "trunk.head.weight"
     assert torch.equal(seen[0][head], averaged[f"model.{head}"])
     assert not torch.equal(seen[0][head], current[f"model.{head}"])
+
+
+class Clips(Data):
+    """As `Data`, for validation."""
+
+    def val_dataloader(self):
+        return DataLoader(self.test_dataloader(), batch_size=None)
+
+
+def test_clips_are_drawn_over_time_and_kept_by_offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    model = build(tokenizer=partial(TokenLearnerV11, num_tokens=4), at=[1])
+    task = Classifier(model, num_classes=5, optimizer=torch.optim.SGD)
+    loggers = [WandbRun(str(tmp_path)), TensorBoardLogger(str(tmp_path), name="tensorboard", version="")]
+    drawer = Pictures(str(tmp_path / "pictures"), num_images=4)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(callbacks=[drawer], logger=loggers, enable_checkpointing=False, **quiet)
+    trainer.validate(task, Clips(), verbose=False)
+    wandb.finish()
+    assert names(tmp_path) == ["epoch_1.gif", "epoch_1.png"]
+    height = Image.open(tmp_path / "pictures" / "epoch_1.png").height
+    assert height == pytest.approx(43 + 5 * 80, abs=2), "the three steps of one clip: its frame and four tokens below"
+    assert Image.open(tmp_path / "pictures" / "epoch_1.gif").n_frames == 3
+    (video,) = tmp_path.glob("wandb/offline-run-*/files/media/videos/val/*.gif")
+    assert video.read_bytes() == (tmp_path / "pictures" / "epoch_1.gif").read_bytes()
+    assert images_in_tensorboard(tmp_path) == {"val/token_maps": [0]}
 
 
 def test_loggers_that_take_no_pictures_are_left_alone() -> None:
@@ -126,6 +162,7 @@ def test_loggers_that_take_no_pictures_are_left_alone() -> None:
             raise AssertionError
 
     log_picture(Bare(), "val/token_maps", np.zeros((2, 3, 3), dtype=np.uint8), 0)
+    log_video(Bare(), "val/token_maps_video", Path("no such file"), 0)
 
 
 @pytest.mark.parametrize("wrong", [{"every_n_epochs": 0}, {"num_images": 0}, {"max_columns": -1}])

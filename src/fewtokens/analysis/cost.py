@@ -41,15 +41,18 @@ class Cost:
             run_dir: Made if there is none.
 
         Returns:
-            What `distribution` says; `cost/gmacs_dense`, of the same weights without the tokenizer, and for the Keras
-            example's models `cost/gmacs_keras`, in that example's own convention; `cost/params`,
-            `cost/params_trainable`; `cost/peak_mib` and `cost/peak_mib_dense`, what a forward pass of the first batch,
-            of `cost/batch_size` images, holds at most on top of weights and images (see `peak_bytes`), in MiB, in the
-            type of the weights, without autocast.
+            What `distribution` says, of the first view of every sample; `cost/gmacs_dense`, of the same weights without
+            the tokenizer, and for the Keras example's models `cost/gmacs_keras`, in that example's own convention;
+            where samples have several views `cost/views`, how many, and `cost/gmacs_all_views`, so many times
+            `cost/gmacs`; for clips `cost/frames`, the frames of a view; `cost/params`, `cost/params_trainable`;
+            `cost/peak_mib` and `cost/peak_mib_dense`, what a forward pass of the first batch, of `cost/batch_size`
+            images, holds at most on top of weights and images (see `peak_bytes`), in MiB, in the type of the weights,
+            without autocast.
         """
         model, batches = plain(task.model), evaluation_batches(task, datamodule, self.num_images)
-        images = next(batches)
-        counts = count(model, chain([images], batches))
+        first = next(batches)
+        images, views = first[:, 0], first.shape[1]
+        counts = count(model, (batch[:, 0] for batch in chain([first], batches)))
         with model.encoder.dense():
             dense, peak_dense = macs(model, images[:1]), peak_memory(model, images)
         numbers = distribution(counts) | {
@@ -60,6 +63,10 @@ class Cost:
             "cost/peak_mib_dense": peak_dense / 2**20,
             "cost/batch_size": float(len(images)),
         }
+        if images.ndim == 5:
+            numbers["cost/frames"] = float(images.shape[2])
+        if views > 1:
+            numbers |= {"cost/views": float(views), "cost/gmacs_all_views": views * numbers["cost/gmacs"]}
         if is_keras_example(model):
             numbers["cost/gmacs_keras"] = keras_flops(model) // 2 / GIGA
         write_histogram(counts, run_dir / "cost_histogram.csv")
@@ -145,19 +152,19 @@ def test_images(task: L.LightningModule, datamodule: L.LightningDataModule, coun
         datamodule: Set up for testing.
         count: At least 1.
     """
-    return torch.cat(list(evaluation_batches(task, datamodule, count)))
+    return torch.cat([views[:, 0] for views in evaluation_batches(task, datamodule, count)])
 
 
 def evaluation_batches(
     task: L.LightningModule, datamodule: L.LightningDataModule, count: int | None = None
-) -> Iterator[Float[Tensor, "b c *t h w"]]:
-    """The same in the batches of the data; all test images where `count` is None."""
+) -> Iterator[Float[Tensor, "b v c *t h w"]]:
+    """The same in the batches of the data, with all their views; all test images where `count` is None."""
     dtype, left = next(task.parameters()).dtype, count
     # Videos are looked at once more, in one view; a datamodule without videos need not know of that.
     for batch in getattr(datamodule, "measured_dataloader", datamodule.test_dataloader)():
         wanted = tuple(part[:left].to(task.device) for part in batch)
         views, _ = datamodule.on_after_batch_transfer(wanted, 0)
-        yield views[:, 0].to(dtype)
+        yield views.to(dtype)
         if left is not None:
             left -= len(views)
             if left <= 0:

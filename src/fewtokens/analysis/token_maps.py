@@ -1,12 +1,14 @@
 """A picture of where tokens look: one row per test image, drawn from `Tokens.origin` and thus the same for all methods.
 
-A clip has a row for every time step. What a column shows is decided by the origin (B, tokens, patches) alone:
+A clip has a row for every time step, and pictures of its own in `token_video`. What a column shows is decided by the
+origin (B, tokens, patches) alone:
 
 - every patch belongs to one token at most, every token has one patch: selection; what was dropped is covered;
 - every patch belongs to one token at most: merging; groups of several patches are coloured;
 - a few tokens of many patches each: one heat map per token; where they are many: groups by the largest share.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +18,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
@@ -89,15 +91,18 @@ def token_columns(
     blocks = reducing_blocks([start, *trace])
     if not blocks or start.grid is None:
         return []
-    pictures = displayed(model.pictures(images))
-    columns = [Column("image", pictures, [""] * len(pictures))]
+    shown = model.pictures(images)
+    steps = len(shown) // len(images)
+    pictures = displayed(shown, steps)
+    columns = [Column("image" if images.ndim == 4 else "frame", pictures, [""] * len(pictures))]
     first = origin_by_step(trace[blocks[0]], start.frames)
+    of_clip = steps if trace[blocks[0]].frames != start.frames else 1  # pictures that a token spans
     if kind_of(first, most) == "maps":
         covers = first.unbind(1)
         titles = [f"token {number}" for number in range(1, len(covers) + 1)]
         titles[0] = f"block {blocks[0]}\n{titles[0]}"
         return columns + [
-            Column(title, heat(pictures, shares, start.grid), [""] * len(pictures))
+            Column(title, heat(pictures, shares, start.grid, of_clip), [""] * len(pictures))
             for title, shares in zip(titles, covers, strict=True)
         ]
     if len(blocks) > most:
@@ -129,23 +134,37 @@ def kind_of(origin: Float[Tensor, "b n patches"], few: int) -> Kind:
     return "maps" if origin.shape[1] <= few else "groups"
 
 
-def displayed(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-    """Images of any number of channels as pictures between 0 and 1, from the least to the greatest value of each."""
+def displayed(images: Float[Tensor, "b c h w"], together: int = 1) -> Float[Tensor, "b 3 h2 w2"]:
+    """Images of any number of channels as pictures between 0 and 1, from the least to the greatest value of each.
+
+    Args:
+        images: (B, C, H, W).
+        together: So many that follow each other, the frames of a clip, have least and greatest in common.
+    """
     images = images.float().cpu()
     if images.shape[1] != 3:
         images = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-    images = images - images.amin(dim=(1, 2, 3), keepdim=True)
-    images = images / images.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+    clips = images.unflatten(0, (-1, together))
+    clips = clips - clips.amin(dim=(1, 2, 3, 4), keepdim=True)
+    images = (clips / clips.amax(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-6)).flatten(0, 1)
     return F.interpolate(images, scale_factor=max(1, -(-LEAST_PIXELS // min(images.shape[2:]))), mode="nearest")
 
 
 def heat(
-    pictures: Float[Tensor, "b 3 h w"], shares: Float[Tensor, "b patches"], grid: tuple[int, int]
+    pictures: Float[Tensor, "b 3 h w"], shares: Float[Tensor, "b patches"], grid: tuple[int, int], together: int = 1
 ) -> Float[Tensor, "b 3 h w"]:
-    """A token's share of every patch, from its least to its greatest, as colours over the grey picture."""
-    low, high = shares.amin(dim=1, keepdim=True), shares.amax(dim=1, keepdim=True)
+    """A token's share of every patch, from its least to its greatest, as colours over the grey picture.
+
+    Args:
+        pictures: (B, 3, H, W).
+        shares: Of the patches (B, patches).
+        grid: Of the patches.
+        together: So many pictures that follow each other have least and greatest in common: those that a token spans.
+    """
+    clips = shares.unflatten(0, (-1, together))
+    low, high = clips.amin(dim=(1, 2), keepdim=True), clips.amax(dim=(1, 2), keepdim=True)
     # A map that is the same everywhere stays so: stretched, it would show rounding errors.
-    scaled = (shares - low) / (high - low).clamp_min(1e-3 * high.clamp_min(1e-12))
+    scaled = (clips - low) / (high - low).clamp_min(1e-3 * high.clamp_min(1e-12))
     size = (pictures.shape[2], pictures.shape[3])
     fine = F.interpolate(scaled.reshape(-1, 1, *grid), size=size, mode="bilinear")[:, 0]
     colours = torch.from_numpy(colormaps["inferno"](fine.numpy())[..., :3]).float().permute(0, 3, 1, 2)
@@ -178,14 +197,23 @@ def coloured(
     return torch.where(edge[:, None], torch.ones(()), tinted)
 
 
-def draw(columns: list[Column]) -> Figure:
-    """The figure, one row per image; without pyplot, whose open figures are global."""
+def draw(columns: Sequence[Column], labels: Sequence[str] = ()) -> Figure:
+    """The figure, one row per image; without pyplot, whose open figures are global.
+
+    Args:
+        columns: From left to right.
+        labels: A word to the left of every row.
+    """
     rows, (height, width) = len(columns[0].pictures), columns[0].pictures.shape[2:]
-    cell, head = (1.0, height / width), 0.36  # inches
-    figure = Figure(figsize=(cell[0] * len(columns), cell[1] * rows + head), dpi=120, facecolor="white")
-    top = cell[1] * rows / (cell[1] * rows + head)
+    cell, head, side = (1.0, height / width), 0.36, 0.85 if labels else 0.0  # inches
+    wide, high = cell[0] * len(columns) + side, cell[1] * rows + head
+    figure = Figure(figsize=(wide, high), dpi=120, facecolor="white")
     axes = figure.subplots(rows, len(columns), squeeze=False)
-    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=top, wspace=0.05, hspace=0.05)
+    left = side / wide + 0.005
+    figure.subplots_adjust(left=left, right=0.995, bottom=0.005, top=1 - head / high, wspace=0.05, hspace=0.05)
+    for row, label in enumerate(labels):
+        axis = axes[row, 0]
+        axis.text(-0.06, 0.5, label, transform=axis.transAxes, ha="right", va="center", fontsize=7)
     for place, column in enumerate(columns):
         axes[0, place].set_title(column.title, fontsize=7, pad=3)
         for row, (picture, note) in enumerate(zip(column.pictures, column.notes, strict=True)):
@@ -196,6 +224,13 @@ def draw(columns: list[Column]) -> Figure:
             if note:
                 axis.text(0.97, 0.04, note, transform=axis.transAxes, ha="right", fontsize=6, color="white", bbox=badge)
     return figure
+
+
+def pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
+    """A figure as an image."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _stage(

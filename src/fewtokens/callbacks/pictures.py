@@ -1,4 +1,4 @@
-"""Pictures of where the tokens look, as training goes on."""
+"""Pictures of where the tokens look, as training goes on; of clips a gif, too."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,12 @@ from jaxtyping import Float, UInt8
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
 
 from fewtokens.analysis.cost import plain
-from fewtokens.analysis.token_maps import draw, token_columns
+from fewtokens.analysis.token_maps import draw, pixels, token_columns
+from fewtokens.analysis.token_video import strip, write_gif
 from fewtokens.errors import FewtokensError
 
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -25,14 +25,16 @@ class Pictures(Callback):
     """Draws the first validation images at the end of every n-th epoch's validation, on rank 0.
 
     The picture goes to `epoch_<number>.png` in a directory, and to every logger that takes images (Weights & Biases,
-    TensorBoard). It is that of `fewtokens.analysis.token_maps`; where no tokenizer reduces anything there is none. The
-    images are those that validation has loaded anyway, and no random numbers are used up: training and its resuming go
-    on as without. Next to a callback that validates an average of the weights it stands first, and draws the average.
+    TensorBoard). It is that of `fewtokens.analysis.token_maps`, for clips that of `fewtokens.analysis.token_video`,
+    with `epoch_<number>.gif`, which goes to loggers that take videos. Where no tokenizer reduces anything there is
+    none. The images are those that validation has loaded anyway, and no random numbers are used up: training and its
+    resuming go on as without. Next to a callback that validates an average of the weights it stands first, and draws
+    the average.
 
     Args:
         directory: Of the png files.
         every_n_epochs: Epochs from one picture to the next.
-        num_images: Rows; fewer if this process has fewer validation images.
+        num_images: Rows, or time steps of the first clips (one clip at least); fewer if this process has fewer.
         max_columns: At most so many tokens, or stages of a method that acts in many blocks.
     """
 
@@ -46,7 +48,7 @@ class Pictures(Callback):
             )
         self.directory, self.every_n_epochs = Path(directory), every_n_epochs
         self.num_images, self.max_columns = num_images, max_columns
-        self._images: list[Float[Tensor, "b c h w"]] = []
+        self._images: list[Float[Tensor, "b c *t h w"]] = []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to collect."""
@@ -65,30 +67,29 @@ class Pictures(Callback):
         images, self._images = self._images, []
         if not images or not sum(map(len, images)):
             return
+        task, path = pl_module, self.directory / f"epoch_{trainer.current_epoch + 1}.png"
+        model = plain(task.model)
         with isolate_rng():
-            picture = self._drawn(pl_module, torch.cat(images))
-        if picture is None:
+            clips = torch.cat(images).to(next(task.parameters()).dtype)
+            columns = token_columns(model, clips, self.max_columns, self.num_images)
+        if not columns:
             return
-        epoch = trainer.current_epoch + 1
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"epoch_{epoch}.png"
+        steps, video = len(model.pictures(clips[:1])), path.with_suffix(".gif")
+        picture = pixels(strip(columns, steps, self.max_columns) if steps > 1 else draw(columns))
         part = path.with_suffix(".png.part")
         Image.fromarray(picture).save(part, format="png")
         os.replace(part, path)
+        if steps > 1:
+            write_gif(columns, steps, video)
         for logger in trainer.loggers:
             log_picture(logger, "val/token_maps", picture, trainer.global_step)
+            if steps > 1:
+                log_video(logger, "val/token_maps_video", video, trainer.global_step)
 
     def _due(self, trainer: Trainer) -> bool:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         return due and trainer.is_global_zero and not trainer.sanity_checking
-
-    def _drawn(self, task: LightningModule, images: Float[Tensor, "b c h w"]) -> Picture | None:
-        columns = token_columns(plain(task.model), images.to(next(task.parameters()).dtype), self.max_columns)
-        if not columns:
-            return None
-        canvas = FigureCanvasAgg(draw(columns))
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def log_picture(logger: Logger, name: str, picture: Picture, step: int) -> None:
@@ -104,3 +105,16 @@ def log_picture(logger: Logger, name: str, picture: Picture, step: int) -> None:
         logger.experiment.add_image(name, picture, step, dataformats="HWC")
     elif hasattr(logger, "log_image"):  # Weights & Biases, and whatever has learnt it from there
         logger.log_image(name, [picture], step=step)
+
+
+def log_video(logger: Logger, name: str, path: Path, step: int) -> None:
+    """Hand a gif to a logger, if it takes gifs: W&B does. TensorBoard's wants a package of its own to make one.
+
+    Args:
+        logger: Any.
+        name: What the video shows.
+        path: Of the file.
+        step: Training step that it belongs to.
+    """
+    if hasattr(logger, "log_video"):
+        logger.log_video(name, [str(path)], step=step)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
-from fewtokens.callbacks.pictures import log_picture
+from fewtokens.callbacks.pictures import log_picture, log_video
 from fewtokens.runs import report, saved
 from fewtokens.runs.checkpoints import AtomicCheckpointIO, EmbedConfig
 from fewtokens.runs.targets import instantiate
@@ -78,7 +78,7 @@ def build(cfg: DictConfig) -> Job:
 
 
 def measure(job: Job) -> tuple[dict[str, float], list[Path]]:
-    """All measures of the config, on rank 0: their numbers, and the pictures that they made."""
+    """All measures of the config, on rank 0: their numbers, and the pictures and videos that they made."""
     numbers: dict[str, float] = {}
     pictures: list[Path] = []
     if not job.trainer.is_global_zero:
@@ -87,8 +87,7 @@ def measure(job: Job) -> tuple[dict[str, float], list[Path]]:
     job.task.eval()
     for part in [instantiate(node) for node in job.cfg.measure.values() if node]:
         numbers |= part(job.task, job.data, job.directory)
-        if picture := getattr(part, "picture", None):
-            pictures.append(picture)
+        pictures += [path for name in ("picture", "video") if (path := getattr(part, name, None))]
     job.task.train(training)
     return numbers, pictures
 
@@ -106,6 +105,9 @@ def finish(job: Job, numbers: dict[str, float], pictures: list[Path]) -> None:
         else:
             logger.log_metrics(numbers, step=job.trainer.global_step)
         for picture in pictures:
+            if picture.suffix == ".gif":
+                log_video(logger, f"test/{picture.stem}_video", picture, job.trainer.global_step)
+                continue
             pixels = np.asarray(Image.open(picture).convert("RGB"))
             log_picture(logger, f"test/{picture.stem}", pixels, job.trainer.global_step)
         logger.save()

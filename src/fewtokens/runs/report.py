@@ -28,21 +28,23 @@ PACKAGES = (
     "timm",
     "wandb",
 )
-TABLE = (
+TABLE = (  # "*" is "image", or "clip", or "view" where samples have several
     ("test/top1", "test accuracy", "{:.2%}"),
     ("test/top5", "test accuracy, top 5", "{:.2%}"),
     ("test/left_out", "test videos that were not read", "{:,.0f}"),
     ("test/top1_of_listed", "test accuracy, those counted as wrong", "{:.2%}"),
-    ("cost/gmacs_dense", "GMACs per image, all tokens", "{:.4f}"),
-    ("cost/gmacs", "GMACs per image, with the tokenizer", "{:.4f}"),
-    ("cost/gmacs_std", "standard deviation over the images", "{:.4f}"),
-    ("cost/gmacs_padded", "GMACs per image, as batches computed them", "{:.4f}"),
+    ("cost/gmacs_dense", "GMACs per *, all tokens", "{:.4f}"),
+    ("cost/gmacs", "GMACs per *, with the tokenizer", "{:.4f}"),
+    ("cost/gmacs_std", "standard deviation over the *s", "{:.4f}"),
+    ("cost/gmacs_padded", "GMACs per *, as batches computed them", "{:.4f}"),
+    ("cost/views", "views of a sample", "{:.0f}"),
+    ("cost/gmacs_all_views", "GMACs of all its views, with the tokenizer", "{:.4f}"),
     ("cost/gmacs_keras", "GMACs in the Keras example's count", "{:.4f}"),
     ("cost/params", "parameters", "{:,.0f}"),
     ("cost/peak_mib_dense", "peak memory of a batch (MiB), all tokens", "{:,.1f}"),
     ("cost/peak_mib", "peak memory of a batch (MiB), with the tokenizer", "{:,.1f}"),
-    ("throughput/images_per_s_dense", "images/s, all tokens", "{:,.0f}"),
-    ("throughput/images_per_s", "images/s, with the tokenizer", "{:,.0f}"),
+    ("throughput/images_per_s_dense", "*s/s, all tokens", "{:,.1f}"),
+    ("throughput/images_per_s", "*s/s, with the tokenizer", "{:,.1f}"),
     ("train/seconds", "training time (s)", "{:,.0f}"),
 )
 
@@ -120,9 +122,10 @@ def cpu() -> str:
 def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]) -> None:
     """The numbers that matter, and where the rest lies."""
     table = Table(show_header=False)
+    unit = "view" if "cost/views" in numbers else "clip" if "cost/frames" in numbers else "image"
     for name, words, form in TABLE:
         if name in numbers:
-            table.add_row(words, form.format(numbers[name]))
+            table.add_row(words.replace("*", unit), form.format(numbers[name]))
     console = Console()
     console.print(table)
     for picture in pictures:
