@@ -55,6 +55,24 @@ def test_a_run_says_what_it_could_not_read_and_how_it_counted(composed, tmp_path
     assert any("over the videos that were read: 2. Left out: 1" in record.message for record in caplog.records)
 
 
+def test_a_measured_run_counts_its_views_and_shows_tokens_over_time(composed, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    root = videos.write_folders(tmp_path / "set")
+    measured = ["measure=default", "measure.throughput.seconds=0.1", "callbacks=pictures", "logger=wandb"]
+    every = "callbacks.pictures.every_n_epochs=1"
+    report = training.run(composed(*TINY, f"data.root={root}", "trainer=cpu", *measured, every))
+    assert (report["cost/frames"], report["cost/views"]) == (4, 6)
+    assert report["cost/gmacs_all_views"] == pytest.approx(6 * report["cost/gmacs"])
+    assert report["cost/images"] == 2, "one view each, and not the broken one"
+    pictures = {path.name for path in (tmp_path / "run" / "pictures").iterdir()}
+    over_time = {"token_maps_over_time.png", "token_maps_over_time.gif"}
+    assert pictures == over_time | {"epoch_1.png", "epoch_1.gif", "token_maps.png", "confusion.png"}
+    kept = {path.parent.name for path in (tmp_path / "run").glob("wandb/offline-run-*/files/media/videos/*/*.gif")}
+    assert kept == {"test", "val"}
+
+
 def test_two_processes_count_every_video_once_with_all_its_views(script, composed, tmp_path: Path) -> None:
     root = videos.write_folders(tmp_path / "set")
     script("train.py", *TINY, f"data.root={root}", "trainer=ddp_cpu")

@@ -51,7 +51,7 @@ class Cost:
         """
         model, batches = plain(task.model), evaluation_batches(task, datamodule, self.num_images)
         first = next(batches)
-        images, views = first[:, 0], first.shape[1]
+        images, views = first[:, 0], getattr(datamodule, "test_views", first.shape[1])
         counts = count(model, (batch[:, 0] for batch in chain([first], batches)))
         with model.encoder.dense():
             dense, peak_dense = macs(model, images[:1]), peak_memory(model, images)

@@ -154,8 +154,12 @@ class Videos(DataModule):
     def test_dataloader(self) -> Loader:
         """Every test video exactly once over all processes, with all its views."""
         self.tested = self.untested = 0
-        views = self.sampling["test"].views
-        return self._ordered(self._part("test"), max(1, self.eval_batch_size // views), "test")
+        return self._ordered(self._part("test"), max(1, self.eval_batch_size // self.test_views), "test")
+
+    @property
+    def test_views(self) -> int:
+        """Views of a test video, over which its logits are averaged."""
+        return self.sampling["test"].views
 
     def measured_dataloader(self) -> Loader:
         """Every test video with the centre of its centre clip alone."""
