@@ -108,7 +108,9 @@ def write_gif(columns: Sequence[Column], steps: int, path: Path, milliseconds: i
         now = [replace(each, pictures=each.pictures[step::steps], notes=each.notes[step::steps]) for each in columns]
         # The number also keeps steps apart that look the same: equal frames would become a single one.
         now[0] = replace(now[0], title=f"{columns[0].title}\nstep {step + 1} of {steps}")
-        frames.append(Image.fromarray(pixels(draw(now))).quantize(256, dither=Image.Dither.NONE))
+        frame = Image.fromarray(pixels(draw(now)))
+        # Heat maps take most of the 256 colours that a gif has; dots of those are nearer to the frame's than none.
+        frames.append(frame.quantize(palette=frame.quantize(256, kmeans=1)))
     part = path.with_suffix(".gif.part")
     frames[0].save(part, format="gif", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     part.replace(path)
