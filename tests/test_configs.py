@@ -1,13 +1,15 @@
 """Every yaml of every group composes and builds; the tests find the files themselves."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from conftest import CONFIGS, ROOT
+from fewtokens.analysis.cost import macs
 from fewtokens.errors import FewtokensError
 from fewtokens.runs.targets import instantiate
 
@@ -130,11 +132,28 @@ def test_every_option_of_every_group_builds(composed, group: str, tmp_path: Path
 def test_every_experiment_builds_and_says_what_it_is(composed, experiment: str) -> None:
     cfg = composed(f"experiment={experiment}", "task.compile=false")  # compiling is tested elsewhere, and slow
     assert cfg.name == experiment
+    header = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().split("\n\n")[0]
+    assert f"experiment={experiment}" in header, "the header gives the command"
+    if cfg.data.frames > 1:
+        check_video(cfg, header)
+        return
     task = instantiate(cfg.task)
     images = torch.randn(2, 1, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
     assert task.eval()(images).shape == (2, cfg.data.num_classes)
-    header = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().split("\n\n")[0]
-    assert f"experiment={experiment}" in header, "the header gives the command"
+
+
+def check_video(cfg: DictConfig, header: str) -> None:
+    """Builds a video model of full size without its memory, and counts what the header says that it costs."""
+    if "static" in cfg.tokenizer.build:
+        cfg.tokenizer.build.static = True  # else shapes depend on values, of which there are none
+    with torch.device("meta"):
+        model = instantiate(cfg.backbone)
+        clip = torch.empty(1, *model.sample_shape)
+    assert model.sample_shape == (3, 32, cfg.data.image_size, cfg.data.image_size)
+    assert model(clip).shape == (1, cfg.data.num_classes)
+    for gmacs in re.findall(r"Cost: ([\d.]+) GMACs a view", header):
+        assert f"{macs(model, clip) / 1e9:.1f}" == gmacs
+    assert re.search(r"Cost: .*GMACs (a|per) view", header)
 
 
 @pytest.mark.parametrize("group", ["tokenizer", "backbone"])
