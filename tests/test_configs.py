@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import CONFIGS, ROOT
-from fewtokens.analysis.cost import macs
+from fewtokens.analysis.counting import flop_counter
 from fewtokens.errors import FewtokensError
 from fewtokens.runs.targets import instantiate
 
@@ -149,11 +149,13 @@ def check_video(cfg: DictConfig, header: str) -> None:
     with torch.device("meta"):
         model = instantiate(cfg.backbone)
         clip = torch.empty(1, *model.sample_shape)
+        with torch.no_grad(), flop_counter() as counter:
+            logits = model.eval()(clip)
     assert model.sample_shape == (3, 32, cfg.data.image_size, cfg.data.image_size)
-    assert model(clip).shape == (1, cfg.data.num_classes)
-    for gmacs in re.findall(r"Cost: ([\d.]+) GMACs a view", header):
-        assert f"{macs(model, clip) / 1e9:.1f}" == gmacs
-    assert re.search(r"Cost: .*GMACs (a|per) view", header)
+    assert logits.shape == (1, cfg.data.num_classes)
+    (words, gmacs) = re.search(r"Cost: (at most [^\d]*)?([\d.]+) GMACs a view", header).groups()
+    counted = counter.get_total_flops() / 2e9
+    assert float(gmacs) == pytest.approx(counted, rel=0.01 if words else 0, abs=0.05)
 
 
 @pytest.mark.parametrize("group", ["tokenizer", "backbone"])

@@ -109,7 +109,7 @@ def test_what_is_dropped_is_covered_step_by_step(tmp_path: Path) -> None:
     assert np.array_equal(covered[2], np.arange(24).reshape(GRID) > 0)
 
 
-@pytest.mark.parametrize("model", get_args(Model))
+@pytest.mark.parametrize("model", get_args(Model)[:3])
 def test_measure(model: Model, tmp_path: Path) -> None:
     measure = TokenVideo(num_clips=1, milliseconds=200)
     assert measure(Task(build(model, learner, at=[1])), Data(), tmp_path) == {}

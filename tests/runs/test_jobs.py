@@ -104,6 +104,9 @@ def test_a_video_model_starts_from_a_run_of_an_image_model(composed, tmp_path: P
     assert "test/top1" in numbers
     with pytest.raises(FewtokensError, match="init_image starts a video model"):
         training.run(composed(*TINY, *start, directory="image"))
+    left = ["init_image=none", "+init_image.weights=/nowhere", f"init_from={tmp_path / 'video'}"]  # of an experiment
+    numbers = training.run(composed(*small, *VIDEO, *left, "trainer.limit_train_batches=1", directory="again"))
+    assert numbers["init/missing"] == 0
     with pytest.raises(FewtokensError, match="one set of weights"):
         training.run(composed(*small, *VIDEO, *start, f"init_from={tmp_path / 'run'}", directory="both"))
 

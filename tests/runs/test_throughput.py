@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
+
+from conftest import CONFIGS
+from fewtokens.runs import throughput
 
 COMMAND = "fewtokens.analysis.throughput"
 SMALL = ["backbone=vit_mini", "backbone.pool=token", "data.image_size=12", "data.num_classes=3", "trainer=cpu"]
@@ -53,14 +57,16 @@ def test_a_trained_run_is_timed_with_its_weights_and_test_images(script, tmp_pat
     assert records(tmp_path)[0]["checkpoint"] == str(run)
 
 
-def test_clips_are_timed_without_video_data(script, tmp_path: Path) -> None:
+def test_clips_are_timed_without_video_data(composed, tmp_path: Path, capsys) -> None:
     video = ["backbone=vivit_mini", "data.frames=4", "data.image_size=16", "data.num_classes=3", "trainer=cpu"]
-    tokenizers = "tokenizers=['token_learner build.num_tokens=2']"
-    done = script(COMMAND, *video, tokenizers, "batch=[1]", "seconds=0.1", "at_once=1")
-    found = records(tmp_path)
+    timed = ["tokenizers=['token_learner build.num_tokens=2']", "batch=[1]", "seconds=0.1", "at_once=1"]
+    cfg = composed(*video, *timed, base="throughput")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):  # it composes one config more for every tokenizer
+        found = throughput.run(cfg)
+    assert json.loads((tmp_path / "run" / "throughput.json").read_text()) == found
     assert [record["tokenizer"] for record in found] == ["none", "token_learner build.num_tokens=2"], "timm has none"
     assert {(record["frames"], record["image_size"]) for record in found} == {(4, 16)}
-    assert "clips/s" in done.stdout
+    assert "clips/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def _init(cfg: DictConfig, parts: job.Job) -> dict[str, float]:
     """Weights of another run to start from; a resumed run has its own."""
     if cfg.init_from is None or cfg.resume is not None:
         return {}
-    if cfg.init_image:
+    if _has_image(cfg):
         raise FewtokensError(
             "A model starts from one set of weights",
             expected="init_from (a run of the same kind) or init_image (an image model for a video model)",
@@ -79,11 +79,16 @@ def _init(cfg: DictConfig, parts: job.Job) -> dict[str, float]:
 
 def _init_image(cfg: DictConfig, parts: job.Job) -> dict[str, float]:
     """An image model for a video model to start from; a resumed run has weights of its own."""
-    if not cfg.init_image or cfg.resume is not None:
+    if not _has_image(cfg) or cfg.resume is not None:
         return {}
     started = instantiate(cfg.init_image)(parts.task.model)
     names = ("loaded", "missing", "unexpected")
     return {f"init_image/{name}": float(len(getattr(started, name))) for name in names}
+
+
+def _has_image(cfg: DictConfig) -> bool:
+    """Not so where `init_image=none` took the recipe away and left the weights that an experiment names."""
+    return bool(cfg.init_image) and "_target_" in cfg.init_image
 
 
 def _load_best(parts: job.Job) -> None:
