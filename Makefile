@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cksum pyproject.toml | cut -d' ' -f1)
 ARGS ?=
+# Processes that tests run in; 0: in that of make alone.
+WORKERS ?= 2
 SEEDS ?= 0,1,2,3,4
 CIFAR10 ?= data/cifar10
 
@@ -30,10 +32,10 @@ eval: $(STAMP)  ## Evaluate: make eval ARGS="checkpoint=outputs/digits/<time>"
 	$(BIN)/python eval.py $(ARGS)
 
 test: $(STAMP)  ## The tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
 
 test-all: $(STAMP)  ## All tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: $(STAMP)  ## Format, lint, types, import contract, tests
 	$(BIN)/ruff format --check .

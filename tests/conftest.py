@@ -29,6 +29,8 @@ TINY = [
 ]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: more threads than cores would only fight for them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 
 
