@@ -1,7 +1,10 @@
 """Reads video files from another process, so that one that hangs or crashes its decoder is only a bad file."""
 
+import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,8 @@ from jaxtyping import UInt8
 from fewtokens.data.facts import Facts, UnreadableError, require
 from fewtokens.data.watched import Allocate, Functions, GivenUp, Watched
 from fewtokens.errors import FewtokensError
+
+PART = ".part.mp4"  # at the end of the name of a copy that is being made
 
 
 class Reader:
@@ -52,6 +57,42 @@ class Reader:
         shape = self._call("read", path, indices=wanted, decoder=self.decoder, short_side=short_side, known=facts)
         return self.watched.memory(tuple(shape)).transpose(0, 3, 1, 2)
 
+    def examine(
+        self,
+        path: str,
+        target: str | None,
+        *,
+        start: float | None,
+        end: float | None,
+        short_side: int | None,
+        key_frames: int,
+    ) -> Facts:
+        """Decodes a whole file, copies a part of it to `target`: `fewtokens.data.transcoding.examine`.
+
+        The copy appears at once and checked, or not at all.
+
+        Raises:
+            UnreadableError: Something is wrong with the file.
+            FewtokensError: The copy cannot be written.
+        """
+        arguments = {"start": start, "end": end, "short_side": short_side, "key_frames": key_frames}
+        if target is None:
+            return Facts(**self._call("examine", path, target=None, **arguments))
+        if os.path.exists(target) and os.path.exists(path) and os.path.samefile(path, target):
+            raise FewtokensError(
+                "The originals are never touched",
+                expected="a copy elsewhere",
+                got=f"{target} for itself",
+                fix="name another folder for the copies",
+            )
+        part = Path(target).with_name(f".{os.getpid()}-{threading.get_ident()}{PART}")
+        try:
+            found = Facts(**self._call("examine", path, target=str(part), **arguments))
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+        return found
+
     def _call(self, name: str, path: str, **arguments: Any) -> Any:
         try:
             result, reason = self.watched.call(name, path=path, **arguments)
@@ -67,7 +108,7 @@ def functions(allocate: Allocate) -> Functions:
 
     Nothing that this file imports loads torch, so that the process is lean and there at once.
     """
-    from fewtokens.data import container, decoding
+    from fewtokens.data import container, decoding, transcoding
 
     def read(path: str, known: dict[str, Any] | None, **arguments: Any) -> tuple[int, ...]:
         facts = None if known is None else Facts(**known)
@@ -77,7 +118,11 @@ def functions(allocate: Allocate) -> Functions:
     def facts(path: str) -> dict[str, Any]:
         return asdict(container.facts(path))
 
-    return {"facts": _explained(facts), "span": _explained(container.span), "read": _explained(read)}
+    def examine(**arguments: Any) -> dict[str, Any]:
+        return asdict(transcoding.examine(**arguments))
+
+    found: Functions = {"facts": facts, "span": container.span, "read": read, "examine": examine}
+    return {name: _explained(function) for name, function in found.items()}
 
 
 def _explained(function: Callable[..., Any]) -> Callable[..., tuple[Any, str | None]]:
