@@ -27,3 +27,13 @@ class FewtokensError(ValueError):
 
 def _rebuild(rule: str, expected: object, got: object, fix: str) -> FewtokensError:
     return FewtokensError(rule, expected=expected, got=got, fix=fix)
+
+
+def unwritable(place: object, error: OSError) -> FewtokensError:
+    """The error for a file that the system does not let us write."""
+    return FewtokensError(
+        "A file that is written needs room and permission",
+        expected=f"that {place} can be written",
+        got=error.strerror or error,
+        fix="make room, or name another place",
+    )

@@ -84,6 +84,8 @@ def whole(path: str) -> Iterator[av.VideoFrame]:
         for frame in source.decode(stream):
             if frame.is_corrupt:
                 raise UnreadableError(path, f"frame {count} is damaged")
+            if count < len(found.times) and frame.pts != found.times[count]:
+                raise UnreadableError(path, f"frame {count} has a wrong time")
             count += 1
             yield frame
     if found.lost or count != found.facts.frames:

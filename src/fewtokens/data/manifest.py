@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fewtokens.data.facts import Access, Facts
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, unwritable
 
 HEADER = "path,labels,start,end,frames,width,height,fps,seconds,access,first,count,bytes,sha256,reason"
 COLUMNS = HEADER.split(",")
@@ -92,9 +92,7 @@ def write(file: Path, rows: Iterable[Row]) -> None:
             writer.writerows(map(_cells, rows))
         os.replace(part, file)
     except OSError as error:
-        raise FewtokensError(
-            "A manifest can be written", expected=str(file), got=error.strerror, fix="make room, or name another place"
-        ) from error
+        raise unwritable(file, error) from error
 
 
 def _cells(row: Row) -> list[object]:

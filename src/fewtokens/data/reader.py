@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import UInt8
 
 from fewtokens.data.facts import Facts, UnreadableError, require
 from fewtokens.data.watched import Allocate, Functions, GivenUp, Watched
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, unwritable
 
 PART = ".part.mp4"  # at the end of the name of a copy that is being made
 
@@ -89,9 +90,16 @@ class Reader:
         try:
             found = Facts(**self._call("examine", path, target=str(part), **arguments))
             os.replace(part, target)
+        except OSError as error:
+            raise unwritable(target, error) from error
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
         return found
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.watched.close()
 
     def _call(self, name: str, path: str, **arguments: Any) -> Any:
         try:

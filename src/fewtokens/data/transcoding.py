@@ -15,7 +15,7 @@ from av.video.reformatter import ColorRange
 from fewtokens.data import container, decoding
 from fewtokens.data.container import Scan
 from fewtokens.data.facts import Facts, UnreadableError
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, unwritable
 
 # One thread: a process per core works on a file of its own, and more threads would make other bytes every time.
 _X264 = {"preset": "fast", "crf": "20", "threads": "1", "a53cc": "0"}
@@ -72,7 +72,7 @@ def _size(facts: Facts, short_side: int | None) -> tuple[int, int]:
 def _encode(path: str, found: Scan, wanted: range, target: str, size: tuple[int, int], key_frames: int) -> None:
     rate = Fraction(found.facts.fps).limit_denominator(1001)
     unit = Fraction(found.unit).limit_denominator(1 << 30) if len(found.times) else 1 / rate
-    with av.open(target, "w", format="mp4", options={"movflags": "faststart", "fflags": "bitexact"}) as file:
+    with av.open(f"file:{target}", "w", format="mp4", options={"movflags": "faststart", "fflags": "bitexact"}) as file:
         stream: Any = None
         for index, frame in enumerate(decoding.whole(path)):
             if index not in wanted:
@@ -118,10 +118,5 @@ def _writing(target: str, path: str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _PLACE:
-            raise FewtokensError(
-                "A copy of a video can be written",
-                expected=target,
-                got=error.strerror,
-                fix="make room or name another place; what is finished is not done again",
-            ) from error
+            raise unwritable(target, error) from error
         raise UnreadableError(path, f"no copy can be made of it: {error}") from error

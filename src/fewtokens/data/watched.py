@@ -93,6 +93,11 @@ class Watched:
         if self._process is not None and self._owner == os.getpid():
             self._end()
 
+    def interrupt(self) -> None:
+        """Ends the process from another thread: a call that is waited for raises GivenUp there."""
+        if (process := self._process) is not None:
+            process.kill()
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_line": None, "_owner": 0, "_process": None, "_memory": None}
 
