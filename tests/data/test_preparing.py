@@ -235,8 +235,8 @@ class Stuck(Reader):
         self.stuck = self.watched, Watched("stuck", limit)
 
     def examine(self, path: str, *rest: object, **more: object) -> Facts:
-        self.watched = self.stuck["hang" in path]
-        if "hang" not in path:
+        self.watched = self.stuck["hang.mp4" in path]
+        if "hang.mp4" not in path:
             return super().examine(path, *rest, **more)
         try:
             return self.watched.call("spin")
