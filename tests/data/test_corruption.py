@@ -87,7 +87,7 @@ def readers() -> dict[str, Reader]:
         try:
             facts.require(name)
             if name != "pyav":
-                decoding._load(name)
+                decoding.load(name)
         except FewtokensError:
             continue
         found[name] = Reader(name, 20.0)

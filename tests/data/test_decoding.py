@@ -44,7 +44,7 @@ def decoder(request: pytest.FixtureRequest) -> str:
         pytest.skip(f"{request.param} is not installed")
     if request.param != "pyav":
         try:
-            decoding._load(request.param)
+            decoding.load(request.param)
         except FewtokensError as error:
             pytest.skip(str(error))
     return request.param

@@ -130,6 +130,15 @@ def show(found: dict[str, list[float]], title: str) -> dict[str, float]:
     return ratio
 
 
+def about() -> dict[str, str]:
+    """Where and when figures were measured."""
+    return {
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
 def main() -> None:
     """Reads the command line, measures, prints the table."""
     args = parser().parse_args()
@@ -148,14 +157,8 @@ def main() -> None:
     found = measure(ways, args.seconds, args.rounds)
     ratio = show(found, f"{data.description}, batch {args.batch_size}")
     if args.write is not None:
-        about = {
-            "data": "random images" if args.generated else "CIFAR-10",
-            "batch_size": args.batch_size,
-            "torch": torch.__version__,
-            "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-            "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        }
-        args.write.write_text(json.dumps({**about, "images_per_s": found, **ratio}, indent=2) + "\n")
+        kind = {"data": "random images" if args.generated else "CIFAR-10", "batch_size": args.batch_size}
+        args.write.write_text(json.dumps({**kind, **about(), "images_per_s": found, **ratio}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

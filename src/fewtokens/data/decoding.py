@@ -106,7 +106,7 @@ def _empty(shape: tuple[int, ...]) -> Rows:
 
 def _fill(path: str, wanted: Numbers, decoder: str, known: Facts, out: Rows) -> None:
     if decoder != "pyav" and known.access == "any":
-        package = _load(decoder)
+        package = load(decoder)
         scale = out.shape[1:3] != (known.height, known.width)
         try:
             {"decord": _decord, "torchcodec": _torchcodec}[decoder](package, path, wanted, known, scale, out)
@@ -173,7 +173,8 @@ def _stretches(keys: list[int], times: list[int]) -> list[tuple[int, int]]:
     return [(keys[groups[a]], times[b - 1]) for a, b in pairwise([0, *jumps, len(times)])]
 
 
-def _load(decoder: str) -> Any:
+def load(decoder: str) -> Any:
+    """The package of decord or torchcodec; a FewtokensError that says what to install if it cannot be loaded."""
     try:
         package = importlib.import_module(decoder)
         if decoder == "decord":
