@@ -33,9 +33,10 @@ def test_bare_calls_give_the_same_frames(decoder: str, folder: Path) -> None:
         assert np.array_equal(frames, decoding.read(path, indices, decoder, short_side=24).transpose(0, 2, 3, 1))
 
 
-def test_all_decoders_are_measured_on_files_that_fit(folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_decoder_is_measured_on_files_that_fit(folder: Path, tmp_path: Path, capsys) -> None:
     threads = torch.get_num_threads()
     arguments = [str(folder), "--prepare", "--frames", "4", "--short-side", "24", "--rounds", "1", "--draws", "1"]
+    arguments += ["--decoders", "pyav"]
     try:
         assert video_benchmark.main([*arguments, "--write", str(tmp_path / "out.json")]) == 0
     finally:
@@ -45,11 +46,10 @@ def test_all_decoders_are_measured_on_files_that_fit(folder: Path, tmp_path: Pat
     assert "short.mp4 is left out: 5 frames" in said
     assert list(found["files"]) == ["a.mp4", "b.mkv"]
     assert str(tmp_path) not in (tmp_path / "out.json").read_text()
-    assert "pyav" in found["decoders"]
-    for name in found["decoders"]:
-        assert len(found[name]["clips_per_s"]) == 8
-        assert all(len(rates) == 1 and rates[0] > 0 for rates in found[name]["clips_per_s"].values())
-        assert found[name]["medians"]["bare"]["of_bare"] == 1
+    assert list(found["decoders"]) == ["pyav"]
+    assert len(found["pyav"]["clips_per_s"]) == 8
+    assert all(len(rates) == 1 and rates[0] > 0 for rates in found["pyav"]["clips_per_s"].values())
+    assert found["pyav"]["medians"]["bare"]["of_bare"] == 1
 
 
 def test_one_file_is_not_enough(folder: Path, capsys) -> None:

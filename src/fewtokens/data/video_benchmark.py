@@ -147,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("paths", type=Path, nargs="+", help="video files, or folders of them")
+    found.add_argument("--decoders", nargs="+", choices=list(DECODERS), default=list(DECODERS))
     found.add_argument("--frames", type=int, default=32, help="of a clip")
     found.add_argument("--stride", type=int, default=2)
     found.add_argument("--short-side", type=int, default=224, help="of the frames that are read")
@@ -159,10 +160,10 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def installed(console: Console) -> list[str]:
-    """The decoders that can be loaded."""
+def installed(decoders: Sequence[str], console: Console) -> list[str]:
+    """Those of the decoders that can be loaded."""
     found = []
-    for name in DECODERS:
+    for name in decoders:
         try:
             require(name)
             if name != "pyav":
@@ -177,7 +178,10 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measures all decoders and prints their tables; the figures with what they are of."""
     sampling = RandomClip(args.frames, args.stride, args.short_side, args.short_side)
     videos = suitable(args.paths, sampling, console)
-    figures, packages = dict[str, Any](), {name: version(DECODERS[name][0]) for name in installed(console)}
+    figures, packages = (
+        dict[str, Any](),
+        {name: version(DECODERS[name][0]) for name in installed(args.decoders, console)},
+    )
     with tempfile.TemporaryDirectory() as folder:
         made = copies(videos, folder, args.copy_side, args.key_frames) if args.prepare else []
         for name, release in packages.items():
