@@ -27,6 +27,7 @@ def read(decoder: str, path: str, plan: Plan, facts: Facts) -> object:
 
 def _by_pyav(path: str, wanted: set[int], width: int, height: int) -> object:
     frames, last = [], max(wanted)
+    scaled: Any = {"format": "rgb24", "width": width, "height": height, "interpolation": "BILINEAR", "threads": 1}
     with av.open(path) as container:
         stream: Any = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -35,7 +36,7 @@ def _by_pyav(path: str, wanted: set[int], width: int, height: int) -> object:
         for frame in container.decode(stream):
             number = round((frame.pts - start) * rate)
             if number in wanted:
-                frames.append(frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR"))
+                frames.append(frame.to_ndarray(**scaled))
             if number >= last:
                 return np.stack(frames)
     raise UnreadableError(path, "it ends too early")

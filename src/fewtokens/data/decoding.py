@@ -96,7 +96,7 @@ def rgb(frame: av.VideoFrame, width: int, height: int) -> UInt8[np.ndarray, "h w
     """The picture of a frame, upright, scaled to a width and a height."""
     quarters = container.turns(frame)
     wide, high = (height, width) if quarters % 2 else (width, height)
-    array = frame.to_ndarray(format="rgb24", width=wide, height=high, interpolation="BILINEAR")
+    array = frame.to_ndarray(format="rgb24", width=wide, height=high, interpolation="BILINEAR", threads=1)
     return np.rot90(array, quarters) if quarters else array
 
 
