@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     if args.write is not None:
-        words = [Path(word).name if Path(word).exists() else word for word in arguments or sys.argv[1:]]
+        words = [Path(word).name if "/" in word else word for word in arguments or sys.argv[1:]]
         figures = {"command": " ".join(["python -m fewtokens.data.video_benchmark", *words]), **figures}
         args.write.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
