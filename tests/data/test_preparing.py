@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,8 @@ def test_copies_are_what_the_manifest_describes(root: Path, seen: list[str]) -> 
     assert sorted(p.relative_to(copies).as_posix() for p in copies.rglob("*.*")) == ["b.mp4", "x/a.mkv.mp4"]
     (copies / "b.mp4").unlink()
     seen.clear()
-    assert rows(entries, root, settings) == found
+    again = rows(entries, root, settings)
+    assert [replace(row, bytes=0, sha256="") for row in again] == [replace(row, bytes=0, sha256="") for row in found]
     assert seen == ["b.mp4"]
 
 

@@ -17,8 +17,8 @@ from fewtokens.data.container import Scan
 from fewtokens.data.facts import Facts, UnreadableError
 from fewtokens.errors import FewtokensError, unwritable
 
-# One thread: a process per core works on a file of its own. Even so x264 was seen to code a frame otherwise now and then
-# (5 of 2,590 copies of one small file), so that a copy made again can have another checksum.
+# One thread: a process per core works on a file of its own. Even so x264 was seen to code a frame otherwise now and
+# then (in 5 of 2,590 copies of one small file), so that a copy made again can have another checksum.
 _X264 = {"preset": "fast", "crf": "20", "threads": "1", "a53cc": "0"}
 _PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOENT, errno.ENOTDIR}
 _UNSPECIFIED = 2  # of the matrix that makes RGB of a video's colours
