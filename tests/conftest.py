@@ -81,3 +81,13 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., D
     yield make
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
+
+
+@pytest.fixture(scope="session")
+def all_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of moving_digits with one short video of every digit."""
+    from fewtokens.data import moving_digits
+
+    root = tmp_path_factory.mktemp("data") / "moving_digits"
+    moving_digits.written(root, moving_digits.Recipe(video_frames=8, copies=1))
+    return root

@@ -1,5 +1,6 @@
 """Small data made on the spot: nothing here reads the real data sets."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fewtokens.data import decoding, facts
+from fewtokens.errors import FewtokensError
+
 MakeFolders = Callable[..., Path]
+
+
+@pytest.fixture(params=sorted(facts.DECODERS))
+def decoder(request: pytest.FixtureRequest) -> str:
+    """Every decoder that is installed."""
+    if importlib.util.find_spec(facts.DECODERS[request.param][0]) is None:
+        pytest.skip(f"{request.param} is not installed")
+    if request.param != "pyav":
+        try:
+            decoding.load(request.param)
+        except FewtokensError as error:
+            pytest.skip(str(error))
+    return request.param
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The right frames from every kind of file, whichever decoder is asked; what cannot be read is refused by name."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -36,18 +35,6 @@ KINDS = {
     "avi": ("avi", {"codec": "mpeg4", "options": {"bf": "2", "g": "10"}}, "sequential"),
     "transport stream": ("ts", {"options": {"x264-params": GROUPS}}, "sequential"),
 }
-
-
-@pytest.fixture(params=sorted(facts.DECODERS))
-def decoder(request: pytest.FixtureRequest) -> str:
-    if importlib.util.find_spec(facts.DECODERS[request.param][0]) is None:
-        pytest.skip(f"{request.param} is not installed")
-    if request.param != "pyav":
-        try:
-            decoding.load(request.param)
-        except FewtokensError as error:
-            pytest.skip(str(error))
-    return request.param
 
 
 def make(kind: str, folder: Path) -> str:
