@@ -138,7 +138,8 @@ def test_every_experiment_builds_and_says_what_it_is(composed, experiment: str) 
         check_video(cfg, header)
         return
     task = instantiate(cfg.task)
-    images = torch.randn(2, 1, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
+    frames = [cfg.data.frames] if cfg.data.frames > 1 else []
+    images = torch.randn(2, 1, cfg.data.channels, *frames, cfg.data.image_size, cfg.data.image_size)
     assert task.eval()(images).shape == (2, cfg.data.num_classes)
 
 

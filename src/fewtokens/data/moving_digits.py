@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import av
 import av.error
@@ -20,7 +20,8 @@ from fewtokens.data import motion, seeding
 from fewtokens.data.digits import Digits
 from fewtokens.data.memory import Samples
 from fewtokens.data.motion import MOTIONS
-from fewtokens.data.settings import Part, out_of_range
+from fewtokens.data.settings import ClipSettings, Part, out_of_range
+from fewtokens.data.videos import Videos
 from fewtokens.errors import FewtokensError
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,44 @@ class Recipe:
     def folder(self) -> str:
         """Name of the folder: another recipe or version has another."""
         return f"v{_VERSION}-{self.video_frames}-frames-{self.copies}-copies"
+
+
+class MovingDigits(Videos):
+    """2594 training, 400 validation and 600 test videos of 32 x 32 pixels in eight classes (with the default recipe).
+
+    Training is on the digits that `Digits` trains on, validation and test on its others.
+
+    Args:
+        root: Folder that the videos are written below, once, by one process of a machine.
+        video_frames: See `Recipe`.
+        copies: See `Recipe`.
+        **settings: See `Videos`.
+
+    Raises:
+        FewtokensError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | os.PathLike[str],
+        video_frames: int = 16,
+        copies: int = 2,
+        **settings: Unpack[ClipSettings],
+    ) -> None:
+        self.recipe, self.place = Recipe(video_frames, copies), Path(root).expanduser()
+        parts: dict[str, str | None] = {part: part for part in PARTS}
+        super().__init__(root=str(self.place / self.recipe.folder), parts=parts, **settings)
+        self.description = f"moving_digits (written to {self.root})"
+
+    def prepare_data(self) -> None:
+        """Writes the videos if they are not there."""
+        written(self.place, self.recipe)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Lists the videos; they are there already unless `prepare_data` was never called."""
+        self.prepare_data()
+        super().setup(stage)
 
 
 def written(root: Path, recipe: Recipe) -> Path:
