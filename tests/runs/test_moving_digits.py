@@ -82,3 +82,12 @@ def test_a_model_trained_on_stills_fails_and_one_trained_on_clips_succeeds(compo
 @pytest.mark.parametrize("tokenizer", ["none", "token_learner"])
 def test_every_model_trains_on_it(composed, all_videos: Path, model: str, tokenizer: str) -> None:
     assert trained(composed, all_videos, f"backbone.model={model}", f"tokenizer={tokenizer}") > 0.5
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_writes_the_videos(script, tmp_path: Path) -> None:
+    few = [part for part in FEW if "measure" not in part and part != "trainer=cpu"]
+    done = script("train.py", START, f"data.root={tmp_path / 'new'}", *few, "trainer=ddp_cpu", "measure=none")
+    assert (done.stdout + done.stderr).count("Writing the videos") == 1
+    (folder,) = (tmp_path / "new").iterdir()
+    assert len(list(folder.glob("*/*/*.mp4"))) == 1797
