@@ -85,9 +85,10 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., D
 
 @pytest.fixture(scope="session")
 def all_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root of moving_digits with one short video of every digit."""
+    """The root of moving_digits with one short video of every digit; processes of pytest-xdist share it."""
     from fewtokens.data import moving_digits
 
-    root = tmp_path_factory.mktemp("data") / "moving_digits"
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "moving_digits"
     moving_digits.written(root, moving_digits.Recipe(video_frames=8, copies=1))
     return root
