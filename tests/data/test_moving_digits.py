@@ -110,6 +110,10 @@ def test_a_killed_process_leaves_no_half_of_it(few: None, tmp_path: Path, monkey
     encode, fork = moving_digits.encode, multiprocessing.get_context("fork")
     begun = fork.Event()
 
+    def write() -> None:
+        torch.set_num_threads(1)  # threads do not come along into a fork
+        written(tmp_path, SMALL)
+
     def hangs(path: Path, video: torch.Tensor) -> None:
         encode(path, video)
         begun.set()
@@ -117,7 +121,7 @@ def test_a_killed_process_leaves_no_half_of_it(few: None, tmp_path: Path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(moving_digits, "encode", hangs)
-        process = fork.Process(target=written, args=(tmp_path, SMALL))
+        process = fork.Process(target=write, daemon=True)
         process.start()
     assert begun.wait(30)
     os.kill(process.pid or 0, signal.SIGKILL)
