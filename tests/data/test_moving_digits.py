@@ -164,7 +164,11 @@ def test_a_folder_that_changed_is_refused(change: str, few: None, tmp_path: Path
     assert written(tmp_path, SMALL) == folder
 
 
-def test_what_cannot_be_written_says_so(tmp_path: Path) -> None:
+def test_what_cannot_be_written_says_so(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched, pytest.raises(FewtokensError, match=r"libnone.*pip install av=="):
+        patched.setattr(moving_digits, "_CODEC", "libnone")  # as a PyAV without x264
+        written(tmp_path / "new", SMALL)
+    assert not list((tmp_path / "new").iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(FewtokensError, match=r"written once.*set data\.root to another folder"):
         written(tmp_path / "file", SMALL)

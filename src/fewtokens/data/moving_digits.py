@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import av
 import av.error
 import torch
+from av.codec.codec import UnknownCodecError
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -30,7 +31,7 @@ PARTS: tuple[Part, ...] = ("train", "val", "test")
 _STAMP = "moving_digits.json"
 _VERSION = 1  # raise it with every change of what is written
 # Lossless: what a frame looks like depends on its own picture alone, so that compression cannot betray the motion.
-_X264 = {"preset": "ultrafast", "qp": "0", "threads": "1"}
+_CODEC, _X264 = "libx264", {"preset": "ultrafast", "qp": "0", "threads": "1"}
 _RATE, _AT_ONCE = 8, 64  # frames per second; videos drawn together
 
 
@@ -106,12 +107,12 @@ def written(root: Path, recipe: Recipe) -> Path:
         try:
             root.mkdir(parents=True, exist_ok=True)
             _write(folder, recipe)
-        except (OSError, av.error.FFmpegError) as error:  # FFmpegError: a PyAV without x264, too
+        except (OSError, av.error.FFmpegError, UnknownCodecError) as error:
             raise FewtokensError(
                 "moving_digits is written once, as H.264 by PyAV, below data.root",
                 expected="a folder with some MB to spare that can be written",
                 got=f"{root}: {error}",
-                fix="set data.root to another folder",
+                fix="set data.root to another folder; where x264 is missing, pip install av==18.1.0",
             ) from error
     _check(folder, recipe)
     return folder
@@ -151,7 +152,7 @@ def _write_part(folder: Path, samples: Samples, recipe: Recipe, number: int) -> 
 def encode(path: Path, video: UInt8[Tensor, "t h w"]) -> None:
     """Writes grey frames as an H.264 file."""
     with av.open(str(path), "w") as file:
-        stream: Any = file.add_stream("libx264", rate=_RATE, options=_X264)
+        stream: Any = file.add_stream(_CODEC, rate=_RATE, options=_X264)
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:], "yuv420p"
         for picture in video:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="gray")))
