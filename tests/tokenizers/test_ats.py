@@ -514,6 +514,7 @@ def test_compiled_equals_eager(rule: str, static: bool) -> None:
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
+@pytest.mark.slow  # test_methods compiles every method in every run
 @pytest.mark.skipif(not HOOKED, reason="nothing to do: the test above ran")
 def test_compiled_equals_eager_in_a_process_without_type_checks() -> None:
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "test_compiled_equals_eager["]

@@ -121,6 +121,7 @@ def test_autocast_is_near_float32_and_keeps_the_residual_stream_in_float32(build
     torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
+@pytest.mark.slow  # test_methods compiles every method in every run
 @pytest.mark.skipif(not HOOKED, reason="nothing to do: the tests above ran")
 def test_compiled_equals_eager_in_a_process_without_type_checks() -> None:
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "test_compiled_equals_eager["]
