@@ -119,7 +119,7 @@ class Videos(DataModule):
         self._unread |= {(part, video.path): video.reason for video in found.left_out}
         self._refused[part] = len(found.left_out)
         if found.left_out:
-            log.warning("%d of the videos of the %s part are left out", len(found.left_out), part)
+            log.warning("Left out of the %s part from the beginning: %d videos", part, len(found.left_out))
         return VideoDataset(
             self.root,
             found.videos,
@@ -214,7 +214,7 @@ class Videos(DataModule):
         broken, videos = self._broken, len(self._parts["train"])
         if len(broken) > self.max_broken * videos:
             raise FewtokensError(
-                "Few of the training videos are broken",
+                "Only few of the training videos may be broken",
                 expected=f"at most data.max_broken={self.max_broken:g} of {videos}",
                 got=f"{len(broken)}, among them {broken[-1].path}: {broken[-1].reason}",
                 fix="train from a manifest of python -m fewtokens.data.prepare, or raise data.max_broken",
