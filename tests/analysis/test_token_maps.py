@@ -6,7 +6,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from fewtokens.analysis.token_maps import TokenMaps, coloured, covered, displayed, heat, kind_of, token_columns
+from fewtokens.analysis.drawing import coloured, covered, displayed, heat
+from fewtokens.analysis.token_maps import TokenMaps, kind_of, token_columns
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 

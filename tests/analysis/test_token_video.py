@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fewtokens.analysis.token_maps import pixels, token_columns
+from fewtokens.analysis.drawing import pixels
+from fewtokens.analysis.token_maps import token_columns
 from fewtokens.analysis.token_video import TokenVideo, strip, write_gif
 from fewtokens.backbones.vivit import Model
 from fewtokens.errors import FewtokensError

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fewtokens.analysis.cost import plain, test_images
-from fewtokens.analysis.token_maps import Column, draw, pixels, token_columns
+from fewtokens.analysis.drawing import Column, draw, pixels
+from fewtokens.analysis.token_maps import token_columns
 from fewtokens.errors import FewtokensError
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from fewtokens.analysis.cost import plain
-from fewtokens.analysis.token_maps import draw, pixels, token_columns
+from fewtokens.analysis.drawing import draw, pixels
+from fewtokens.analysis.token_maps import token_columns
 from fewtokens.analysis.token_video import strip, write_gif
 from fewtokens.errors import FewtokensError
 
