@@ -118,7 +118,7 @@ def test_evaluation_leaves_out_and_names_what_it_cannot_read(root: Path, workers
     found = batches(module, module.test_dataloader())
     assert [targets.tolist() for _, targets in found] == [[0], [1]]
     assert module.tested == 2
-    assert [record[:2] for record in module.left_out] == [("test", "val/b/1.mp4")]
+    assert [record[:2] for record in module.left_out] == [("test", "val/b/0.mp4")]
 
 
 class Seen(L.LightningModule):
@@ -147,7 +147,7 @@ def test_one_frame_has_no_axis_of_time(root: Path) -> None:
 
 
 def test_several_labels_become_a_row_of_ones(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text(f"path,label\n{root}/val/a/0.mp4,2;0\n{root}/val/b/0.mp4,\n")
+    (tmp_path / "list.csv").write_text(f"path,label\n{root}/val/a/0.mp4,2;0\n{root}/val/b/1.mp4,\n")
     module = data(tmp_path, parts={"test": "list.csv"}, multilabel=True, num_classes=4)
     module.setup("test")
     ((_, targets),) = batches(module, module.test_dataloader())

@@ -8,6 +8,7 @@ import pytest
 
 import videos
 from conftest import CONFIGS
+from fewtokens.errors import FewtokensError
 from fewtokens.runs import evaluation, saved, training
 
 TINY = [
@@ -47,9 +48,9 @@ def test_a_run_says_what_it_could_not_read_and_how_it_counted(composed, tmp_path
     with open(tmp_path / "run" / "left_out.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["part"], row["path"]) for row in rows] == [
-        ("test", "val/b/1.mp4"),
+        ("test", "val/b/0.mp4"),
         ("train", "train/b/1.mp4"),
-        ("val", "val/b/1.mp4"),
+        ("val", "val/b/0.mp4"),
     ]
     assert all(row["reason"] for row in rows)
     assert any("over the videos that were read: 2. Left out: 1" in record.message for record in caplog.records)
@@ -98,3 +99,12 @@ def test_several_actions_a_video(composed, tmp_path: Path) -> None:
     assert 0 <= report["test/map"] <= 1
     assert report["test/left_out"] == report["test/videos"] == 1
     assert "test/top1_of_listed" not in report
+
+
+def test_a_test_without_a_readable_video_is_an_error(composed, tmp_path: Path) -> None:
+    root = videos.write_folders(tmp_path / "set")
+    (root / "test.txt").write_text("val/b/0.mp4 1\nnowhere.mp4 0\n")
+    cfg = composed(*TINY, f"data.root={root}", "data.parts.test=test.txt", "trainer=cpu", base="eval")
+    with pytest.raises(FewtokensError, match="none of 2"):
+        evaluation.run(cfg)
+    assert "nowhere.mp4" in (tmp_path / "run" / "left_out.csv").read_text()

@@ -50,3 +50,16 @@ def test_mean_average_precision_over_batches_and_views() -> None:
 def test_a_single_label_is_refused() -> None:
     with pytest.raises(FewtokensError, match="task=classification"):
         classifier().training_step((torch.randn(3, 1, 3, 2, 2), torch.tensor([0, 1, 2])), 0)
+
+
+def test_a_process_without_samples_takes_part_in_the_mean() -> None:
+    other, idle = classifier().test_metrics["map"], classifier().test_metrics["map"]
+    other.update(torch.randn(6, 4), torch.tensor([[1, 0, 1, 0]] * 3 + [[0, 1, 1, 1]] * 3))
+    states = {torch.float32: torch.cat(other.preds), torch.int64: torch.cat(other.target)}
+
+    def gather(mine: torch.Tensor, group: object = None) -> list[torch.Tensor]:
+        assert mine.ndim == 2, "gathering wants as many axes everywhere"
+        return [mine, states[mine.dtype]]
+
+    idle.dist_sync_fn, idle.distributed_available_fn = gather, lambda: True
+    torch.testing.assert_close(idle.compute(), other.compute())

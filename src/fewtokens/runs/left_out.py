@@ -6,6 +6,7 @@ import logging
 import torch.distributed as dist
 
 from fewtokens.data.videos import LeftOut, Videos
+from fewtokens.errors import FewtokensError
 from fewtokens.runs.job import Job
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,9 @@ def account(job: Job, numbers: dict[str, float]) -> dict[str, float]:
         `data/<part>_left_out`, `data/train_replaced` (samples that another video stood in for) and, after a test,
         `test/videos` and `test/left_out`; where a video was left out, `test/top1_of_listed`, which counts it as wrong,
         while `test/top1` is over those that were read.
+
+    Raises:
+        FewtokensError: No video of the test could be read.
     """
     if not isinstance(job.data, Videos):
         return {}
@@ -36,14 +40,21 @@ def account(job: Job, numbers: dict[str, float]) -> dict[str, float]:
     found = {name: count for name, count in found.items() if count}
     if replaced:
         found["data/train_replaced"] = replaced
-    if any(name.startswith("test/") for name in numbers):
-        found |= _tested(tested, unread + job.data.refused("test"), numbers)
     if records and job.trainer.is_global_zero:
         _write(job, records)
+    if any(name.startswith("test/") for name in numbers):
+        found |= _tested(tested, unread + job.data.refused("test"), numbers)
     return found
 
 
 def _tested(read: float, left_out: float, numbers: dict[str, float]) -> dict[str, float]:
+    if not read:
+        raise FewtokensError(
+            "A test part has videos that can be read",
+            expected="at least one",
+            got=f"none of {left_out:.0f}; left_out.csv in the run directory names them",
+            fix="look at data.root and data.parts.test; python -m fewtokens.data.prepare says what is wrong with files",
+        )
     found = {"test/videos": read, "test/left_out": left_out}
     if left_out and "test/top1" in numbers:
         found["test/top1_of_listed"] = numbers["test/top1"] * read / (read + left_out)

@@ -112,8 +112,13 @@ class Classifier(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": by_step(optimizer, self.schedule, steps)}
 
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over all ranks."""
+        self._log(self.val_metrics, "val")
+
     def on_test_epoch_end(self) -> None:
-        """Keep the confusion matrix of the whole test set, all ranks together, for whoever wants to draw it."""
+        """Log the metrics over all ranks, and keep the confusion matrix for whoever wants to draw it."""
+        self._log(self.test_metrics, "test")
         if self.counts is not None:
             self.confusion = self.counts.compute()
             self.counts.reset()
@@ -153,5 +158,10 @@ class Classifier(LightningModule):
         for name, metric in metrics.items():
             assert isinstance(metric, Metric)
             metric.update(losses) if name == "loss" else metric.update(logits, truth)
-            # Metric objects are gathered once, at the end of the epoch, so every sample counts once on any ranks.
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name in ("top1", "map"))
+
+    def _log(self, metrics: nn.ModuleDict, stage: str) -> None:
+        # Metric objects are gathered once, so every sample counts once on any ranks. Not in the step: a rank that has
+        # no sample, or none that could be read, takes no step, and the others would wait for it for ever.
+        for name, metric in metrics.items():
+            assert isinstance(metric, Metric)
+            self.log(f"{stage}/{name}", metric, prog_bar=name in ("top1", "map"))

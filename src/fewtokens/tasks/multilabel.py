@@ -1,5 +1,8 @@
 """Several classes at once: a sigmoid for each, and mean average precision."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -13,6 +16,14 @@ from fewtokens.tasks.classification import Classifier
 
 class MeanAveragePrecision(MultilabelAveragePrecision):
     """Mean over those classes that some sample has: torchmetrics counts the others as 0."""
+
+    def sync(self, *args: Any, **settings: Any) -> None:
+        """A rank without samples takes part with none; torchmetrics' own stand-in has an axis too few."""
+        if not self.target:
+            shape = (0, self.num_labels)
+            self.preds.append(torch.empty(shape, device=self.device))
+            self.target.append(torch.empty(shape, device=self.device, dtype=torch.long))
+        super().sync(*args, **settings)
 
     def compute(self) -> Tensor:  # type: ignore[override]  # the curve's
         """A number, NaN where there is no class at all."""
