@@ -67,7 +67,7 @@ def test_class_folders_become_a_manifest(root: Path, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().out
     assert "refused: up/2 [b].mp4: Invalid data found when processing input" in said
     assert "4 of 5 videos are good" in said
-    assert json.loads((tmp_path / "out.json").read_text())["classes"] == ["down", "up"]
+    assert json.loads((tmp_path / "out.summary.json").read_text())["classes"] == ["down", "up"]
 
 
 def test_many_refused_are_counted(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

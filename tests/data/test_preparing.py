@@ -80,7 +80,7 @@ def test_rows_come_in_the_order_of_the_list_and_the_refused_say_why(root: Path) 
     assert (bad.path, bad.facts, bad.first, bad.count, bad.bytes) == ("bad.mp4", None, 0, 0, 8)
     assert bad.reason == "Invalid data found when processing input"
     assert (absent.bytes, absent.sha256, absent.reason) == (0, "", "No such file or directory")
-    summary = json.loads((root.parent / "out" / "list.json").read_text())
+    summary = json.loads((root.parent / "out" / "list.summary.json").read_text())
     assert (summary["videos"], summary["good"], summary["refused"]) == (4, 2, 2)
     assert summary["refused_by_reason"] == {bad.reason: 1, absent.reason: 1}
     assert summary["hours"] == pytest.approx((20 / 10 + 12 / 30) / 3600)

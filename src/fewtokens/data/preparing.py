@@ -31,7 +31,7 @@ def prepare(
     again: bool = False,
     watch: Callable[[int, int, int], None] = lambda good, refused, files: None,
 ) -> dict[str, Any]:
-    """Examines what is listed and writes the manifest, its summary (.json) and, as it goes, its journal (.journal).
+    """Examines what is listed and writes the manifest, its summary (.summary.json) and, as it goes, its .journal.
 
     Args:
         entries: The list.
@@ -69,10 +69,11 @@ def prepare(
         manifest.write(file, rows)
         settled = {"settings": kept | {"limit": settings.limit}, **(about or {})}
         summary = _summary(rows, tasks, journal.found) | settled | _made()
+        beside = file.with_suffix(".summary.json")  # not .json, which official annotations are called
         try:
-            file.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
+            beside.write_text(json.dumps(summary, indent=2) + "\n")
         except OSError as error:
-            raise unwritable(file.with_suffix(".json"), error) from error
+            raise unwritable(beside, error) from error
     return summary
 
 
