@@ -139,6 +139,16 @@ def test_lightning_goes_on_after_an_empty_batch(root: Path) -> None:
     assert seen.targets == [0, 1]
 
 
+def test_measures_see_one_view_and_count_nothing(root: Path) -> None:
+    module = data(root, views=[2, 3])
+    module.setup("fit")
+    views, _ = batches(module, module.measured_dataloader())[0]
+    assert views.shape[1] == 1
+    assert (module.tested, module.untested, module.left_out) == (0, 0, [])
+    with pytest.raises(FewtokensError, match="a test part"):
+        data(root, parts={"train": "train"}).measured_dataloader()
+
+
 def test_one_frame_has_no_axis_of_time(root: Path) -> None:
     module = data(root, frames=1)
     module.setup("test")

@@ -163,8 +163,10 @@ class Videos(DataModule):
 
     def measured_dataloader(self) -> Loader:
         """Every test video with the centre of its centre clip alone."""
-        videos = self._parts["test"].sampled(self.sampling["val"])
-        return self._ordered(videos, self.eval_batch_size, None)
+        self.setup("test")  # a run without a test is measured, too
+        videos = self._part("test")
+        assert isinstance(videos, VideoDataset)
+        return self._ordered(videos.sampled(self.sampling["val"]), self.eval_batch_size, None)
 
     def receive(self, part: Part | None, batch: Clips) -> tuple[Tensor, Tensor] | None:
         """Counts and names what could not be read; passes over a batch with nothing in it.
