@@ -100,7 +100,19 @@ def test_a_line_that_does_not_fit_is_named(tmp_path: Path, text: str, line: int)
         listed(tmp_path, text)
 
 
-@pytest.mark.parametrize("content", [None, b"\0\1\2", b"[1, 2]", b'{"a.mp4": 1.5}', b"{"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"\0\1\2",
+        b"[1, 2]",
+        b'{"a.mp4": 1.5}',
+        b"{",
+        b'{"a": {"annotations": [{"label": "x"}]}}',
+        b'{"a": {"label": "x", "segment": [1]}}',
+        b'{"a": {"label": "x", "segment": ["one", 2]}}',
+    ],
+)
 def test_what_is_no_list_is_refused(tmp_path: Path, content: bytes | None) -> None:
     name = "list.json" if content and content[0] in b"[{" else "list.txt"
     if content is not None:
@@ -200,3 +212,17 @@ def test_the_number_of_names_is_compared(tmp_path: Path) -> None:
         sources.class_names(tmp_path, None, order, 400, False)
     (tmp_path / "names.txt").write_text("b\na\nc\n")
     assert sources.class_names(tmp_path, "names.txt", order, 3, False) == ["b", "a", "c"]
+
+
+def test_folders_have_paths_below_the_root_also_if_it_is_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "set/train/a/1.mp4", "elsewhere/a/2.mp4")
+    monkeypatch.chdir(tmp_path)
+    for source in ("train", str(tmp_path / "set" / "train")):
+        assert listing(Path("set"), source).entries == [Entry("train/a/1.mp4", (0,))]
+    assert listing(Path("set"), "../elsewhere").entries == [Entry("../elsewhere/a/2.mp4", (0,))]
+    assert listing(Path("set"), str(tmp_path / "elsewhere")).entries == [
+        Entry(str(tmp_path / "elsewhere/a/2.mp4"), (0,))
+    ]
+    assert sources.class_names(Path("set"), None, ["train"], 1, False) == ["a"]

@@ -247,3 +247,11 @@ def test_frames_lie_in_memory_with_the_channels_last(root: Path) -> None:
     assert views.shape[3] == 3
     assert views.permute(0, 1, 2, 4, 5, 3).is_contiguous()
     assert np.isin(views.numpy(), range(256)).all()
+
+
+def test_the_root_may_be_relative_to_the_working_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    module = data(Path(root.name))
+    module.setup("fit")
+    module.setup("test")
+    assert len(batches(module, module.train_dataloader())) == len(batches(module, module.test_dataloader())) == 1

@@ -4,10 +4,11 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fewtokens.data import lists
+from fewtokens.data import folders, lists
 from fewtokens.data.lists import LAYOUT, VIDEOS, Entry, Lines, Listing, Named
 from fewtokens.errors import FewtokensError
 
@@ -32,11 +33,11 @@ def listing(root: Path, source: str, *, several: bool = False, classes: Sequence
     numbers = {_key(name): number for number, name in enumerate(classes or names(named))}
     entries = [Entry(v.path, tuple(_number(x, numbers, v, path) for x in v.labels), v.start, v.end) for v in named]
     if not by_id:
-        return Listing(root, entries, [])
+        return Listing(entries, [])
     files = Files(root)
     located = [(entry, files.locate(entry)) for entry in entries]
     there = [found for _, found in located if found is not None]
-    return Listing(root, there, [entry for entry, found in located if found is None])
+    return Listing(there, [entry for entry, found in located if found is None])
 
 
 def names(named: Sequence[Named]) -> list[str]:
@@ -48,7 +49,7 @@ def class_names(root: Path, source: str, several: bool) -> list[str]:
     """The class names of a source, sorted; of class folders without a look into them."""
     path = root / source
     if path.is_dir():
-        return sorted(_key(entry.name) for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+        return sorted(map(_key, folders.class_names(path)))
     return names(_named(path, root, several)[0])
 
 
@@ -114,6 +115,15 @@ def _named(path: Path, root: Path, several: bool) -> tuple[list[Named], bool]:
 def _read(path: Path, root: Path, several: bool) -> tuple[list[Named], bool]:
     if path.is_dir():
         return lists.class_folders(path, root), False
+    try:
+        stat = path.stat()
+    except OSError:
+        return _parsed(path, several, 0, 0)  # which says what is wrong
+    return _parsed(path, several, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # asked for its class names, then for its videos; size and time notice a changed one
+def _parsed(path: Path, several: bool, size: int, changed: int) -> tuple[list[Named], bool]:
     if path.suffix.lower() == ".json":
         return _of_json(path), True
     lines = lists.read_lines(path)
@@ -156,13 +166,22 @@ def _json_entry(path: Path, key: str, value: Any) -> Named:
     start = end = None
     if isinstance(value, dict):
         notes = value.get("annotations", value)
-        segment = notes.get("segment")
-        start, end = map(float, segment) if segment else (None, None)
+        if not isinstance(notes, dict):
+            raise _unfit(path, f"{key}: {value}")
+        start, end = _segment(path, key, notes.get("segment"))
         value = notes.get("label", notes.get("labels"))
     labels = [value] if isinstance(value, str | int) else value
     if not isinstance(labels, list) or not all(isinstance(label, str | int) for label in labels):
         raise _unfit(path, f"{key}: {value}")
     return Named(key, tuple(dict.fromkeys(labels)), start, end)
+
+
+def _segment(path: Path, key: str, seconds: Any) -> tuple[float | None, float | None]:
+    try:
+        start, end = map(float, seconds) if seconds else (None, None)
+    except (TypeError, ValueError) as error:
+        raise _unfit(path, f"{key}: segment {seconds}") from error
+    return start, end
 
 
 def _json(path: Path) -> Any:

@@ -48,6 +48,11 @@ class ClassFolders:
         return digest.hexdigest()
 
 
+def class_names(root: Path) -> list[str]:
+    """Names of the class folders, sorted; hidden ones are none."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
 def scan(root: Path, layout: str, suffixes: tuple[str, ...] = PICTURES) -> ClassFolders:
     """Lists the pictures, or other files, below `root`.
 
@@ -59,8 +64,7 @@ def scan(root: Path, layout: str, suffixes: tuple[str, ...] = PICTURES) -> Class
     Raises:
         FewtokensError: If `root` is missing or has no class folder, or a class folder has no such file.
     """
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
-    classes = [name for name in classes if not name.startswith(".")]
+    classes = class_names(root) if root.is_dir() else []
     if not classes:
         lack = "no class folder in it" if root.is_dir() else "no such folder"
         raise FewtokensError(

@@ -38,12 +38,10 @@ class Listing:
     """The videos of a part.
 
     Attributes:
-        root: Folder that the paths are below.
         entries: The videos.
         absent: Those that official annotations name and that are not there, with the names that they should have.
     """
 
-    root: Path
     entries: list[Entry]
     absent: list[Entry]
 
@@ -64,13 +62,13 @@ class Lines(NamedTuple):
         )
 
 
-def class_folders(folder: Path, root: Path, layout: str = LAYOUT) -> list[Named]:
-    """The videos in class folders below `folder`, with paths below `root`."""
-    found = folders.scan(folder, layout, VIDEOS)
-    paths = (found.path(index) for index in range(len(found.files)))
+def class_folders(folder: Path, root: Path) -> list[Named]:
+    """The videos in class folders below `folder`, with paths below `root` or, if they are not there, absolute."""
+    found, whole = folders.scan(folder, LAYOUT, VIDEOS), root.absolute()
+    paths = (found.path(index).absolute() for index in range(len(found.files)))
     names = (found.classes[target] for target in found.targets.tolist())
     return [
-        Named(str(path.relative_to(root) if path.is_relative_to(root) else path.absolute()), (name,))
+        Named(str(path.relative_to(whole) if path.is_relative_to(whole) else path), (name,))
         for path, name in zip(paths, names, strict=True)
     ]
 

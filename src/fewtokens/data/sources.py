@@ -86,12 +86,12 @@ def class_names(
     Raises:
         FewtokensError: There are not `num_classes`.
     """
-    where = [root / source for source in sources if source is not None]
-    there = next((path for path in where if path.exists() and not is_manifest(path)), None)
+    where = (source for source in sources if source is not None)
+    there = next((source for source in where if (root / source).exists() and not is_manifest(root / source)), None)
     if file is not None:
         names, origin = annotations.read_classes(root / file), root / file
     elif there is not None:
-        names, origin = annotations.class_names(root, str(there), several), there
+        names, origin = annotations.class_names(root, there, several), root / there
     else:
         return []
     if names and len(names) != num_classes:

@@ -178,10 +178,8 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measures all decoders and prints their tables; the figures with what they are of."""
     sampling = RandomClip(args.frames, args.stride, args.short_side, args.short_side)
     videos = suitable(args.paths, sampling, console)
-    figures, packages = (
-        dict[str, Any](),
-        {name: version(DECODERS[name][0]) for name in installed(args.decoders, console)},
-    )
+    packages = {name: version(DECODERS[name][0]) for name in installed(args.decoders, console)}
+    figures = dict[str, Any]()
     with tempfile.TemporaryDirectory() as folder:
         made = copies(videos, folder, args.copy_side, args.key_frames) if args.prepare else []
         for name, release in packages.items():

@@ -22,7 +22,7 @@ from fewtokens.errors import FewtokensError
 
 _FACTS = [("frames", int), ("width", int), ("height", int), ("fps", float), ("seconds", float), ("access", "U10")]
 _KNOWN = np.dtype([("facts", _FACTS), ("first", int), ("count", int), ("bytes", int)])
-_MOST_TRIES = 20  # other videos in the place of one: so many broken ones in a row are no accident
+_MOST_TRIES = 20  # for one sample: so many broken videos in a row are no accident
 
 
 class Clips(NamedTuple):
@@ -108,7 +108,8 @@ class VideoDataset(Dataset):
                     break
                 unread.append(Unread(self.path(tried), reason))
             else:
-                self._check_tries(unread)
+                if self.replaces:
+                    raise _in_a_row(unread[-_MOST_TRIES:])
         return Clips(views[: len(indices)].permute(0, 1, 2, 5, 3, 4), self._targets(indices), unread)
 
     def _candidates(self, epoch: int, index: int) -> Iterable[int]:
@@ -143,10 +144,12 @@ class VideoDataset(Dataset):
     def _facts(self, index: int, path: str) -> tuple[Facts, int, int]:
         if self._known is not None:
             facts, first, count, size = self._known[index].item()
-            now = os.path.getsize(path) if os.path.exists(path) else None
+            try:
+                now = os.path.getsize(path)
+            except OSError as error:
+                raise UnreadableError(path, error.strerror or "no such file") from error
             if now != size:
-                got = "no such file" if now is None else f"now {now}"
-                raise UnreadableError(path, f"it had {size} bytes when the manifest was written, {got}")
+                raise UnreadableError(path, f"it had {size} bytes when the manifest was written, now {now}")
             return Facts(*facts), first, count
         facts = self.reader.facts(path)
         start, end = (None if np.isnan(t) else float(t) for t in self._seconds[index])
@@ -163,11 +166,11 @@ class VideoDataset(Dataset):
             row[torch.from_numpy(self.labels(index))] = 1
         return targets
 
-    def _check_tries(self, unread: list[Unread]) -> None:
-        if self.replaces:
-            raise FewtokensError(
-                "A training video that cannot be read is replaced by another",
-                expected="one in a row of others that can be read",
-                got=f"{len(unread)} that cannot; the last is {unread[-1].path}: {unread[-1].reason}",
-                fix="find all such files with python -m fewtokens.data.prepare",
-            )
+
+def _in_a_row(unread: list[Unread]) -> FewtokensError:
+    return FewtokensError(
+        "A training video that cannot be read is replaced by another",
+        expected="one in a row of others that can be read",
+        got=f"{len(unread)} that cannot; the last is {unread[-1].path}: {unread[-1].reason}",
+        fix="find all such files with python -m fewtokens.data.prepare",
+    )

@@ -15,12 +15,20 @@ from fewtokens.data.clips import FixedViews, RandomClip, Sampling
 from fewtokens.data.loader import Loader
 from fewtokens.data.pipeline import Pipeline
 from fewtokens.data.reader import Reader
-from fewtokens.data.settings import ClipSettings, Common, Part, out_of_range
-from fewtokens.data.sources import Unread
+from fewtokens.data.settings import ClipSettings, Part, out_of_range
+from fewtokens.data.sources import Sources, Unread
 from fewtokens.data.video_dataset import Clips, VideoDataset
 from fewtokens.errors import FewtokensError
 
 log = logging.getLogger(__name__)
+_CLIPS: dict[str, Any] = {  # what `ClipSettings` are where they are not given
+    "stride": 1,
+    "resize": None,
+    "scale_jitter": (1.0, 1.0),
+    "views": (1, 1),
+    "decoder": "decord",
+    "decode_limit": 60.0,
+}
 
 
 class LeftOut(NamedTuple):
@@ -68,31 +76,35 @@ class Videos(DataModule):
         max_broken: float = 0.01,
         **settings: Unpack[ClipSettings],
     ) -> None:
-        own = ClipSettings.__annotations__.keys() - Common.__annotations__.keys()
-        clips: Any = {name: value for name, value in settings.items() if name in own}
-        super().__init__(**{name: value for name, value in settings.items() if name not in own})  # type: ignore[arg-type]
-        self.root, self.parts, self.multilabel, self.max_broken = Path(root), dict(parts), multilabel, max_broken
+        given: dict[str, Any] = dict(settings)
+        clips = {name: given.pop(name, default) for name, default in _CLIPS.items()}
+        super().__init__(**given)
+        self.root, self.parts, self.multilabel, self.max_broken = (
+            Path(root).expanduser(),
+            dict(parts),
+            multilabel,
+            max_broken,
+        )
         self.classes = classes
         self._check_clips(clips)
-        self.reader = Reader(clips.get("decoder", "decord"), clips.get("decode_limit", 60.0))
-        shape = (self.frames, clips.get("stride", 1), self.image_size, clips.get("resize"))
+        self.reader = Reader(clips["decoder"], clips["decode_limit"])
+        shape = (self.frames, clips["stride"], self.image_size, clips["resize"])
         self.sampling: dict[Part, Sampling] = {
-            "train": RandomClip(*shape, clips.get("scale_jitter", (1.0, 1.0))),
+            "train": RandomClip(*shape, clips["scale_jitter"]),
             "val": FixedViews(*shape),
-            "test": FixedViews(*shape, *clips.get("views", (1, 1))),
+            "test": FixedViews(*shape, *clips["views"]),
         }
         self.description = f"videos at {self.root}"
         self._parts: dict[Part, VideoDataset] = {}
-        self._unread: dict[tuple[Part, str], str] = {}
-        self._broken: list[Unread] = []  # in training
-        self._refused: dict[Part, int] = {}
+        self._lists: dict[str, Sources] = {}  # for evaluation: validation and test often have one in common
+        self._refused: dict[Part, list[Unread]] = {}  # from the beginning
+        self._unread: dict[tuple[Part, str], str] = {}  # since then
         self.replaced, self.tested, self.untested = 0, 0, 0  # samples, of this process
 
     def _check_clips(self, clips: dict[str, Any]) -> None:
-        views = list(clips.get("views", (1, 1)))
-        if len(views) != 2:
-            raise out_of_range("views", "two numbers, of clips and of crops", views)
-        if clips.get("stride", 1) < 1:
+        if len(clips["views"]) != 2:
+            raise out_of_range("views", "two numbers, of clips and of crops", list(clips["views"]))
+        if clips["stride"] < 1:
             raise out_of_range("stride", "at least 1", clips["stride"])
         if not 0 <= self.max_broken <= 1:
             raise out_of_range("max_broken", "a share from 0 to 1", self.max_broken)
@@ -113,11 +125,10 @@ class Videos(DataModule):
                 self.verify(part)
 
     def _listed(self, part: Part, source: str) -> VideoDataset:
-        order = [self.parts.get("train"), source]
-        names = sources.class_names(self.root, self.classes, order, self.num_classes, self.multilabel)
-        found = sources.read(self.root, source, self.num_classes, several=self.multilabel, classes=names or None)
-        self._unread |= {(part, video.path): video.reason for video in found.left_out}
-        self._refused[part] = len(found.left_out)
+        found = self._lists.get(source) or self._sources(source)
+        if part != "train":
+            self._lists[source] = found
+        self._refused[part] = found.left_out
         if found.left_out:
             log.warning("Left out of the %s part from the beginning: %d videos", part, len(found.left_out))
         return VideoDataset(
@@ -129,6 +140,11 @@ class Videos(DataModule):
             replaces=part == "train",
             classes=self.num_classes if self.multilabel else None,
         )
+
+    def _sources(self, source: str) -> Sources:
+        order = [self.parts.get("train"), source]
+        names = sources.class_names(self.root, self.classes, order, self.num_classes, self.multilabel)
+        return sources.read(self.root, source, self.num_classes, several=self.multilabel, classes=names or None)
 
     def dataset(self, part: Part) -> VideoDataset | None:
         """The videos of a part."""
@@ -177,7 +193,7 @@ class Videos(DataModule):
         if part is not None:
             for unread in batch.unread:
                 self._note(part, unread)
-        if part == "train":
+        if part == "train" and batch.unread:
             self.replaced += len(batch.unread)
             self._check_broken()
         if part == "test":
@@ -186,34 +202,36 @@ class Videos(DataModule):
 
     def refused(self, part: Part) -> int:
         """How many videos of a part its list or manifest left out from the beginning."""
-        return self._refused.get(part, 0)
+        return len(self._refused.get(part, []))
 
     @property
     def left_out(self) -> list[LeftOut]:
         """All videos that the parts list and that were not used so far, as this process knows it."""
-        return [LeftOut(part, path, reason) for (part, path), reason in self._unread.items()]
+        refused = [LeftOut(part, *video) for part, videos in self._refused.items() for video in videos]
+        return refused + [LeftOut(part, path, reason) for (part, path), reason in self._unread.items()]
 
     def state_dict(self) -> dict[str, Any]:
         """The base's, and what was found broken in training."""
         state = super().state_dict()
-        return state and state | {"broken": [list(unread) for unread in self._broken], "replaced": self.replaced}
+        return state and state | {"broken": [list(unread) for unread in self._broken()], "replaced": self.replaced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting where the checkpoint stood."""
         super().load_state_dict(state_dict)
         self.replaced = state_dict.get("replaced", 0)
-        self._broken = [Unread(*pair) for pair in state_dict.get("broken", [])]
-        self._unread |= {("train", unread.path): unread.reason for unread in self._broken}
+        self._unread |= {("train", path): reason for path, reason in state_dict.get("broken", [])}
+
+    def _broken(self) -> list[Unread]:
+        return [Unread(path, reason) for (part, path), reason in self._unread.items() if part == "train"]
 
     def _note(self, part: Part, unread: Unread) -> None:
         if (part, unread.path) not in self._unread:
             what = "another one takes its place" if part == "train" else "it is left out"
             log.warning("%s (%s part) cannot be read, %s: %s", unread.path, part, what, unread.reason)
             self._unread[part, unread.path] = unread.reason
-            self._broken += [unread] if part == "train" else []
 
     def _check_broken(self) -> None:
-        broken, videos = self._broken, len(self._parts["train"])
+        broken, videos = self._broken(), len(self._parts["train"])
         if len(broken) > self.max_broken * videos:
             raise FewtokensError(
                 "Only few of the training videos may be broken",
