@@ -49,11 +49,11 @@ format: $(STAMP)  ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 
 benchmark: $(STAMP)  ## Input speed and training-step overhead, as ratios
-	$(BIN)/python -m fewtokens.data.benchmark $(if $(wildcard $(CIFAR10)),--root $(CIFAR10),--generated)
-	$(BIN)/python -m fewtokens.runs.benchmark
+	$(BIN)/python -m fewtokens.benchmarks.image_input $(if $(wildcard $(CIFAR10)),--root $(CIFAR10),--generated)
+	$(BIN)/python -m fewtokens.benchmarks.train_step
 
 reproduce-cifar10: $(STAMP)  ## The Keras example's table (SEEDS=0,1,2,3,4 CIFAR10=<folder>); goes on where it stopped
-	$(BIN)/python -m fewtokens.runs.reproduce --seeds $(SEEDS) --root $(CIFAR10) $(ARGS)
+	$(BIN)/python -m fewtokens.benchmarks.keras_table --seeds $(SEEDS) --root $(CIFAR10) $(ARGS)
 
 clean:  ## Remove .venv and caches; outputs/ and data/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

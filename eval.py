@@ -1,8 +1,7 @@
 """Evaluates a model once: python eval.py checkpoint=<run> [group=option ...] [key=value ...]."""
 
-from omegaconf import DictConfig
-
 from fewtokens.runs.command import command
+from omegaconf import DictConfig
 
 
 def evaluate(cfg: DictConfig) -> None:

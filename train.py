@@ -1,8 +1,7 @@
 """Trains a model and evaluates it: python train.py [group=option ...] [key=value ...]."""
 
-from omegaconf import DictConfig
-
 from fewtokens.runs.command import command
+from omegaconf import DictConfig
 
 
 def train(cfg: DictConfig) -> None:

@@ -86,7 +86,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., D
 @pytest.fixture(scope="session")
 def all_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The root of moving_digits with one short video of every digit; processes of pytest-xdist share it."""
-    from fewtokens.data import moving_digits
+    from fewtokens.data.video import moving_digits
 
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "moving_digits"

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import CONFIGS, ROOT
-from fewtokens.analysis.counting import flop_counter
+from fewtokens.analysis.flops import flop_counter
 from fewtokens.errors import FewtokensError
 from fewtokens.runs.targets import instantiate
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fewtokens.backbones.vivit import ViViT, vivit
-from fewtokens.layers.embed import Tubelets
+from fewtokens.layers.embedding import Tubelets
 from fewtokens.tokenizers.base import Tokenizer
 
 

@@ -26,5 +26,5 @@ sweep random_drop tokenizer=random_drop 'tokenizer.at=[3,6,9]' tokenizer.build.k
 sweep fixed_pattern tokenizer=fixed_pattern tokenizer.at=0.25 tokenizer.build.keep=0.7,0.5,0.3
 
 # The table in this folder was made with --cost-only: its runs were timed while the machine did other work.
-"$python" -m fewtokens.analysis.pareto "$out" --write docs/results/off_the_shelf \
+"$python" -m fewtokens.benchmarks.pareto "$out" --write docs/results/off_the_shelf \
   --title "Reduction off the shelf: CIFAR-10, a dense ViT-Ti with 4x4 patches"

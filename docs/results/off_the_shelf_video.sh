@@ -22,5 +22,5 @@ sweep evit tokenizer=evit 'tokenizer.at=[1,2]' tokenizer.build.keep=0.8,0.6,0.4
 sweep top_k tokenizer=top_k 'tokenizer.at=[1,2]' tokenizer.build.keep=0.8,0.6,0.4
 sweep random_drop tokenizer=random_drop 'tokenizer.at=[1,2]' tokenizer.build.keep=0.8,0.6,0.4
 
-"$python" -m fewtokens.analysis.pareto "$out/sweeps" --write docs/results/off_the_shelf_video --cost-only \
+"$python" -m fewtokens.benchmarks.pareto "$out/sweeps" --write docs/results/off_the_shelf_video --cost-only \
   --title "Reduction off the shelf: moving_digits, a dense mini ViViT (model 1)"

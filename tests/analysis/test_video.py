@@ -9,9 +9,9 @@ from matplotlib.image import imread
 from torch import nn
 
 from fewtokens.analysis.cost import Cost, macs, tokens_per_block
-from fewtokens.analysis.counting import count
+from fewtokens.analysis.flops import count
+from fewtokens.analysis.pictures.token_maps import TokenMaps, origin_by_step, token_columns
 from fewtokens.analysis.throughput import Throughput
-from fewtokens.analysis.token_maps import TokenMaps, origin_by_step, token_columns
 from fewtokens.backbones.vivit import Model, ViViT
 from fewtokens.tokenizers.ats import ATS
 from fewtokens.tokenizers.evit import EViT

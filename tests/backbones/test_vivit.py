@@ -14,7 +14,7 @@ from fewtokens.backbones.vit import ViT, vit
 from fewtokens.backbones.vivit import FactorisedEncoder, Model, ViViT, vivit
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
-from fewtokens.layers.embed import Tubelets
+from fewtokens.layers.embedding import Tubelets
 from fewtokens.layers.factorised import DotProductBlock, SelfAttentionBlock
 from fewtokens.tokenizers.ats import ATS
 from fewtokens.tokenizers.base import Tokenizer

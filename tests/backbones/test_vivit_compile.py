@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fewtokens.backbones.vivit import Model, ViViT, vivit
-from fewtokens.layers.embed import Tubelets
+from fewtokens.layers.embedding import Tubelets
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 
 MODELS = get_args(Model)

@@ -14,12 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from conftest import CONFIGS, TINY
-from fewtokens.analysis.token_maps import token_columns
+from fewtokens.analysis.pictures.token_maps import token_columns
 from fewtokens.callbacks import pictures as module
 from fewtokens.callbacks.loggers import WandbRun
 from fewtokens.callbacks.pictures import Pictures, log_picture, log_video
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import saved, training
+from fewtokens.runs import config as saved
+from fewtokens.runs import train as training
 from fewtokens.tasks.classification import Classifier
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 from vivits import Data, build

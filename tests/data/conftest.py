@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewtokens.data import decoding, facts
+from fewtokens.data.video import decoders as decoding
+from fewtokens.data.video import facts
 from fewtokens.errors import FewtokensError
 
 MakeFolders = Callable[..., Path]

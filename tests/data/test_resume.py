@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewtokens.data.digits import Digits
-from fewtokens.data.transforms import PadCrop, RandomFlip
+from fewtokens.data.image.digits import Digits
+from fewtokens.data.transforms.geometric import PadCrop, RandomFlip
 from fewtokens.errors import FewtokensError
 
 EPOCHS, BATCH = 3, 256  # 6 batches an epoch

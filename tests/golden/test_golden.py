@@ -12,7 +12,7 @@ from fewtokens.backbones.keras_mini_vit import keras_mini_vit
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.backbones.vivit import ViViT, vivit
 from fewtokens.layers.block import Block
-from fewtokens.layers.embed import Tubelets
+from fewtokens.layers.embedding import Tubelets
 from fewtokens.tokenizers.base import Place, Tokenizer
 from fewtokens.tokenizers.token_fuser import Fuse, TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearner, TokenLearnerV11

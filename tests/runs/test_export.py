@@ -13,7 +13,9 @@ from conftest import CONFIGS, ROOT, TINY, environment
 from fewtokens.backbones.vit import ViT
 from fewtokens.backbones.vivit import Model
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import exported, exporting, saved, training
+from fewtokens.runs import config as saved
+from fewtokens.runs import exported, exporting
+from fewtokens.runs import train as training
 from fewtokens.runs.targets import instantiate
 from fewtokens.tokenizers.base import Tokenizer
 

@@ -10,7 +10,9 @@ import yaml
 
 from conftest import TINY
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import evaluation, saved, training
+from fewtokens.runs import config as saved
+from fewtokens.runs import eval as evaluation
+from fewtokens.runs import train as training
 from fewtokens.runs.targets import instantiate
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from conftest import CONFIGS
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import evaluation, saved, training
+from fewtokens.runs import config as saved
+from fewtokens.runs import eval as evaluation
+from fewtokens.runs import train as training
 
 START = "experiment=video/quickstart"
 STILLS = ["data.frames=1", "backbone.tubelets.frames=1"]

@@ -7,9 +7,9 @@ from torch import nn
 
 from fewtokens.backbones.vivit import vivit
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.embed import Tubelets
+from fewtokens.layers.embedding import Tubelets
 from fewtokens.tasks.classification import Classifier
-from fewtokens.tasks.mixing import Mix
+from fewtokens.tasks.mixup import Mix
 from fewtokens.tokenizers.base import Tokenizer
 
 

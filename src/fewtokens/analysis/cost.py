@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fewtokens.analysis.cost_picture import write_histogram, write_picture
-from fewtokens.analysis.counting import Counts, alive, count, evaluating, flop_counter
-from fewtokens.analysis.keras_cost import is_keras_example, keras_flops
+from fewtokens.analysis.flops import Counts, alive, count, evaluating, flop_counter
 from fewtokens.analysis.memory import peak_bytes
+from fewtokens.analysis.pictures.cost_histogram import write_histogram, write_picture
 from fewtokens.backbones.vit import ViT
+from fewtokens.benchmarks.keras_table.profiler_count import is_keras_example, keras_flops
 
 GIGA = 1e9
 

@@ -1,4 +1,4 @@
-"""Images per second, as a measure of a run; `python -m fewtokens.analysis.throughput` compares tokenizers."""
+"""Images per second, as a measure of a run; `python -m fewtokens.benchmarks.throughput` compares tokenizers."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -9,9 +9,9 @@ import lightning as L
 import torch
 from torch import nn
 
-from fewtokens.analysis.comparison import AUTOCAST
 from fewtokens.analysis.cost import evaluating, plain, test_images
 from fewtokens.analysis.timing import interleaved, seconds_on, spread
+from fewtokens.benchmarks.comparison import AUTOCAST
 from fewtokens.errors import FewtokensError
 
 
@@ -77,9 +77,3 @@ class Throughput:
         trainer = getattr(task, "_trainer", None)  # the public property raises where there is none
         dtype = AUTOCAST.get(self.precision or (trainer.precision if trainer is not None else "32-true"))
         return nullcontext() if dtype is None else torch.autocast(task.device.type, dtype)
-
-
-if __name__ == "__main__":
-    from fewtokens.runs.throughput import main  # the command line stands above all measures
-
-    main()

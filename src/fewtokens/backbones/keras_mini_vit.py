@@ -20,7 +20,7 @@ from fewtokens.backbones.trunk import check_sizes
 from fewtokens.backbones.vit import TokenizerRecipe, ViT
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
-from fewtokens.layers.embed import Size, pair
+from fewtokens.layers.embedding import Size, pair
 from fewtokens.tokenizers.token_learner import MapPooler
 
 

@@ -20,7 +20,7 @@ from fewtokens.backbones.vit import TokenizerRecipe, ViT
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
-from fewtokens.layers.embed import Size
+from fewtokens.layers.embedding import Size
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
-from fewtokens.layers.embed import Size, pair
+from fewtokens.layers.embedding import Size, pair
 
 
 def make_trunk(options: Mapping[str, Any], **settings: Any) -> VisionTransformer:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewtokens.backbones.encoder import At, Build, Encoder
 from fewtokens.backbones.trunk import check_sizes, make_trunk
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.embed import Size, pair
+from fewtokens.layers.embedding import Size, pair
 from fewtokens.tokenizers.base import Place
 from fewtokens.tokens import Tokens
 

@@ -15,7 +15,7 @@ from fewtokens.backbones.trunk import check_heads, make_trunk
 from fewtokens.backbones.vit import TokenizerRecipe, ViT
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
-from fewtokens.layers.embed import Pixels, TubeletEmbed, Tubelets
+from fewtokens.layers.embedding import Pixels, TubeletEmbed, Tubelets
 from fewtokens.layers.factorised import DotProductBlock, FactorisedBlock, SelfAttentionBlock
 from fewtokens.tokenizers.base import Tokenizer
 from fewtokens.tokens import Tokens
@@ -112,7 +112,7 @@ def vivit(
     pool: Literal["token", "avg", "max", "avgmax", "map"] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ViViT:
-    """A ViViT of any size, from random weights; `fewtokens.backbones.inflate` starts it from an image model.
+    """A ViViT of any size, from random weights; `fewtokens.backbones.image_init` starts it from an image model.
 
     Args:
         tubelets: How clips (B, channels, frames, H, W) are cut into tokens.

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from fewtokens.analysis.cost import plain
-from fewtokens.analysis.drawing import draw, pixels
-from fewtokens.analysis.token_maps import token_columns
-from fewtokens.analysis.token_video import strip, write_gif
+from fewtokens.analysis.pictures.drawing import draw, pixels
+from fewtokens.analysis.pictures.token_maps import token_columns
+from fewtokens.analysis.pictures.token_video import strip, write_gif
 from fewtokens.errors import FewtokensError
 
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -26,7 +26,7 @@ class Pictures(Callback):
     """Draws the first validation images at the end of every n-th epoch's validation, on rank 0.
 
     The picture goes to `epoch_<number>.png` in a directory, and to every logger that takes images (Weights & Biases,
-    TensorBoard). It is that of `fewtokens.analysis.token_maps`, for clips that of `fewtokens.analysis.token_video`,
+    TensorBoard). It is that of `analysis.pictures.token_maps`, for clips that of `analysis.pictures.token_video`,
     with `epoch_<number>.gif`, which goes to loggers that take videos. Where no tokenizer reduces anything there is
     none. The images are those that validation has loaded anyway, and no random numbers are used up: training and its
     resuming go on as without. Next to a callback that validates an average of the weights it stands first, and draws

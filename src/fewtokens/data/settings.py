@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Literal, NotRequired, Required, TypedDict
 
-from fewtokens.data.pipeline import Transform
+from fewtokens.data.transforms.normalize import Transform
 from fewtokens.errors import FewtokensError
 
 Part = Literal["train", "val", "test"]

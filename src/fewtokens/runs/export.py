@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from fewtokens.runs.command import command
+from fewtokens.runs.cli import command
 
 
 def export(cfg: DictConfig) -> None:

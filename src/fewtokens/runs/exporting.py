@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewtokens.analysis.cost import evaluating, plain, random_images, test_images
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import exported, job, report
-from fewtokens.runs.evaluation import load_weights
+from fewtokens.runs.eval import load_weights
 from fewtokens.runs.exported import SUFFIXES, Format, Forward
 from fewtokens.runs.targets import instantiate
 

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
 from fewtokens.callbacks.pictures import log_picture, log_video
-from fewtokens.runs import report, saved
+from fewtokens.runs import config as saved
+from fewtokens.runs import report
 from fewtokens.runs.checkpoints import AtomicCheckpointIO, EmbedConfig
 from fewtokens.runs.targets import instantiate
 

@@ -102,8 +102,8 @@ def check_arguments(found: Callable[..., Any], call: dict[str, Any]) -> None:
 def check(target: str) -> Callable[..., Any]:
     """The class or function that a target names, if it is defined in an allowed package.
 
-    A prefix alone is no boundary: `fewtokens.data.base.os.system` has one too. So the object is looked up, and must be
-    defined, at the top of a module, where the list allows.
+    A prefix alone is no boundary: `fewtokens.data.samplers.os.system` has one too. So the object is looked up, and must
+    be defined, at the top of a module, where the list allows.
 
     Raises:
         FewtokensError: It is not.

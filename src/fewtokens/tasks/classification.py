@@ -13,8 +13,8 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from fewtokens.errors import FewtokensError
-from fewtokens.tasks.mixing import Mix
-from fewtokens.tasks.optimization import Schedule, by_step, constant, parameter_groups
+from fewtokens.tasks.mixup import Mix
+from fewtokens.tasks.optim import Schedule, by_step, constant, parameter_groups
 from fewtokens.tokenizers.base import Tokenizer
 
 Batch = tuple[Tensor, Tensor]

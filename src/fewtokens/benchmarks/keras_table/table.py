@@ -1,0 +1,172 @@
+"""The table of the Keras TokenLearner example: what is published, a csv line for each run, and the page from both."""
+
+import csv
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from omegaconf import OmegaConf
+from scipy.stats import t as student
+
+from fewtokens.benchmarks.keras_table.costs import costs
+from fewtokens.data.image import archive
+from fewtokens.errors import FewtokensError
+from fewtokens.runs import report
+
+HOME = Path(__file__).parents[4]
+Line = dict[str, str]
+COLUMNS = (
+    *("row", "seed", "test_top1", "val_top1", "gmacs", "gmacs_keras", "params", "epochs", "precision", "dataset"),
+    *("split", "device", "torch", "lightning", "commit", "date", "command"),
+)
+SETTING = ("dataset", "split", "precision", "epochs")  # runs that differ in one of these are never averaged
+KEY = ("row", "seed", *SETTING)
+
+
+class Published(NamedTuple):
+    """What the example says of a model: top-1 in per cent (means of 5 runs), GFLOPs by its own count."""
+
+    model: str
+    top1: str
+    gflops: float
+
+
+PUBLISHED = {
+    "keras_plain": Published("4 layers", "56.112; 56.37 (second set of runs)", 0.0184),
+    "keras_8_tokens": Published("4 layers, TokenLearner, 8 tokens", "56.55", 0.0153),
+    "keras_4_tokens": Published("4 layers, TokenLearner, 4 tokens", "56.498 (second set of runs)", 0.0147),
+    "keras_8_layers": Published("8 layers", "55.36", 0.0359),
+    "keras_v11_g4_t4": Published('4 layers, "1.1", 4 groups, 4 tokens', '54.638 (row 4/4); 55.196 (row "4/8")', 0.0149),
+    "keras_v11_g8_t4": Published('4 layers, "1.1", 8 groups, 4 tokens', '54.898 (row "8/8")', 0.0146),
+}
+NOTES = """\
+`top-1` is test accuracy in per cent, of the weights that were best in validation; the interval is Student's, of the
+mean over seeds. The example gives no spread, and its two sets of runs of the plain model differ about as much as its
+rows with and without TokenLearner. `GMACs` counts every multiply-add. `example's count` is the profiler's, which leaves
+out all of attention; the published column is of that kind. The published counts show that 4 tokens were used in all
+three rows called "1.1"."""
+
+
+def dataset_name(root: Path) -> str:
+    """What lies in a folder of CIFAR-10, decided as `fewtokens.data.image.cifar10` decides it.
+
+    Raises:
+        FewtokensError: Neither archive nor class folders.
+    """
+    if any((root / a.name).is_file() for a in (archive.BINARY, archive.PYTHON)):
+        return "CIFAR-10 (official archive)"
+    pictures = (p.suffix.lower() for p in root.glob("train/*/*") if not p.name.startswith("."))
+    kind = next(pictures, None)
+    if kind is None:
+        raise FewtokensError(
+            "The results name their data",
+            expected=f"{archive.BINARY.name}, {archive.PYTHON.name} or train/<class>/* in {root}",
+            got="none of them",
+            fix="check --root, or name the data of runs from elsewhere with --data-name",
+        )
+    copy = "JPEG" if kind in (".jpg", ".jpeg") else kind.lstrip(".").upper()
+    return f"CIFAR-10 ({copy} copy, class folders)"
+
+
+def collect(folder: Path, data_name: str | None = None) -> Line:
+    """The csv line of a finished run, from its own files."""
+    cfg, ran, numbers = OmegaConf.load(folder / "config.yaml"), OmegaConf.load(folder / "run.json"), report.read(folder)
+    assert numbers is not None
+    with (folder / "metrics.csv").open(newline="") as file:
+        best = max((float(r["val/top1"]) for r in csv.DictReader(file) if r.get("val/top1")), default=None)
+    found = {f: numbers.get(f"cost/{f}") for f in ("gmacs", "gmacs_keras", "params")}
+    found |= {"test_top1": numbers.get("test/top1"), "val_top1": best, "epochs": numbers["train/epochs"]}
+    values = {
+        **{name: "" if value is None else f"{value:.10g}" for name, value in found.items()},
+        "row": str(cfg.name).rpartition("/")[2],
+        "seed": str(cfg.seed),
+        "precision": str(cfg.trainer.precision),
+        "dataset": data_name or dataset_name(HOME / Path(cfg.data.root).expanduser()),
+        "split": f"{cfg.data.split}, {cfg.data.val_images} held out",
+        "device": ran.device,
+        "torch": ran.versions.torch,
+        "lightning": ran.versions.lightning,
+        "commit": ran.commit or "",
+        "date": ran.written,
+        "command": ran.command.replace(str(cfg.data.root), "<cifar10>"),  # where the data lies is of no interest
+    }
+    return {name: values[name] for name in COLUMNS}
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of the csv, none where it does not exist."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(file)]
+
+
+def merge(old: Iterable[Line], new: Iterable[Line]) -> list[Line]:
+    """All lines, a new one in the place of the old one of the same run; sorted as the table is."""
+    lines = {tuple(line[name] for name in KEY): line for line in (*old, *new)}
+    order = list(PUBLISHED)
+    place = {row: order.index(row) for row in order}
+    return sorted(
+        lines.values(), key=lambda x: (place.get(x["row"], len(order)), [x[n] for n in SETTING], int(x["seed"]))
+    )
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % confidence interval of the mean (Student's t); None for a single value."""
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def page(lines: Sequence[Line], costs: Mapping[str, tuple[float, float]]) -> str:
+    """The page: a table for each setting (data, split, precision, epochs), from the csv and the counted costs."""
+    parts = [
+        "# CIFAR-10: the Keras TokenLearner example",
+        "Written by `python -m fewtokens.benchmarks.keras_table`.",
+        NOTES,
+    ]
+    settings = sorted({tuple(line[name] for name in SETTING) for line in lines})
+    for setting in settings:
+        chosen = [line for line in lines if tuple(line[name] for name in SETTING) == setting]
+        data, split, precision, epochs = setting
+        parts.append(f"## {data}, {precision}, {epochs} epochs\n\nValidation: {split}. {_where(chosen)}")
+        head = "| model | published top-1 | top-1 here, 95 % | seeds | GMACs | example's count | published GFLOPs |"
+        parts.append(
+            "\n".join([head, "|---|---|---|---|---|---|---|", *(_row(row, chosen, costs[row]) for row in PUBLISHED)])
+        )
+        missing = [row for row in PUBLISHED if all(line["row"] != row for line in chosen)]
+        parts.append(f"Not run: {', '.join(missing) or 'nothing, every row has a run'}.")
+    if not any("official archive" in setting[0] for setting in settings):
+        parts.append("No run has used the official archive, on which the published numbers were measured.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _where(lines: Sequence[Line]) -> str:
+    words = sorted({f"{x['device']}, torch {x['torch']}, lightning {x['lightning']}" for x in lines})
+    return f"Run on: {'; '.join(words)}."
+
+
+def _row(row: str, lines: Sequence[Line], cost: tuple[float, float]) -> str:
+    model, published, gflops = PUBLISHED[row]
+    counted = f"{cost[0]:.4f} | {cost[1]:.4f} | {gflops}"
+    mine = [line for line in lines if line["row"] == row and line["test_top1"]]
+    if not mine:
+        return f"| {model} | {published} | not run | 0 | {counted} |"
+    top1 = [100 * float(line["test_top1"]) for line in mine]
+    half = interval(top1)
+    spread = "(n = 1, no interval)" if half is None else f"± {half:.2f}"
+    seeds = f"{len(mine)} ({', '.join(line['seed'] for line in mine)})"
+    return f"| {model} | {published} | {statistics.mean(top1):.2f} {spread} | {seeds} | {counted} |"
+
+
+def write(lines: Sequence[Line], path: Path) -> None:
+    """The csv, at once, and the page beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".csv.part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    part.replace(path)
+    path.with_suffix(".md").write_text(page(lines, costs(PUBLISHED)))

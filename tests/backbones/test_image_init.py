@@ -1,0 +1,350 @@
+"""Video models that start from image models: when they are the image model at first, and what is refused."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import jaxtyping
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from fewtokens.backbones.image_init import FromImage, from_image_model
+from fewtokens.backbones.vit import ViT, vit
+from fewtokens.backbones.vivit import Model, ViViT, vivit
+from fewtokens.errors import FewtokensError
+from fewtokens.layers.embedding import Tubelets
+from fewtokens.tokenizers.base import Tokenizer
+from fewtokens.tokenizers.token_learner import TokenLearnerV11
+
+NONE = {"at": [], "build": Tokenizer}
+SIZES: dict[str, Any] = {"num_classes": 5, "dim": 16, "depth": 2, "heads": 2}
+SIDES = (8, 12)
+KERNELS = ["central_frame", "filter_inflation"]
+
+
+def random(model: Any) -> Any:
+    """No parameter as at the start: all random, norms near one."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.3)
+    return model.eval()
+
+
+def image_model(pool: str = "token", **changes: Any) -> ViT:
+    options = {"fc_norm": False, **changes.pop("options", {})}
+    settings = {"image_size": SIDES, "patch_size": 4, "tokenizer": NONE, "pool": pool, **SIZES, **changes}
+    return random(vit(**settings, options=options))
+
+
+def video_model(model: Model = "spatio_temporal", frames: int = 6, tubelet: int = 2, **changes: Any) -> ViViT:
+    cut = {"clip_frames": frames, "image_size": SIDES, "frames": tubelet, "height": 4, "width": 4}
+    cut |= changes.pop("cut", {})
+    return random(vivit(tubelets=Tubelets(**cut), tokenizer=NONE, model=model, **{**SIZES, **changes}))
+
+
+def clips(frames: int = 6) -> Tensor:
+    return torch.randn(2, 3, frames, *SIDES, generator=torch.Generator().manual_seed(0))
+
+
+def still(frames: int) -> Tensor:
+    return clips(1).expand(-1, -1, frames, -1, -1)
+
+
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong settings reach our own checks; where pytest's hook checks types, it would be the first to refuse them."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+# --- where the video model is the image model at first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("tubelet", [1, 2, 3])
+def test_model_1_of_a_still_clip_of_one_tubelet(kernel: str, pool: str, tubelet: int) -> None:
+    image, video = image_model(pool), video_model(frames=tubelet, tubelet=tubelet, pool=pool)
+    from_image_model(video, image.state_dict(), kernel=kernel)
+    close(video(still(tubelet)), image(still(1)[:, :, 0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_model_1_with_mean_pooling_of_a_still_clip_of_any_length(kernel: str) -> None:
+    image, video = image_model("avg"), video_model(pool="avg")
+    from_image_model(video, image.state_dict(), kernel=kernel)
+    close(video(still(6)), image(still(1)[:, :, 0]))
+
+
+@torch.no_grad()
+def test_model_1_with_a_class_token_is_not_the_image_model_over_several_steps() -> None:
+    """Its own key is one among more patches; the docstring says so."""
+    image, video = image_model(), video_model()
+    from_image_model(video, image.state_dict())
+    assert (video(still(6)) - image(still(1)[:, :, 0])).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tubelet", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("model", "pool"),
+    [
+        ("factorised_self_attention", "avg"),
+        ("factorised_self_attention_time_space", "avg"),
+        ("factorised_encoder", "avg"),
+        ("factorised_encoder", "token"),
+    ],
+)
+def test_models_2_and_3_are_the_mean_over_the_central_frames_of_any_clip(model: Model, pool: str, tubelet: int) -> None:
+    image, video = image_model(pool), video_model(model, tubelet=tubelet, pool=pool, temporal_depth=0)
+    from_image_model(video, image.state_dict())
+    frames = clips()[:, :, tubelet // 2 :: tubelet].transpose(1, 2)
+    close(video(clips()), torch.stack([image(clip) for clip in frames]).mean(dim=1))
+
+
+@torch.no_grad()
+def test_filter_inflation_sees_the_mean_of_the_frames() -> None:
+    image, video = image_model("avg"), video_model("factorised_self_attention", tubelet=3)
+    from_image_model(video, image.state_dict(), kernel="filter_inflation")
+    frames = clips().unflatten(2, (2, 3)).mean(dim=3).transpose(1, 2)
+    close(video(clips()), torch.stack([image(clip) for clip in frames]).mean(dim=1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["factorised_dot_product", "factorised_encoder"])
+def test_models_that_are_not_the_image_model_at_first(model: Model) -> None:
+    """Half of the heads see one position only; the temporal encoder is random."""
+    image, video = image_model("avg"), video_model(model, pool="avg")
+    from_image_model(video, image.state_dict())
+    assert (video(still(6)) - image(still(1)[:, :, 0])).abs().max() > 1e-3
+
+
+def test_temporal_attention_learns_though_it_adds_nothing_at_first() -> None:
+    video = video_model("factorised_self_attention")
+    from_image_model(video, image_model("avg").state_dict())
+    block: Any = video.encoder.blocks[0]
+    for source, twin in ((block.attn.qkv, block.attn_time.qkv), (block.norm1, block.norm_time)):
+        assert torch.equal(source.weight, twin.weight)
+        assert torch.equal(source.bias, twin.bias)
+    assert block.attn_time.proj.weight.abs().max() == block.attn_time.proj.bias.abs().max() == 0
+    optimizer = torch.optim.SGD(video.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        video(clips()).square().sum().backward()
+        optimizer.step()
+    gradients = {name: p.grad for name, p in video.named_parameters() if "_time." in name}
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients.values())
+
+
+# --- where weights come from and where they go
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", get_args(Model))
+def test_every_model_from_either_pooling_reports_what_starts_anew(model: Model) -> None:
+    for pool in ("token", "avg"):
+        video = video_model(model)
+        before = {name: value.clone() for name, value in video.state_dict().items()}
+        started = from_image_model(video, image_model(pool).state_dict())
+        assert not set(started.loaded) & set(started.missing)
+        assert set(started.loaded) | set(started.missing) == set(before)
+        assert all(torch.equal(before[name], video.state_dict()[name]) for name in started.missing)
+        lattice = model not in ("spatio_temporal", "factorised_encoder")
+        assert started.unexpected == (["trunk.cls_token"] if lattice and pool == "token" else [])
+        new = {name.split(".")[1] for name in started.missing if not name.startswith("temporal.")}
+        assert new == ({"cls_token"} if not lattice and pool == "avg" else set())
+        assert any(n.startswith("temporal.encoder") for n in started.missing) == (model == "factorised_encoder")
+        assert any(name.endswith("head.weight") for name in started.loaded)
+        assert f"{len(started.loaded)} tensors from the image model; start anew: " in str(started)
+
+
+@torch.no_grad()
+def test_model_2_gets_the_class_token_too() -> None:
+    image, video = image_model(), video_model("factorised_encoder")
+    from_image_model(video, image.state_dict())
+    assert torch.equal(video.trunk.cls_token, image.trunk.cls_token)
+    assert torch.equal(video.trunk.pos_embed, image.trunk.pos_embed)
+    assert torch.equal(video.temporal.trunk.head.weight, image.trunk.head.weight)
+
+
+@torch.no_grad()
+def test_positions_are_tiled_and_the_class_token_keeps_its_own() -> None:
+    image, video = image_model(), video_model()
+    from_image_model(video, image.state_dict())
+    table, tiled = image.trunk.pos_embed[0], video.trunk.pos_embed[0]
+    assert torch.equal(tiled[0], table[0])
+    assert torch.equal(tiled[1:].reshape(3, 6, 16), table[1:].expand(3, -1, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "grid"), [(16, None), ((4, 12), (1, 3))])
+def test_positions_of_another_grid_are_resampled_as_timm_does(size: Any, grid: tuple[int, int] | None) -> None:
+    image, video = image_model(image_size=size), video_model()
+    from_image_model(video, image.state_dict(), positions="resize", grid=grid)
+    old = grid or (4, 4)
+    expected = resample_abs_pos_embed(image.trunk.pos_embed, [2, 3], list(old), num_prefix_tokens=1)[0]
+    assert torch.equal(video.trunk.pos_embed[0, :1], expected[:1])
+    close(video.trunk.pos_embed[0, 1:].reshape(3, 6, 16), expected[1:].expand(3, -1, -1))
+
+
+@torch.no_grad()
+def test_a_head_of_another_size_starts_anew() -> None:
+    video = video_model()
+    started = from_image_model(video, image_model(num_classes=7).state_dict())
+    heads = ["trunk.head.bias", "trunk.head.weight"]
+    assert started.missing == started.unexpected == heads
+
+
+@torch.no_grad()
+def test_a_norm_after_the_pooling_becomes_the_one_before_it() -> None:
+    image = image_model("avg", options={"fc_norm": True})
+    video = video_model("factorised_self_attention")
+    assert not from_image_model(video, image.state_dict()).missing
+    assert torch.equal(video.trunk.norm.weight, image.trunk.fc_norm.weight)
+    other = video_model("factorised_self_attention", options={"fc_norm": True})
+    from_image_model(other, image.state_dict())
+    assert torch.equal(other.trunk.fc_norm.bias, image.trunk.fc_norm.bias)
+
+
+@torch.no_grad()
+def test_tokenizers_of_the_same_shapes_come_along() -> None:
+    learner = {"at": 1, "build": partial(TokenLearnerV11, num_tokens=2)}
+    image = image_model(tokenizer=learner)
+    started = from_image_model(video_model(), image.state_dict())
+    assert all(name.startswith("encoder.tokenizers.1.") for name in started.unexpected)
+    video = random(vivit(tubelets=Tubelets(6, SIDES, frames=2, height=4, width=4), tokenizer=learner, **SIZES))
+    started = from_image_model(video, image.state_dict())
+    assert started.missing == started.unexpected == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_gap_224"]
+)
+def test_weights_in_timms_names(name: str) -> None:
+    reference = random(timm.create_model(name, img_size=32, num_classes=5, depth=2, embed_dim=16, num_heads=2))
+    cut = Tubelets(clip_frames=2, image_size=32, frames=2, height=16, width=16)
+    pool = "avg" if "gap" in name else "token"
+    video = random(vivit(tubelets=cut, tokenizer=NONE, pool=pool, **SIZES))
+    started = from_image_model(video, reference.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    if "distilled" in name:
+        extra = ["trunk.dist_token", "trunk.head_dist.bias", "trunk.head_dist.weight"]
+        assert (started.missing, started.unexpected) == ([], extra)
+        assert torch.equal(video.trunk.pos_embed[0], reference.pos_embed[0, [0, 2, 3, 4, 5]])
+    else:
+        assert started.missing == started.unexpected == []
+        close(video(images[:, :, None].expand(-1, -1, 2, -1, -1)), reference(images))
+
+
+@torch.no_grad()
+def test_register_tokens_come_along_where_there_are_as_many() -> None:
+    image, video = image_model(options={"reg_tokens": 2}), video_model(options={"reg_tokens": 2})
+    assert not from_image_model(video, image.state_dict()).missing
+    assert torch.equal(video.trunk.pos_embed[0, :3], image.trunk.pos_embed[0, :3])
+    fewer = video_model(options={"reg_tokens": 1})
+    before = fewer.trunk.pos_embed[0, 1].clone()
+    assert from_image_model(fewer, image.state_dict()).missing == ["trunk.reg_token"]
+    assert torch.equal(fewer.trunk.pos_embed[0, :2], torch.stack([image.trunk.pos_embed[0, 0], before]))
+
+
+# --- from files
+
+
+@torch.no_grad()
+def test_a_run_a_checkpoint_or_a_file_of_weights(tmp_path: Path) -> None:
+    image = image_model()
+    metrics = {"train_loss.mean_value": torch.zeros(())}
+    content = {"state_dict": {f"model.{k}": v for k, v in image.state_dict().items()} | metrics, "epoch": 3}
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(content, tmp_path / "checkpoints" / "last.ckpt")
+    save_file(image.state_dict(), tmp_path / "weights.safetensors")
+    expected = video_model()
+    from_image_model(expected, image.state_dict())
+    for path in (tmp_path, tmp_path / "checkpoints" / "last.ckpt", tmp_path / "weights.safetensors"):
+        video = video_model()
+        assert FromImage(str(path))(video).unexpected == []
+        assert torch.equal(video(clips()), expected(clips()))
+    torch.save({"state_dict": random(image).state_dict()}, tmp_path / "checkpoints" / "best.ckpt")
+    assert FromImage(str(tmp_path), positions="resize", grid=[2, 3])(video).missing == []
+
+
+def test_a_name_of_timms_is_asked_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, asked = timm.create_model, []
+
+    def create(name: str, pretrained: bool = False, **settings: Any) -> Any:
+        asked.append(pretrained)
+        return original(name, pretrained=False, **settings)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    cut = Tubelets(clip_frames=2, image_size=32, frames=2, height=16, width=16)
+    video = vivit(tubelets=cut, tokenizer=NONE, num_classes=5, dim=192, depth=12, heads=3)
+    started = FromImage("timm:vit_tiny_patch16_224.augreg_in21k")(video)
+    assert started.missing == ["trunk.head.bias", "trunk.head.weight"]
+    assert True in asked
+
+
+# --- refusals
+
+
+def changed(**changes: Any) -> dict[str, Tensor]:
+    return image_model(**changes).state_dict()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (partial(changed, dim=32), r"of another shape \['trunk\.pos_embed', .* and 29 in all"),
+        (partial(changed, depth=3), r"unexpected \['encoder\.blocks\.2\."),
+        (partial(changed, depth=1), r"missing \['encoder\.blocks\.1\."),
+        (partial(changed, patch_size=2, image_size=(4, 6)), r"of another shape \['trunk\.patch_embed\.proj\.weight'\]"),
+        (partial(changed, channels=1), r"of another shape \['trunk\.patch_embed\.proj\.weight'\]"),
+        (partial(changed, options={"init_values": 0.1}), r"unexpected \['encoder\.blocks\.0\.ls1\.gamma'"),
+        (partial(changed, options={"qk_norm": True}), r"unexpected \['encoder\.blocks\.0\.attn\.k_norm"),
+        (partial(changed, options={"pos_embed": "none"}), r"missing \['trunk\.pos_embed'\]"),
+        (dict, r"missing \['encoder\.blocks"),
+        (lambda: timm.create_model("resnet18").state_dict(), r"unexpected \['trunk\.bn1"),
+        (lambda: video_model().state_dict(), r"^The kernel of an image model .* Found: \(16, 3, 2, 4, 4\)"),
+        (partial(changed, image_size=16), r"^Positions are tiled over time.* Found: 'tile' with a grid of \(4, 4\)"),
+        (partial(changed, image_size=(4, 28)), r"^The image model's positions lie on a grid\. .* a table of 8 rows"),
+        (partial(changed, options={"no_embed_class": True}), r"^A class token has a position in both models or in "),
+    ],
+)
+def test_image_models_that_do_not_fit_are_refused_and_nothing_changes(state: Any, said: str) -> None:
+    for model in ("spatio_temporal", "factorised_encoder"):
+        video = video_model(model)
+        before = {name: value.clone() for name, value in video.state_dict().items()}
+        with pytest.raises(FewtokensError, match=said):
+            from_image_model(video, state())
+        assert all(torch.equal(value, before[name]) for name, value in video.state_dict().items())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kernel": "average"}, r"^The kernel of an image model is inflated in one of two ways\."),
+        ({"positions": "stretch"}, r"^Positions are tiled over time, .* Found: 'stretch'"),
+        ({"grid": (3, 3)}, r"^The image model's positions lie on a grid\. Expected: 6 patches on a grid of \(3, 3\)"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(FewtokensError, match=said):
+        from_image_model(video_model(), image_model().state_dict(), **settings)
+
+
+def test_weights_that_are_not_there_and_models_of_images(tmp_path: Path) -> None:
+    for weights in (tmp_path / "none.ckpt", tmp_path):
+        with pytest.raises(FewtokensError, match=r"^init_image\.weights names an image model\. .* Found: /"):
+            FromImage(str(weights))(video_model())
+    with pytest.raises(FewtokensError, match=r"^init_image starts a video model\. Expected: a vivit_\* backbone"):
+        FromImage("weights.pth")(image_model())

@@ -1,0 +1,83 @@
+from functools import partial
+
+import pytest
+import torch
+from timm.layers.attention import Attention as TimmAttention
+from timm.models.vision_transformer import Block as TimmBlock
+
+from fewtokens.analysis.cost import macs
+from fewtokens.benchmarks.comparison import Setting, compare, in_batches, timms_own
+from fewtokens.errors import FewtokensError
+from fewtokens.tokenizers.ats import ATS
+from fewtokens.tokenizers.top_k import TopK
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_timms_own_forward_shares_the_weights_and_gives_the_same_numbers(make, pool):
+    model = make(pool=pool, options={"init_values": 0.1, "drop_path_rate": 0.2}).eval()
+    theirs = timms_own(model).eval()
+    assert {type(block) for block in theirs.blocks} == {TimmBlock}
+    assert {type(block.attn) for block in theirs.blocks} == {TimmAttention}
+    assert torch.equal(theirs(images(2)), model(images(2)))
+    assert {id(p) for p in theirs.parameters()} == {id(p) for p in model.parameters()}
+    assert len(model.encoder.blocks) == 3
+    assert type(model.encoder.blocks[0]) is not TimmBlock
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(batch=1),
+        Setting(batch=3, mode="training"),
+        Setting(batch=2, precision="bf16-true"),
+        Setting(batch=2, precision="bf16-mixed", mode="training"),
+    ],
+    ids=str,
+)
+def test_records_of_a_comparison(make, setting):
+    dense, fewer = make(pool="token"), make(partial(TopK, keep=0.5), at=[1], pool="token")
+    fewer.load_state_dict(dense.state_dict(), assign=True)
+    before = {name: p.clone() for name, p in dense.state_dict().items()}
+    records = compare({"none": dense, "top_k": fewer}, images(4), setting, 0.1)
+    assert [record["tokenizer"] for record in records] == ["none", "top_k"]
+    plain, reduced = records
+    for record in records:
+        assert (record["batch"], record["precision"]) == (setting.batch, setting.precision)
+        assert (record["mode"], record["compiled"]) == (setting.mode, False)
+        assert record["images_per_s"] > 0
+        assert record["rounds"] >= 1
+        ratio = record["gmacs_dense"] / record["gmacs"]
+        assert record["realised_over_theoretical"] == pytest.approx(record["speedup_vs_dense"] / ratio)
+    assert plain["speedup_vs_dense"] == 1
+    assert plain["gmacs"] == plain["gmacs_dense"] == macs(dense, images(1)) / 1e9
+    assert reduced["gmacs"] == reduced["gmacs_padded"] == macs(fewer, images(1)) / 1e9 < plain["gmacs"]
+    assert all(torch.equal(p, before[name]) for name, p in dense.state_dict().items()), "timing must not train"
+
+
+def test_padding_costs_what_a_batch_computes(make):
+    dense, adaptive = make(pool="token"), make(ATS, at=[1, 2], pool="token")
+    adaptive.load_state_dict(dense.state_dict(), assign=True)
+    for block in adaptive.encoder.blocks:
+        block.attn.qkv.weight.data[:16] *= 200  # peaked attention keeps different numbers
+    record = compare({"none": dense, "ats": adaptive}, images(8), Setting(batch=8), 0.05)[1]
+    assert record["gmacs"] < record["gmacs_padded"] < record["gmacs_dense"]
+
+
+def test_batches_are_whole_and_small_ones_are_several():
+    assert [len(batch) for batch in in_batches(images(3), 1)] == [1] * 8
+    assert [len(batch) for batch in in_batches(images(9), 4)] == [4, 4]
+    assert [len(batch) for batch in in_batches(images(9), 2, fewest=1)] == [2]
+    [batch] = in_batches(images(3), 10)
+    assert torch.equal(batch[3:6], images(3))
+    assert len(batch) == 10
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"precision": "float8"}, {"mode": "testing"}])
+def test_settings_that_are_none(wrong):
+    with pytest.raises(FewtokensError, match=r"batch=\[1,32\]"):
+        Setting(**wrong)

@@ -1,0 +1,85 @@
+"""The command that compares tokenizers, in a process of its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+
+from conftest import CONFIGS
+from fewtokens.benchmarks import throughput
+
+COMMAND = "fewtokens.benchmarks.throughput"
+SMALL = ["backbone=vit_mini", "backbone.pool=token", "data.image_size=12", "data.num_classes=3", "trainer=cpu"]
+FIELDS = {
+    "tokenizer",
+    "backbone",
+    "batch",
+    "precision",
+    "compiled",
+    "mode",
+    "images_per_s",
+    "speedup_vs_dense",
+    "gmacs",
+    "gmacs_dense",
+    "realised_over_theoretical",
+}
+
+
+def records(tmp_path: Path) -> list[dict]:
+    [path] = (tmp_path / "outputs" / "throughput").glob("*/throughput.json")
+    return json.loads(path.read_text())
+
+
+def test_every_combination_is_a_record_per_tokenizer(script, tmp_path: Path) -> None:
+    tokenizers = "tokenizers=[ats,'tome build.r=2','token_fuser at=0.5 tokenizer@tokenizer.inner=pool']"
+    lists = ["batch=[1,2]", "mode=[inference,training]", "precision=[32-true,bf16-mixed]"]
+    done = script(COMMAND, *SMALL, tokenizers, *lists, "seconds=0.2", "sharpen=[20,10]")
+    found = records(tmp_path)
+    names = ["none", "timm", "ats", "tome build.r=2", "token_fuser at=0.5 tokenizer@tokenizer.inner=pool"]
+    assert [record["tokenizer"] for record in found] == names * 8
+    assert all(record.keys() >= FIELDS for record in found)
+    assert {record["backbone"] for record in found} == {"vit_mini"}
+    assert {(r["batch"], r["mode"], r["precision"]) for r in found} == {
+        (b, m, p) for b in (1, 2) for m in ("inference", "training") for p in ("32-true", "bf16-mixed")
+    }
+    tome = next(record for record in found if record["tokenizer"].startswith("tome"))
+    assert tome["gmacs"] < tome["gmacs_dense"]
+    assert "realised" in done.stdout
+
+
+def test_a_trained_run_is_timed_with_its_weights_and_test_images(script, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    short = ["trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "measure=none"]
+    script("train.py", "tokenizer=none", "backbone.pool=token", *short, f"hydra.run.dir={run}")
+    script(COMMAND, f"checkpoint={run}", "images=test", "tokenizers=[top_k]", "batch=[4]", "seconds=0.1", "timm=false")
+    assert [record["tokenizer"] for record in records(tmp_path)] == ["none", "top_k"]
+    assert records(tmp_path)[0]["checkpoint"] == str(run)
+
+
+def test_clips_are_timed_without_video_data(composed, tmp_path: Path, capsys) -> None:
+    video = ["backbone=vivit_mini", "data.frames=4", "data.image_size=16", "data.num_classes=3", "trainer=cpu"]
+    timed = ["tokenizers=['token_learner build.num_tokens=2']", "batch=[1]", "seconds=0.1", "at_once=1"]
+    cfg = composed(*video, *timed, base="throughput")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):  # it composes one config more for every tokenizer
+        found = throughput.run(cfg)
+    assert json.loads((tmp_path / "run" / "throughput.json").read_text()) == found
+    assert [record["tokenizer"] for record in found] == ["none", "token_learner build.num_tokens=2"], "timm has none"
+    assert {(record["frames"], record["image_size"]) for record in found} == {(4, 16)}
+    assert "clips/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("tokenizers=[atz]", "did you mean"),
+        ("tokenizers=['ats build.bugdet=3']", "budget"),
+        ("batch=4", "batch=[1,32]"),
+        ("precision=[float8]", "float8"),
+        ("images=none", "images=test"),
+    ],
+)
+def test_errors_are_sentences(script, wrong: str, says: str) -> None:
+    done = script(COMMAND, *SMALL, wrong, "seconds=0.1", code=1)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr

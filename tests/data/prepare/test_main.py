@@ -1,0 +1,141 @@
+"""The command: what it says, how it ends, and that a killed one goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import videos
+from conftest import environment
+from fewtokens.data.prepare import __main__ as prepare
+from fewtokens.data.video import manifest
+
+COMMAND = [sys.executable, "-m", "fewtokens.data.prepare"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "set"
+    for name in ("down", "up"):
+        (folder / name).mkdir(parents=True)
+        for index in range(2):
+            videos.write(folder / name / f"{index}.mp4", 8 + index)
+    (folder / "up" / "2 [b].mp4").write_bytes(b"no video")
+    return folder
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> list[str]:
+    """The arguments for a set that takes a while."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    one = videos.write(tmp_path / "one.mp4", 60, size=(320, 240))
+    for index in range(40):
+        os.link(one, folder / f"{index}.mp4")
+    (tmp_path / "list.txt").write_text("".join(f"{index}.mp4 {index}\n" for index in range(40)))
+    found = {"--root": folder, "--list": tmp_path / "list.txt", "--write": tmp_path / "out.csv"}
+    return [*(str(word) for pair in found.items() for word in pair), "--transcode", str(tmp_path / "copies")]
+
+
+def begun(arguments: list[str], tmp_path: Path, files: int) -> subprocess.Popen[str]:
+    """The command, as soon as it has examined so many files."""
+    command = [*COMMAND, *arguments, "--workers", "2"]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    log = tmp_path / "out.journal"
+    while not log.exists() or log.read_bytes().count(b"\n") < files + 1:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+def test_class_folders_become_a_manifest(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--root", str(root), "--list", str(root), "--write", str(tmp_path / "out.csv"), "--workers", "1"]
+    assert prepare.main(arguments) == 0
+    rows = manifest.read(tmp_path / "out.csv")
+    assert [(row.path, row.labels, row.count) for row in rows] == [
+        ("down/0.mp4", (0,), 8),
+        ("down/1.mp4", (0,), 9),
+        ("up/0.mp4", (1,), 8),
+        ("up/1.mp4", (1,), 9),
+        ("up/2 [b].mp4", (1,), 0),
+    ]
+    said = capsys.readouterr().out
+    assert "refused: up/2 [b].mp4: Invalid data found when processing input" in said
+    assert "4 of 5 videos are good" in said
+    assert json.loads((tmp_path / "out.summary.json").read_text())["classes"] == ["down", "up"]
+
+
+def test_many_refused_are_counted(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["up/0.mp4 0", *(f"none{index}.mp4 1" for index in range(14))]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    arguments = ["--root", str(root), "--list", str(tmp_path / "list.txt"), "--write", str(tmp_path / "out.csv")]
+    assert prepare.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.count("refused: none") == 10
+    assert "and 4 more" in said
+    (tmp_path / "list.txt").write_text("\n".join(lines[1:]))
+    assert prepare.main(arguments) == 1
+    assert "none of 14" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--short-side", "256"], "--transcode"),
+        (["--short-side", "2", "--transcode", "x"], "at least 16"),
+        (["--workers", "0"], "--workers is too small"),
+        (["--limit", "nan"], "--limit is too small"),
+        (["--key-frames", "0"], "--key-frames is too small"),
+        (["--list", "nothing"], "nothing"),
+        (["--write", "LIST"], "The list is never overwritten"),
+        (["--write", "x.json"], r"ends in \.csv"),
+    ],
+)
+def test_settings_that_cannot_be(
+    arguments: list[str], match: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.txt").write_text("up/0.mp4 0\n")
+    given = ["--root", str(root), "--list", str(tmp_path / "list.txt"), "--write", str(tmp_path / "out.csv")]
+    assert prepare.main(given + [word.replace("LIST", str(tmp_path / "list.txt")) for word in arguments]) == 1
+    assert re.search(match, capsys.readouterr().err)
+    assert (tmp_path / "list.txt").read_text() == "up/0.mp4 0\n"
+
+
+def test_a_killed_run_goes_on_where_it_was(many: list[str], tmp_path: Path) -> None:
+    process = begun(many, tmp_path, 4)
+    process.kill()
+    process.wait()
+    done = (tmp_path / "out.journal").read_bytes().count(b"\n") - 1
+    assert not (tmp_path / "out.csv").exists()
+    assert 4 <= done < 40
+    (tmp_path / "copies" / ".1-1.part.mp4").write_bytes(b"half")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "copies").glob("[0-9]*")}
+    assert prepare.main(many) == 0
+    again = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
+    assert len(stamps) >= done
+    assert len(again) <= 2, "those that were finished and not yet written down"
+    rows = manifest.read(tmp_path / "out.csv")
+    assert [(row.path, row.labels, row.count) for row in rows] == [(f"{i}.mp4", (i,), 60) for i in range(40)]
+    assert len(list((tmp_path / "copies").iterdir())) == 40
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_ends_at_once_without_a_traceback(number: int, many: list[str], tmp_path: Path) -> None:
+    process = begun(many, tmp_path, 2)
+    start = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert time.monotonic() - start < 4
+    assert process.returncode == 128 + number
+    assert said.strip() == "Stopped. The same command goes on from here."
+    assert not list((tmp_path / "copies").glob(".*"))
+
+
+def test_help_shows_a_command() -> None:
+    assert "python -m fewtokens.data.prepare --root" in prepare.parser().format_help()

@@ -1,0 +1,279 @@
+"""A manifest holds what is true of the files; nothing is examined twice, nothing lost, no original touched."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import videos
+from fewtokens.data.prepare import examine as examining
+from fewtokens.data.prepare.examine import Settings, Task
+from fewtokens.data.prepare.journal import Journal
+from fewtokens.data.prepare.scan import prepare
+from fewtokens.data.video import manifest
+from fewtokens.data.video.facts import Facts, UnreadableError
+from fewtokens.data.video.lists import Entry
+from fewtokens.data.video.manifest import Row
+from fewtokens.data.video.reader import Reader
+from fewtokens.data.video.watchdog import GivenUp, Watched
+from fewtokens.errors import FewtokensError
+
+ENTRIES = [Entry("b.mp4", (1,)), Entry("x/a.mkv", (0, 2)), Entry("bad.mp4", (3,)), Entry("none.mp4", (1,))]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "originals"
+    (folder / "x").mkdir(parents=True)
+    videos.write(folder / "b.mp4", 20, rate=10)
+    videos.write(folder / "x" / "a.mkv", 12)
+    (folder / "bad.mp4").write_bytes(b"no video")
+    return folder
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are examined."""
+    names: list[str] = []
+    real = examining.examine
+
+    def noting(task: Task, reader: Reader, settings: Settings) -> object:
+        names.append(task.path)
+        return real(task, reader, settings)
+
+    monkeypatch.setattr(examining, "examine", noting)
+    return names
+
+
+def rows(entries: Iterable[Entry], root: Path, settings: Settings | None = None, **more: bool) -> list[Row]:
+    file = root.parent / "out" / "list.csv"
+    prepare(list(entries), root, file, settings or Settings(), **more)
+    return manifest.read(file)
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_rows_come_in_the_order_of_the_list_and_the_refused_say_why(root: Path) -> None:
+    before = stamps(root)
+    good, other, bad, absent = rows(ENTRIES, root, Settings(workers=2))
+    content = (root / "b.mp4").read_bytes()
+    assert good == Row(
+        "b.mp4",
+        (1,),
+        None,
+        None,
+        Facts(20, 64, 48, 10.0, 2.0, "any"),
+        0,
+        20,
+        len(content),
+        hashlib.sha256(content).hexdigest(),
+        None,
+    )
+    assert (other.path, other.labels, other.facts.frames, other.reason) == ("x/a.mkv", (0, 2), 12, None)
+    assert (bad.path, bad.facts, bad.first, bad.count, bad.bytes) == ("bad.mp4", None, 0, 0, 8)
+    assert bad.reason == "Invalid data found when processing input"
+    assert (absent.bytes, absent.sha256, absent.reason) == (0, "", "No such file or directory")
+    summary = json.loads((root.parent / "out" / "list.summary.json").read_text())
+    assert (summary["videos"], summary["good"], summary["refused"]) == (4, 2, 2)
+    assert summary["refused_by_reason"] == {bad.reason: 1, absent.reason: 1}
+    assert summary["hours"] == pytest.approx((20 / 10 + 12 / 30) / 3600)
+    assert summary["bytes_before"] == summary["bytes_after"] == good.bytes + other.bytes
+    assert stamps(root) == before
+
+
+def test_stretches_of_one_file_keep_their_rows_and_it_is_examined_once(root: Path, seen: list[str]) -> None:
+    spans = [(None, None), (0.5, 1.0), (1.0, None), (7.0, 8.0)]
+    found = rows([Entry("b.mp4", (i,), *span) for i, span in enumerate(spans)], root)
+    assert seen == ["b.mp4"]
+    assert [(row.labels, row.start, row.end) for row in found] == [((i,), *span) for i, span in enumerate(spans)]
+    assert [(row.first, row.count) for row in found] == [(0, 20), (5, 5), (10, 10), (0, 0)]
+    assert found[3].reason == "no frame from 7.0 s to 8.0 s: it lasts 2.00 s"
+
+
+def test_copies_are_what_the_manifest_describes(root: Path, seen: list[str]) -> None:
+    before, copies = stamps(root), root.parent / "copies"
+    settings = Settings(copies, short_side=24, key_frames=4)
+    entries = [*ENTRIES, Entry("b.mp4", (5,), 1.0, 1.5), Entry("x/a.mkv", (7,))]
+    found = rows(entries, root, settings)
+    assert [row.path for row in found] == ["b.mp4", "x/a.mkv.mp4", "bad.mp4", "none.mp4", "b.mp4", "x/a.mkv.mp4"]
+    assert [(row.start, row.first, row.count) for row in found[::4]] == [(None, 0, 20), (1.0, 10, 5)], "a whole copy"
+    for row in (found[0], found[1]):
+        content = (copies / row.path).read_bytes()
+        assert (row.bytes, row.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+        assert Reader("pyav").facts(str(copies / row.path)) == row.facts
+        assert (row.facts.width, row.facts.height, row.facts.access) == (32, 24, "any")
+    assert stamps(root) == before
+    assert sorted(p.relative_to(copies).as_posix() for p in copies.rglob("*.*")) == ["b.mp4", "x/a.mkv.mp4"]
+    (copies / "b.mp4").unlink()
+    seen.clear()
+    again = rows(entries, root, settings)
+    assert [replace(row, bytes=0, sha256="") for row in again] == [replace(row, bytes=0, sha256="") for row in found]
+    assert seen == ["b.mp4"]
+
+
+def test_a_copy_of_a_file_that_is_listed_once_is_the_stretch_that_counts(root: Path) -> None:
+    copies = root.parent / "copies"
+    (row,) = rows([Entry("b.mp4", (1,), 0.5, 1.0)], root, Settings(copies))
+    assert (row.path, row.start, row.end, row.first, row.count) == ("b.mp4_0.5_1.mp4", None, None, 0, 5)
+    frames = Reader("pyav").read(str(copies / row.path), range(5))
+    assert [videos.number(frame) for frame in frames] == [5, 6, 7, 8, 9]
+
+
+def test_only_what_changed_is_examined_again(root: Path, seen: list[str]) -> None:
+    first = rows(ENTRIES, root)
+    assert len(seen) == 4
+    seen.clear()
+    assert rows(ENTRIES, root) == first
+    assert seen == []
+    videos.write(root / "bad.mp4", 3)
+    videos.write(root / "none.mp4", 4)
+    videos.write(root / "new.mp4", 5)
+    assert [r.count for r in rows([*ENTRIES[::-1], Entry("new.mp4", (0,))], root)] == [4, 3, 12, 20, 5]
+    assert sorted(seen) == ["bad.mp4", "new.mp4", "none.mp4"]
+    seen.clear()
+    assert rows([Entry("b.mp4", (9,))], root)[0].labels == (9,)
+    assert rows([Entry("b.mp4", (9,), 1.0, 2.0)], root)[0].count == 10
+    assert seen == ["b.mp4"], "a new stretch"
+
+
+def test_other_settings_are_refused_unless_all_begins_again(root: Path, seen: list[str]) -> None:
+    rows(ENTRIES[:1], root)
+    with pytest.raises(FewtokensError, match=r"'checksum': True.*'checksum': False.*--again"):
+        rows(ENTRIES[:1], root, Settings(checksum=False))
+    (row,) = rows(ENTRIES[:1], root, Settings(checksum=False), again=True)
+    assert row.sha256 == ""
+    assert len(seen) == 2
+
+
+def test_a_file_given_up_is_named_and_tried_again_with_more_time_only(root: Path, seen: list[str]) -> None:
+    videos.write(root / "long.mp4", 100, size=(640, 480))
+    entries = [Entry("long.mp4", (0,))]
+    start = time.monotonic()
+    for _ in range(2):
+        assert rows(entries, root, Settings(limit=0.002))[0].reason == "given up after 0.002 s"
+    assert time.monotonic() - start < 10
+    assert len(seen) == 1
+    assert rows(entries, root, Settings(limit=60.0))[0].reason is None
+    assert len(seen) == 2
+
+
+def test_half_a_line_of_the_journal_is_dropped_and_the_rest_kept(root: Path, seen: list[str]) -> None:
+    first = rows(ENTRIES, root)
+    log = root.parent / "out" / "list.journal"
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 5
+    log.write_bytes(b"".join(lines[:3]) + lines[3][: len(lines[3]) // 2])
+    seen.clear()
+    assert rows(ENTRIES, root) == first
+    assert len(seen) == 2
+    log.write_text("something else\n")
+    with pytest.raises(FewtokensError, match="lines as prepare writes them"):
+        rows(ENTRIES, root)
+
+
+def test_two_at_once_are_one_too_many(root: Path) -> None:
+    open_ = Journal(root.parent / "list.journal", {})
+    with closing(open_), pytest.raises(FewtokensError, match="One process at a time"):
+        prepare(ENTRIES, root, root.parent / "list.csv", Settings())
+    prepare(ENTRIES[:1], root, root.parent / "b.csv", Settings())
+
+
+def test_names_that_would_meet_are_refused(root: Path) -> None:
+    videos.write(root / "x" / "a.mkv.mp4", 3)
+    entries = [Entry("x/a.mkv", (0,)), Entry("x/a.mkv.mp4", (0,))]
+    before = stamps(root)
+    with pytest.raises(FewtokensError, match="name of its own"):
+        rows(entries, root, Settings(root.parent / "copies"))
+    with pytest.raises(FewtokensError, match="none that of an original"):
+        rows(entries[1:], root, Settings(root))
+    with pytest.raises(FewtokensError, match="none that of an original"):
+        rows(ENTRIES[:1], root, Settings(root / "x" / ".."))
+    assert stamps(root) == before
+
+
+def test_what_is_no_file_is_refused_at_once(root: Path) -> None:
+    os.mkfifo(root / "pipe.mp4")
+    (root / "folder.mp4").mkdir()
+    found = rows([Entry("pipe.mp4", (0,)), Entry("folder.mp4", (0,)), Entry("a" * 300, (0,)), Entry("b\0", (0,))], root)
+    assert [row.reason for row in found[:3]] == ["it is no file", "it is no file", "File name too long"]
+
+
+def test_a_place_that_cannot_be_written_ends_it(root: Path) -> None:
+    with pytest.raises(FewtokensError, match="can be written"):
+        rows(ENTRIES, root, Settings(root / "b.mp4" / "copies"))
+    with pytest.raises(FewtokensError, match="can be written"):
+        prepare(ENTRIES, root, root / "b.mp4" / "list.csv", Settings())
+    (root.parent / "precious.csv").write_text("mine")
+    with pytest.raises(FewtokensError, match="No file is overwritten"):
+        prepare(ENTRIES, root, root.parent / "precious.csv", Settings())
+    with pytest.raises(FewtokensError, match=r"ends in \.csv"):
+        prepare(ENTRIES, root, root.parent / "a.json", Settings())
+
+
+def test_absolute_paths_and_odd_names(root: Path) -> None:
+    names = [str(root.parent / "outside.mp4"), "../outside.mp4", "a,b\n.mp4", os.fsdecode(b"\xff.mp4")]
+    videos.write(root.parent / "outside.mp4", 3)
+    for name in names[2:]:
+        (root / name).write_bytes((root / "b.mp4").read_bytes())
+    assert [row.path for row in rows([Entry(name, (0,)) for name in names], root)] == names
+    copies = root.parent / "copies"
+    found = rows([Entry(name, (0,)) for name in names[1:]], root, Settings(copies), again=True)
+    assert [row.count for row in found] == [3, 20, 20]
+    assert all((copies / row.path).is_file() for row in found)
+
+
+class Stuck(Reader):
+    """Hangs at one file, with the interpreter's lock held."""
+
+    def __init__(self, decoder: str, limit: float) -> None:
+        super().__init__(decoder, limit)
+        self.stuck = self.watched, Watched("stuck", limit)
+
+    def examine(self, path: str, *rest: object, **more: object) -> Facts:
+        self.watched = self.stuck["hang.mp4" in path]
+        if "hang.mp4" not in path:
+            return super().examine(path, *rest, **more)
+        try:
+            return self.watched.call("spin")
+        except GivenUp as ended:
+            raise UnreadableError(path, str(ended)) from None
+
+
+@pytest.fixture
+def hanging(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setattr(examining, "Reader", Stuck)
+    (root / "hang.mp4").hardlink_to(root / "b.mp4")
+    return [Entry("hang.mp4", (0,)), Entry("b.mp4", (1,))]
+
+
+def test_a_file_that_hangs_its_decoder_costs_its_limit(hanging: list[Entry], root: Path) -> None:
+    start = time.monotonic()
+    bad, good = rows(hanging, root, Settings(limit=1.5))
+    assert (bad.reason, good.reason) == ("given up after 1.5 s", None)
+    assert time.monotonic() - start < 8
+
+
+def test_a_listener_that_stops_ends_even_what_hangs(hanging: list[Entry], root: Path) -> None:
+    tasks = [Task(e.path, str(root / e.path), frozenset({(None, None)}), None, None) for e in hanging]
+    results = examining.examined(tasks, Settings(workers=2))
+    assert next(results)[0].path == "b.mp4"
+    start = time.monotonic()
+    results.close()
+    assert time.monotonic() - start < 3
+
+
+def test_a_reader_can_be_interrupted(root: Path) -> None:
+    reader = Reader("pyav")
+    reader.facts(str(root / "b.mp4"))
+    reader.watched.interrupt()
+    with pytest.raises(UnreadableError, match="SIGKILL"):
+        reader.facts(str(root / "b.mp4"))

@@ -1,0 +1,142 @@
+"""Loaders, sharding through the trainer's ranks, draws per rank and step, and the configurations."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import lightning as L
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from fewtokens.data.image.digits import Digits
+from fewtokens.data.image.in_memory import Samples, hold_out
+from fewtokens.data.loader import Loader
+from fewtokens.data.transforms.geometric import PadCrop, RandomCrop, RandomFlip, Resize
+from fewtokens.errors import FewtokensError
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+
+
+def digits(**changes: Any) -> Digits:
+    settings = {"num_classes": 10, "image_size": 8, "channels": 1, "batch_size": 64} | changes
+    found = Digits(**settings)
+    found.setup()
+    return found
+
+
+def rank(number: int, world: int, epoch: int = 0, batch: int = 0) -> Any:
+    """A trainer in the middle of training, as far as a datamodule looks at it."""
+    counters = SimpleNamespace(ready=batch, processed=batch, completed=batch, started=batch)
+    epochs = SimpleNamespace(current=SimpleNamespace(processed=epoch, started=epoch + 1))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=counters)))
+    loop.epoch_progress = epochs
+    return Mock(
+        spec=L.Trainer,
+        global_rank=number,
+        world_size=world,
+        training=True,
+        fit_loop=loop,
+        current_epoch=epoch,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_yield_stored_images(workers: int) -> None:
+    found = digits(num_workers=workers, eval_batch_size=150)
+    batches = list(found.train_dataloader())
+    assert len(batches) == len(found.train_dataloader()) == 21
+    assert sum(len(targets) for _, targets in batches) == 1297
+    assert batches[0][0].shape == (64, 1, 8, 8)
+    assert [b[0].dtype for b in batches[:1]] + [b[1].dtype for b in batches[:1]] == [torch.uint8, torch.int64]
+    assert [len(t) for _, t in found.val_dataloader()] == [150, 50]
+    assert torch.equal(torch.cat([t for _, t in found.test_dataloader()]), found.dataset("test").samples.targets)
+
+
+def test_ranks_of_the_trainer_share_the_samples() -> None:
+    train, test = [], []
+    for number in range(3):
+        found = digits()
+        found.trainer = rank(number, 3)
+        train.append(list(found.train_dataloader().sampler))
+        test += list(found.test_dataloader().sampler)
+    assert len({index for shard in train for index in shard}) == 3 * (1297 // 3)
+    assert sorted(test) == list(range(300))
+
+
+def test_draws_depend_on_seed_rank_epoch_and_batch() -> None:
+    def views(seed: int = 0, **where: int) -> torch.Tensor:
+        found = digits(seed=seed, train_transforms=[PadCrop(2), RandomFlip()])
+        batch = (found.dataset("train").samples.images[:64], found.dataset("train").samples.targets[:64])
+        found.trainer = rank(where.get("number", 0), 2, where.get("epoch", 0), where.get("batch", 0))
+        return found.on_after_batch_transfer(batch, 0)[0]
+
+    assert torch.equal(views(), views())
+    others = [views(seed=1), views(number=1), views(epoch=1), views(batch=1)]
+    assert not any(torch.equal(views(), other) for other in others)
+
+
+def test_loading_leaves_the_global_generator_alone() -> None:
+    found = digits(train_transforms=[PadCrop(2)])
+    before = torch.get_rng_state()
+    found.on_after_batch_transfer(next(iter(found.train_dataloader())), 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_image_size_is_what_the_model_gets() -> None:
+    both = {"train_transforms": [Resize(13), RandomCrop(12)], "eval_transforms": [Resize(13), Resize(12)]}
+    digits(image_size=12, **both)
+    with pytest.raises(FewtokensError, match=r"data\.image_size=12"):
+        digits(**both)
+    with pytest.raises(FewtokensError, match=r"val part"):
+        digits(image_size=12, train_transforms=both["train_transforms"])
+
+
+def test_grey_values_can_be_repeated() -> None:
+    assert digits(channels=3).dataset("train").samples.images.shape[1] == 3
+
+
+def test_drop_last_needs_a_whole_batch() -> None:
+    assert [len(t) for _, t in digits(drop_last=True).train_dataloader()] == [64] * 20
+    with pytest.raises(FewtokensError, match="at most 1297"):
+        digits(drop_last=True, batch_size=2000).train_dataloader()
+
+
+def test_wrong_number_of_classes_is_refused() -> None:
+    with pytest.raises(FewtokensError, match=r"data\.num_classes=10"):
+        digits(num_classes=7)
+
+
+def test_a_loader_raises_the_error_of_its_workers() -> None:
+    error = FewtokensError("rule", expected=1, got=2, fix="mend")
+
+    class Bad(list):
+        def __getitems__(self, _: list[int]) -> FewtokensError:
+            return error
+
+    with pytest.raises(FewtokensError, match="mend"):
+        next(iter(Loader(Bad([1, 2]), collate_fn=lambda batch: batch, num_workers=1)))
+
+
+def test_held_out_samples_are_stratified_and_exact() -> None:
+    targets = torch.tensor([0] * 50 + [1] * 30 + [2] * 7)
+    samples = Samples(torch.arange(87).view(-1, 1, 1, 1).to(torch.uint8), targets)
+    rest, held = hold_out(samples, 20, seed=0)
+    assert torch.bincount(held.targets).tolist() == [11, 7, 2]
+    together = torch.cat([rest.images, held.images]).flatten()
+    assert sorted(together.tolist()) == list(range(87))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_configurations_build_their_datamodules(path: Path, tmp_path: Path) -> None:
+    if path.stem not in ("digits", "cifar10", "imagenet"):
+        pytest.skip("tested with its own data set")
+    config = OmegaConf.create({"seed": 5, "paths": {"data": str(tmp_path)}, "data": OmegaConf.load(path)})
+    found = instantiate(config.data)
+    assert found.seed == 5
+    for fact in ("num_classes", "image_size", "channels", "frames"):
+        assert getattr(found, fact) == config.data[fact]
+    assert found.train_pipeline.before == [] or path.stem != "imagenet"

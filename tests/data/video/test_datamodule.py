@@ -1,0 +1,257 @@
+"""Video data sets on real files made on the spot: every frame shows its number, so that a wrong clip is seen."""
+
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+import videos
+from fewtokens.data.transforms.geometric import RandomCrop
+from fewtokens.data.video import manifest
+from fewtokens.data.video.container import facts
+from fewtokens.data.video.datamodule import LeftOut, Videos
+from fewtokens.errors import FewtokensError
+
+FRAMES, LONG = 4, 40
+PARTS = {"train": "train", "val": "val", "test": "val"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return videos.write_folders(tmp_path_factory.mktemp("videos"), LONG)
+
+
+def data(root: Path, **changes) -> Videos:
+    settings = {
+        "root": str(root),
+        "parts": PARTS,
+        "num_classes": 2,
+        "image_size": 48,
+        "frames": FRAMES,
+        "stride": 3,
+        "decoder": "pyav",
+        "batch_size": 4,
+        "eval_batch_size": 3,
+        "max_broken": 0.5,
+    }
+    return Videos(**(settings | changes))
+
+
+def numbers(clip: torch.Tensor) -> list[int]:
+    """Frame numbers that a clip (3, T, H, W), normalised to 0 to 1, shows."""
+    return [videos.number((frame * 255).round().byte().numpy()) for frame in clip.transpose(0, 1)]
+
+
+def batches(module: Videos, loader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [module.on_after_batch_transfer(batch, 0) for batch in loader]
+
+
+def test_models_get_clips_of_the_right_frames(root: Path) -> None:
+    module = data(root)
+    module.setup("fit")
+    ((views, targets),) = batches(module, module.train_dataloader())
+    assert views.shape == (4, 1, 3, FRAMES, 48, 48)
+    assert views.is_contiguous() or views.transpose(2, 3).is_contiguous()
+    assert sorted(targets.tolist()) == [0, 0, 1, 1]
+    for clip in views[:, 0]:
+        start = numbers(clip)[0]
+        assert numbers(clip) == [start + 3 * step for step in range(FRAMES)]
+        assert start + 3 * (FRAMES - 1) < LONG
+
+
+def test_validation_looks_at_the_centre_and_the_test_at_all_views_in_the_order_of_crops(root: Path) -> None:
+    module = data(root, views=[2, 3], parts=PARTS | {"val": "train"})
+    module.setup("fit")
+    module.setup("test")
+    views, _ = batches(module, module.val_dataloader())[0]
+    assert views.shape == (3, 1, 3, FRAMES, 48, 48)
+    assert numbers(views[0, 0])[0] == (LONG - 3 * FRAMES) // 2
+    views, _ = batches(module, module.test_dataloader())[0]
+    assert views.shape == (1, 6, 3, FRAMES, 48, 48)  # eval_batch_size counts views, and a video is never split
+    assert [numbers(view)[0] for view in views[0]] == [0, LONG - 3 * FRAMES] * 3
+
+
+def test_a_stretch_is_all_there_is(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{root}/train/a/0.mp4 0 0.2 0.7\n")
+    module = data(tmp_path, parts={"test": "list.txt"}, views=[2, 1], eval_batch_size=2)
+    module.setup("test")
+    ((views, _),) = batches(module, module.test_dataloader())
+    assert [numbers(view) for view in views[0]] == [[6, 9, 12, 15], [9, 12, 15, 18]]  # frames 6 to 20
+
+
+def test_a_broken_video_is_replaced_by_one_of_its_class_in_training(root: Path, caplog) -> None:
+    module = data(root)
+    module.setup("fit")
+    seen = [batches(module, module.train_dataloader())[0] for _ in range(2)]
+    assert Counter(seen[0][1].tolist()) == {0: 2, 1: 2}
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)  # the same one, and the same clip
+    assert module.replaced == 2
+    ((part, path, reason),) = module.left_out
+    assert (part, path) == ("train", "train/b/1.mp4")
+    assert reason
+    assert sum("train/b/1.mp4 (train part)" in record.message for record in caplog.records) == 1
+
+
+def test_too_many_broken_videos_end_training_with_their_names(root: Path) -> None:
+    module = data(root, max_broken=0.2)
+    module.setup("fit")
+    with pytest.raises(FewtokensError, match=r"max_broken=0.2 of 4.*1, among them train/b/1.mp4"):
+        list(module.train_dataloader())
+
+
+def test_what_was_broken_is_still_known_after_resuming(root: Path) -> None:
+    module, other = data(root), data(root)
+    module.setup("fit")
+    list(module.train_dataloader())
+    module.trainer = L.Trainer(logger=False, accelerator="cpu")
+    other.load_state_dict(module.state_dict())
+    assert (other.left_out, other.replaced) == (module.left_out, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_leaves_out_and_names_what_it_cannot_read(root: Path, workers: int) -> None:
+    module = data(root, num_workers=workers, eval_batch_size=1)  # so that one batch is empty
+    module.setup("test")
+    found = batches(module, module.test_dataloader())
+    assert [targets.tolist() for _, targets in found] == [[0], [1]]
+    assert module.tested == 2
+    assert [record[:2] for record in module.left_out] == [("test", "val/b/0.mp4")]
+
+
+class Seen(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[int] = []
+        self.layer = torch.nn.Linear(1, 1)
+
+    def test_step(self, batch, index: int) -> None:
+        self.targets += batch[1].tolist()
+
+
+def test_lightning_goes_on_after_an_empty_batch(root: Path) -> None:
+    module, seen = data(root, eval_batch_size=1), Seen()
+    L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False).test(
+        seen, module, verbose=False
+    )
+    assert seen.targets == [0, 1]
+
+
+def test_measures_see_one_view_and_count_nothing(root: Path) -> None:
+    module = data(root, views=[2, 3])
+    module.setup("fit")
+    views, _ = batches(module, module.measured_dataloader())[0]
+    assert views.shape[1] == 1
+    assert (module.tested, module.untested, module.left_out) == (0, 0, [])
+    with pytest.raises(FewtokensError, match="a test part"):
+        data(root, parts={"train": "train"}).measured_dataloader()
+
+
+def test_one_frame_has_no_axis_of_time(root: Path) -> None:
+    module = data(root, frames=1)
+    module.setup("test")
+    views, _ = batches(module, module.test_dataloader())[0]
+    assert views.shape[1:] == (1, 3, 48, 48)
+
+
+def test_several_labels_become_a_row_of_ones(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(f"path,label\n{root}/val/a/0.mp4,2;0\n{root}/val/b/1.mp4,\n")
+    module = data(tmp_path, parts={"test": "list.csv"}, multilabel=True, num_classes=4)
+    module.setup("test")
+    ((_, targets),) = batches(module, module.test_dataloader())
+    assert targets.tolist() == [[1, 0, 1, 0], [0, 0, 0, 0]]
+
+
+def test_a_manifest_leaves_out_what_it_refused_and_notices_changed_files(root: Path, tmp_path: Path) -> None:
+    path = root / "val/a/0.mp4"
+    known, size = facts(str(path)), path.stat().st_size
+    rows = [manifest.Row(str(path), (0,), None, None, known, 0, known.frames, size, "", None)]
+    rows += [manifest.Row(str(path), (1,), None, None, known, 0, known.frames, size + 1, "", None)]
+    rows += [manifest.Row("x.mp4", (1,), None, None, None, 0, 0, 0, "", "the file is empty")]
+    manifest.write(tmp_path / "val.csv", rows)
+    module = data(tmp_path, parts={"test": "val.csv"})
+    module.setup("test")
+    assert module.left_out == [LeftOut("test", "x.mp4", "refused by the manifest: the file is empty")]
+    ((_, targets),) = batches(module, module.test_dataloader())
+    assert targets.tolist() == [0]
+    assert f"it had {size + 1} bytes" in module.left_out[1].reason
+
+
+def test_clips_depend_on_seed_and_epoch_and_not_on_workers(root: Path) -> None:
+    def clips(epoch: int, **changes) -> list[list[int]]:
+        module = data(root, **changes)
+        module.setup("fit")
+        loader = module.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        views, _ = module.on_after_batch_transfer(next(iter(loader)), 0)
+        return [numbers(clip) for clip in views[:, 0]]
+
+    first = clips(0)
+    assert clips(0, num_workers=2) == first
+    assert clips(1) != first
+    assert clips(0, seed=1) != first
+
+
+def test_prepared_facts_give_the_same_clips_as_none(root: Path, tmp_path: Path) -> None:
+    names = ["train/a/0.mp4", "train/a/1.mp4", "train/b/0.mp4"]
+    rows = []
+    for name in names:
+        known = facts(str(root / name))
+        size = (root / name).stat().st_size
+        rows.append(manifest.Row(name, (0,), None, None, known, 0, known.frames, size, "", None))
+    manifest.write(tmp_path / "train.csv", rows)
+    (tmp_path / "list.txt").write_text("".join(f"{name} 0\n" for name in names))
+    found = []
+    for source in ("train.csv", "list.txt"):
+        module = data(root, parts={"train": str(tmp_path / source)}, num_classes=1)
+        module.setup("fit")
+        found += batches(module, module.train_dataloader())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_frames_that_are_too_small_are_named_with_their_file(root: Path) -> None:
+    module = data(root, image_size=200)
+    module.setup("fit")
+    with pytest.raises(FewtokensError, match=r"train/[ab]/\d.mp4.*data.resize=200"):
+        list(module.train_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parts": {"train": "nowhere"}}, "nowhere"),
+        ({"parts": {"trian": "train"}}, "trian"),
+        ({"num_classes": 3}, "data.num_classes=2"),
+        ({"decoder": "ffmpeg"}, "data.decoder"),
+        ({"views": [4]}, "views"),
+        ({"views": [4, 2]}, "views"),
+        ({"stride": 0}, "stride"),
+        ({"max_broken": 1.5}, "max_broken"),
+        ({"channels": 1}, "channels"),
+        ({"scale_jitter": [0.5, 1.0]}, "scale_jitter"),
+        ({"resize": 20}, "resize"),
+        ({"train_transforms": [RandomCrop(40)]}, "image_size"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_decoded(root: Path, changes: dict, words: str) -> None:
+    with pytest.raises(FewtokensError, match=words):
+        data(root, **changes).setup("fit")
+
+
+def test_frames_lie_in_memory_with_the_channels_last(root: Path) -> None:
+    module = data(root)
+    module.setup("test")
+    views, _ = next(iter(module.test_dataloader()))
+    assert views.shape[3] == 3
+    assert views.permute(0, 1, 2, 4, 5, 3).is_contiguous()
+    assert np.isin(views.numpy(), range(256)).all()
+
+
+def test_the_root_may_be_relative_to_the_working_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    module = data(Path(root.name))
+    module.setup("fit")
+    module.setup("test")
+    assert len(batches(module, module.train_dataloader())) == len(batches(module, module.test_dataloader())) == 1

@@ -1,0 +1,89 @@
+"""A manifest gives back what was written, whatever a file is called, and says in which line it is broken."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fewtokens.data.video import manifest
+from fewtokens.data.video.facts import Facts
+from fewtokens.data.video.manifest import Row
+from fewtokens.errors import FewtokensError
+
+FACTS = Facts(300, 340, 256, 30000 / 1001, 0.1 + 0.2, "any")
+GOOD = Row("a/b.mp4", (3,), None, None, FACTS, 0, 300, 12345, "0" * 64, None)
+ROWS = [
+    GOOD,
+    replace(GOOD, labels=(3, 5, 0), start=1 / 3, end=1e-7 + 2, first=10, count=51),
+    replace(GOOD, labels=(), sha256=""),
+    Row("bad.mp4", (0,), 2.0, None, None, 0, 0, 0, "", "no frame, or \"none\": 'x'\nat all"),
+]
+NAMES = [
+    "a,b.mp4",
+    '"a".mp4',
+    "a'b;c d.mp4",
+    "ä漢🎬.mp4",
+    "two\nlines\r.mp4",
+    os.fsdecode(b"\xff\xfe.mp4"),
+    "/x/y.mp4",
+    " #",
+]
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    rows = ROWS + [replace(GOOD, path=name) for name in NAMES]
+    manifest.write(tmp_path / "new" / "a.csv", rows)
+    assert manifest.read(tmp_path / "new" / "a.csv") == rows
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.csv"]
+
+
+def test_the_file_is_plain(tmp_path: Path) -> None:
+    manifest.write(tmp_path / "a.csv", ROWS[1:2])
+    header, line = (tmp_path / "a.csv").read_text().splitlines()
+    assert header == "path,labels,start,end,frames,width,height,fps,seconds,access,first,count,bytes,sha256,reason"
+    assert line.startswith(
+        "a/b.mp4,3;5;0,0.3333333333333333,2.0000001,300,340,256,29.97002997002997,0.30000000000000004,any,"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("path,labels", "path,label", "line 1.*the header path,labels"),
+        (",any,", ",anybody,", "line 2.*access is 'anybody', not one of any, pyav, sequential"),
+        (",any,", ",", "line 2.*14 cells instead of 15"),
+        (",3,", ",three,", "line 2.*labels is 'three'"),
+        (",300,340", ",300.5,340", r"line 2.*frames is '300\.5'"),
+        (",300,340", ",30,340", "line 2.*300 frames from 0 on count of 30"),
+        (",0,300,", ",0,0,", "line 2.*0 frames from 0 on count"),
+        (",0,300,", ",1,300,", "line 2.*300 frames from 1 on count of 300"),
+        ("a/b.mp4", "", "line 2.*no path"),
+        ("29.97002997002997", "nan", "line 2.*fps is 'nan'"),
+        ("a/b.mp4", '"a/b.mp4', "line [23].*Found: "),
+        ("\n", "", "line 2.*the last line is torn"),
+        (",\n", ",so\n", "line 2.*refused is so"),
+    ],
+)
+def test_what_does_not_fit_is_named(old: str, new: str, match: str, tmp_path: Path) -> None:
+    manifest.write(tmp_path / "a.csv", [GOOD])
+    header, _, rest = (tmp_path / "a.csv").read_text().partition("\n")
+    text = f"{header.replace(old, new)}\n{rest.replace(old, new)}"
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(FewtokensError, match=match) as caught:
+        manifest.read(tmp_path / "a.csv")
+    assert str(tmp_path / "a.csv") in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "\n", None])
+def test_what_is_no_manifest_is_refused(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(FewtokensError, match=r"a\.csv, line 1"):
+        manifest.read(tmp_path / "a.csv")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FewtokensError, match=r"file/a\.csv.*make room"):
+        manifest.write(tmp_path / "file" / "a.csv", ROWS)

@@ -1,0 +1,57 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fewtokens.backbones.vit import vit
+from fewtokens.errors import FewtokensError
+from fewtokens.tasks.optim import parameter_groups, warmup_cosine
+from fewtokens.tokenizers.token_learner import TokenLearner
+
+
+def model() -> torch.nn.Module:
+    recipe = {"at": 1, "build": lambda place: TokenLearner(place, num_tokens=2)}
+    return vit(image_size=8, patch_size=2, num_classes=3, tokenizer=recipe, dim=8, depth=2, heads=2, pool="token")
+
+
+def test_matrices_decay_and_the_rest_does_not() -> None:
+    net = model()
+    decayed, free = parameter_groups(net, 0.1)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    ids = {id(p) for p in free["params"]}
+    assert id(net.trunk.pos_embed) in ids
+    assert id(net.trunk.cls_token) in ids
+    assert id(net.encoder.tokenizers[1].convs[0].weight) not in ids
+    count = len(decayed["params"]) + len(free["params"])
+    assert count == len(list(net.parameters()))
+
+
+def test_all_decay_and_frozen_ones_are_left_out() -> None:
+    net = model()
+    net.trunk.pos_embed.requires_grad_(False)
+    (group,) = parameter_groups(net, 0.1, "all")
+    assert len(group["params"]) == len(list(net.parameters())) - 1
+    with pytest.raises(FewtokensError, match="decay"):
+        parameter_groups(net, 0.1, "some")  # type: ignore[arg-type]
+
+
+def test_the_decay_of_the_keras_example_is_tfas() -> None:
+    # tfa: p <- p - wd * p, not multiplied by the learning rate; torch: p <- p - lr * wd * p
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    weight.grad = torch.zeros(1)
+    torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.1, eps=1e-7).step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([2.0 * (1 - 1e-4)]))
+
+
+@pytest.mark.parametrize(("warmup", "rise"), [(10, 10), (0.1, 10), (0, 0), (0.0, 0)])
+def test_warmup_then_half_a_cosine(warmup: float, rise: int) -> None:
+    values = [warmup_cosine(step, 100, warmup=warmup, final=0.1) for step in range(101)]
+    assert values[rise] == pytest.approx(1.0)
+    assert values[100] == pytest.approx(0.1)
+    assert all(b > a for a, b in pairwise(values[:rise]))
+    assert all(b <= a for a, b in pairwise(values[rise:]))
+    if rise:
+        assert values[0] == pytest.approx(1 / rise)
+    middle = rise + (100 - rise) // 2
+    assert values[middle] == pytest.approx(0.55, abs=0.02)
