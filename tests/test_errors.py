@@ -1,18 +1,15 @@
-"""The exception that users see."""
+"""The exception that users see, and the checks that raise it."""
 
+import errno
 import pickle
 
-from fewtokens.errors import FewtokensError
+import pytest
+
+from fewtokens.errors import FewtokensError, check, check_choice, write_error
 
 
-def test_it_says_rule_expectation_finding_and_remedy_in_one_sentence_each() -> None:
-    error = FewtokensError("Tokens are few.", expected="8", got=9, fix="drop one.")
-    assert str(error) == "Tokens are few. Expected: 8. Found: 9. To do: drop one."
-
-
-def test_its_parts_can_be_read_by_themselves() -> None:
-    error = FewtokensError("rule", expected=(1, 2), got=None, fix="fix")
-    assert (error.rule, error.expected, error.got, error.fix) == ("rule", (1, 2), None, "fix")
+def test_the_message_is_the_text_of_the_error() -> None:
+    assert str(FewtokensError("Tokens are few. Drop one.")) == "Tokens are few. Drop one."
 
 
 def test_it_is_a_value_error_so_that_generic_handlers_see_it() -> None:
@@ -20,8 +17,29 @@ def test_it_is_a_value_error_so_that_generic_handlers_see_it() -> None:
 
 
 def test_it_crosses_processes() -> None:
-    error = FewtokensError("rule", expected="this", got="that", fix="mend")
+    error = FewtokensError("`data.root` is missing.")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is FewtokensError
     assert str(again) == str(error)
-    assert again.fix == "mend"
+
+
+def test_check_names_the_setting_what_is_expected_and_what_was_found() -> None:
+    check(True, "data.batch_size", "an int >= 1", 1)
+    with pytest.raises(FewtokensError, match=r"^`data.batch_size` must be an int >= 1, got 0\.$"):
+        check(False, "data.batch_size", "an int >= 1", 0)
+
+
+def test_check_choice_names_the_choices_and_the_nearest_one() -> None:
+    check_choice("data.decoder", "pyav", ("decord", "pyav"))
+    with pytest.raises(
+        FewtokensError, match=r"^`data.decoder` must be 'decord' or 'pyav', got 'pyaw'. Did you mean 'p"
+    ):
+        check_choice("data.decoder", "pyaw", ("decord", "pyav"))
+    with pytest.raises(FewtokensError, match=r"got None\.$"):
+        check_choice("data.decoder", None, ("decord", "pyav"))
+
+
+def test_write_error_says_what_the_system_said() -> None:
+    assert "Cannot write a.csv: No space left on device." in str(
+        write_error("a.csv", OSError(errno.ENOSPC, "No space left on device"))
+    )

@@ -1,39 +1,59 @@
-"""The one exception for what a user can mend: it says the rule, the expectation, the finding and the remedy."""
+"""The exception for input and configuration that cannot be used, and the checks that raise it."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class FewtokensError(ValueError):
-    """A rule that input or configuration broke.
+    """Input or configuration that cannot be used.
 
-    The entry points print it as one sentence and exit with code 1; anything else that escapes is a bug and keeps its
-    traceback.
+    The entry points print the message without a traceback and exit with code 1. Any other exception that escapes is a
+    bug and keeps its traceback.
 
     Args:
-        rule: What holds, e.g. "TokenLearner 1.0 needs patches on a lattice".
-        expected: What would have been right.
-        got: What was found.
-        fix: What to do about it.
+        message: One or two sentences: what was wrong, what is expected, and what to change.
     """
 
-    def __init__(self, rule: str, *, expected: object, got: object, fix: str) -> None:
-        super().__init__(rule, expected, got, fix)
-        self.rule, self.expected, self.got, self.fix = rule, expected, got, fix
-
-    def __str__(self) -> str:
-        return f"{self.rule.rstrip('.')}. Expected: {self.expected}. Found: {self.got}. To do: {self.fix.rstrip('.')}."
-
-    def __reduce__(self) -> tuple:  # keyword-only arguments, and workers send exceptions by pickle
-        return _rebuild, self.args
+    def __init__(self, message: str, *, expected: object = None, got: object = None, fix: str | None = None) -> None:
+        if fix is not None:
+            message = f"{message.rstrip('.')}. Expected: {expected}. Found: {got}. To do: {fix.rstrip('.')}."
+        super().__init__(message)
 
 
-def _rebuild(rule: str, expected: object, got: object, fix: str) -> FewtokensError:
-    return FewtokensError(rule, expected=expected, got=got, fix=fix)
+def check(condition: bool, name: str, expected: str, got: object) -> None:
+    """Raise an error if a setting has a value that it cannot have.
+
+    Args:
+        condition: Whether the value is valid.
+        name: The setting, as it is written on the command line: "data.batch_size".
+        expected: The valid values: "an int >= 1".
+        got: The value.
+
+    Raises:
+        FewtokensError: "`data.batch_size` must be an int >= 1, got 0."
+    """
+    if not condition:
+        raise FewtokensError(f"`{name}` must be {expected}, got {got!r}.")
 
 
-def unwritable(place: object, error: OSError) -> FewtokensError:
-    """The error for a file that the system does not let us write."""
-    return FewtokensError(
-        "A file that is written needs room and permission",
-        expected=f"that {place} can be written",
-        got=error.strerror or error,
-        fix="make room, or name another place",
-    )
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise an error if a setting is not one of its choices.
+
+    Args:
+        name: The setting, as it is written on the command line.
+        value: Its value.
+        choices: The valid values.
+
+    Raises:
+        FewtokensError: "`data.decoder` must be 'decord' or 'pyav', got 'pyaw'. Did you mean 'pyav'?"
+    """
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), [choice for choice in choices if isinstance(choice, str)], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise FewtokensError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}.{hint}")
+
+
+def write_error(path: object, error: OSError) -> FewtokensError:
+    """Return the error for a file that the operating system does not let us write."""
+    return FewtokensError(f"Cannot write {path}: {error.strerror or error}. Free some space or choose another path.")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fewtokens.data.video import decoders as decoding
-from fewtokens.data.video import facts
+from fewtokens.data.video import records as facts
 from fewtokens.errors import FewtokensError
 
 MakeFolders = Callable[..., Path]

@@ -11,9 +11,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from fewtokens.data.datamodule import Loader
 from fewtokens.data.image.digits import Digits
 from fewtokens.data.image.in_memory import Samples, hold_out
-from fewtokens.data.loader import Loader
 from fewtokens.data.transforms.geometric import PadCrop, RandomCrop, RandomFlip, Resize
 from fewtokens.errors import FewtokensError
 

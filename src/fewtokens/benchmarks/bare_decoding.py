@@ -6,11 +6,11 @@ import av
 import numpy as np
 
 from fewtokens.data.video import decoders as decoding
-from fewtokens.data.video.facts import Facts, UnreadableError
+from fewtokens.data.video.records import UnreadableError, VideoInfo
 from fewtokens.data.video.sampling import Plan
 
 
-def read(decoder: str, path: str, plan: Plan, facts: Facts) -> object:
+def read(decoder: str, path: str, plan: Plan, facts: VideoInfo) -> object:
     """What a decoder's documentation says to do for some frames of a size."""
     indices, (width, height) = plan.needed(), facts.size(plan.short_side)
     if decoder == "decord":

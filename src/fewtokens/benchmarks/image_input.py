@@ -23,10 +23,10 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as tv
 
+from fewtokens.data.datamodule import Part
 from fewtokens.data.image.cifar10 import Cifar10
 from fewtokens.data.image.in_memory import InMemory, Samples
 from fewtokens.data.seeding import generator
-from fewtokens.data.settings import Part
 from fewtokens.data.transforms.geometric import PadCrop, RandomFlip
 from fewtokens.data.transforms.normalize import Pipeline
 

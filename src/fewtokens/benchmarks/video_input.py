@@ -28,9 +28,9 @@ from fewtokens.benchmarks.image_input import about
 from fewtokens.data import seeding
 from fewtokens.data.video import decoders as decoding
 from fewtokens.data.video.dataset import VideoDataset
-from fewtokens.data.video.facts import DECODERS, Facts, UnreadableError, require
 from fewtokens.data.video.lists import VIDEOS
 from fewtokens.data.video.reader import Reader
+from fewtokens.data.video.records import DECODERS, UnreadableError, VideoInfo, require
 from fewtokens.data.video.sampling import Plan, RandomClip
 from fewtokens.data.video.sources import Known, Source
 from fewtokens.errors import FewtokensError
@@ -42,7 +42,7 @@ class Video(NamedTuple):
     """A file and its facts."""
 
     path: str
-    facts: Facts
+    facts: VideoInfo
 
 
 def ways(decoder: str, videos: Sequence[Video], sampling: RandomClip, seed: int) -> dict[str, Way]:
@@ -51,7 +51,7 @@ def ways(decoder: str, videos: Sequence[Video], sampling: RandomClip, seed: int)
     data = VideoDataset(Path("/"), sources, sampling, Reader(decoder), seed=seed)
     knowing, finding = Reader(decoder), Reader(decoder)
 
-    def plan(epoch: int, index: int) -> tuple[str, Plan, Facts]:
+    def plan(epoch: int, index: int) -> tuple[str, Plan, VideoInfo]:
         path, facts = videos[index]
         return path, sampling.plan(facts, seeding.generator(seeding.IMAGE, seed, epoch, index)), facts
 
@@ -172,7 +172,7 @@ def installed(decoders: Sequence[str], console: Console) -> list[str]:
                 decoding.load(name)
             found.append(name)
         except FewtokensError as error:
-            console.print(f"without {name}: {error.got}", markup=False)
+            console.print(f"without {name}: {error}", markup=False)
     return found
 
 

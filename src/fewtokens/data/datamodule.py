@@ -1,21 +1,108 @@
 """What all data sets share: loaders, sharding, the way to the device, and the place where a run resumes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, NotRequired, Required, TypedDict, Unpack
 
 import lightning as L
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from fewtokens.data import progress, seeding
-from fewtokens.data.loader import Loader, whole
-from fewtokens.data.samplers import EvalSampler, TrainSampler
-from fewtokens.data.settings import Loading, Part, out_of_range
+from fewtokens.data import seeding
+from fewtokens.data.samplers import EvalSampler, TrainSampler, coming, position
 from fewtokens.data.transforms.normalize import Pipeline, Transform
 from fewtokens.errors import FewtokensError
+
+Part = Literal["train", "val", "test"]
+
+
+class Loading(TypedDict):
+    """How batches are read: images per process and step, worker processes, the run's seed."""
+
+    batch_size: Required[int]
+    eval_batch_size: NotRequired[int | None]
+    num_workers: NotRequired[int]
+    seed: NotRequired[int]
+    drop_last: NotRequired[bool]
+
+
+class Common(Loading):
+    """The settings that every data set takes; `DataModule` explains them."""
+
+    num_classes: Required[int]
+    image_size: Required[int]
+    channels: NotRequired[int]
+    frames: NotRequired[int]
+    mean: NotRequired[Sequence[float] | None]
+    std: NotRequired[Sequence[float] | None]
+    train_transforms: NotRequired[Iterable[Transform]]
+    eval_transforms: NotRequired[Iterable[Transform]]
+
+
+class ClipSettings(Common):
+    """The settings of video data sets: which frames of a video a clip has, how they are scaled, who decodes them.
+
+    Attributes:
+        stride: Distance between the frames of a clip, in frames of the video.
+        resize: Shorter side of the frames before they are cut to `image_size`, in pixels; None leaves them as stored.
+        scale_jitter: Least and greatest random factor on `resize` in training.
+        views: Clips and crops of a test video.
+        decoder: "decord", "torchcodec" or "pyav".
+        decode_limit: Seconds after which a clip is given up.
+    """
+
+    stride: NotRequired[int]
+    resize: NotRequired[int | None]
+    scale_jitter: NotRequired[Sequence[float]]
+    views: NotRequired[Sequence[int]]
+    decoder: NotRequired[str]
+    decode_limit: NotRequired[float]
+
+
+def out_of_range(name: str, expected: str, got: object) -> FewtokensError:
+    """The error for a setting of the configuration that cannot be."""
+    return FewtokensError(
+        f"The setting data.{name} is out of range", expected=expected, got=got, fix=f"change data.{name}"
+    )
+
+
+class Loader(DataLoader):
+    """A DataLoader that re-raises a FewtokensError of a worker unchanged.
+
+    torch would wrap it into a RuntimeError made of a traceback, so the data set hands it over as if it were a batch.
+
+    Args:
+        receive: Called in this process with every batch; returns the batch to train on, or None to pass over it.
+        settings: Those of DataLoader.
+    """
+
+    def __init__(self, *settings: Any, receive: Callable[[Any], Any] | None = None, **more: Any) -> None:
+        super().__init__(*settings, **more)
+        self.receive = receive
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, FewtokensError):
+                raise batch
+            received = batch if self.receive is None else self.receive(batch)
+            if received is not None:
+                yield received
+
+    # The position in the epoch travels in the datamodule's state; Lightning warns of every resumed loader that lacks
+    # these two methods.
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: see `DataModule.state_dict`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: see `DataModule.load_state_dict`."""
+
+
+def whole(batch: Any) -> Any:
+    """The collate function for data sets whose `__getitems__` already returns a batch."""
+    return batch
 
 
 class DataModule(L.LightningDataModule):
@@ -181,7 +268,7 @@ class DataModule(L.LightningDataModule):
         """Augments (in training), converts and normalises; draws depend on (seed, rank, epoch, batch in the epoch)."""
         samples, targets = batch
         training = self.trainer is not None and self.trainer.training
-        where = progress.coming(self.trainer) if training and self.trainer is not None else (0, 0)
+        where = coming(self.trainer) if training and self.trainer is not None else (0, 0)
         draws = seeding.generator(seeding.BATCH, self.seed, self._ranks()[0], *where, device=samples.device)
         return self.views(self.train_pipeline if training else self.eval_pipeline, samples, draws), targets
 
@@ -193,7 +280,7 @@ class DataModule(L.LightningDataModule):
         """Epoch, batches of it that are used up, and what must not change for this count to keep its meaning."""
         if self.trainer is None:
             return {}
-        epoch, batches = progress.position(self.trainer)
+        epoch, batches = position(self.trainer)
         order = [self.seed, self.batch_size, self._ranks()[1]]
         return {"epoch": epoch, "batches": batches, "order": order}
 

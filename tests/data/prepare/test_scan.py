@@ -17,10 +17,10 @@ from fewtokens.data.prepare.examine import Settings, Task
 from fewtokens.data.prepare.journal import Journal
 from fewtokens.data.prepare.scan import prepare
 from fewtokens.data.video import manifest
-from fewtokens.data.video.facts import Facts, UnreadableError
 from fewtokens.data.video.lists import Entry
-from fewtokens.data.video.manifest import Row
+from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.reader import Reader
+from fewtokens.data.video.records import UnreadableError, VideoInfo
 from fewtokens.data.video.watchdog import GivenUp, Watched
 from fewtokens.errors import FewtokensError
 
@@ -51,7 +51,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def rows(entries: Iterable[Entry], root: Path, settings: Settings | None = None, **more: bool) -> list[Row]:
+def rows(entries: Iterable[Entry], root: Path, settings: Settings | None = None, **more: bool) -> list[ManifestRow]:
     file = root.parent / "out" / "list.csv"
     prepare(list(entries), root, file, settings or Settings(), **more)
     return manifest.read(file)
@@ -65,12 +65,12 @@ def test_rows_come_in_the_order_of_the_list_and_the_refused_say_why(root: Path) 
     before = stamps(root)
     good, other, bad, absent = rows(ENTRIES, root, Settings(workers=2))
     content = (root / "b.mp4").read_bytes()
-    assert good == Row(
+    assert good == ManifestRow(
         "b.mp4",
         (1,),
         None,
         None,
-        Facts(20, 64, 48, 10.0, 2.0, "any"),
+        VideoInfo(20, 64, 48, 10.0, 2.0, "any"),
         0,
         20,
         len(content),
@@ -207,9 +207,9 @@ def test_what_is_no_file_is_refused_at_once(root: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written_ends_it(root: Path) -> None:
-    with pytest.raises(FewtokensError, match="can be written"):
+    with pytest.raises(FewtokensError, match="Cannot write"):
         rows(ENTRIES, root, Settings(root / "b.mp4" / "copies"))
-    with pytest.raises(FewtokensError, match="can be written"):
+    with pytest.raises(FewtokensError, match="Cannot write"):
         prepare(ENTRIES, root, root / "b.mp4" / "list.csv", Settings())
     (root.parent / "precious.csv").write_text("mine")
     with pytest.raises(FewtokensError, match="No file is overwritten"):
@@ -237,7 +237,7 @@ class Stuck(Reader):
         super().__init__(decoder, limit)
         self.stuck = self.watched, Watched("stuck", limit)
 
-    def examine(self, path: str, *rest: object, **more: object) -> Facts:
+    def examine(self, path: str, *rest: object, **more: object) -> VideoInfo:
         self.watched = self.stuck["hang.mp4" in path]
         if "hang.mp4" not in path:
             return super().examine(path, *rest, **more)

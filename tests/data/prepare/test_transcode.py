@@ -11,8 +11,8 @@ import videos
 from fewtokens.data.prepare import transcode as transcoding
 from fewtokens.data.video import container
 from fewtokens.data.video import decoders as decoding
-from fewtokens.data.video.facts import Facts, UnreadableError
 from fewtokens.data.video.reader import Reader
+from fewtokens.data.video.records import UnreadableError, VideoInfo
 from fewtokens.errors import FewtokensError
 
 KINDS = {
@@ -31,7 +31,7 @@ KINDS = {
 }
 
 
-def examine(path: Path | str, target: Path | str | None, **more: object) -> Facts:
+def examine(path: Path | str, target: Path | str | None, **more: object) -> VideoInfo:
     wanted = {"start": None, "end": None, "short_side": None, "key_frames": 12} | more
     return transcoding.examine(str(path), None if target is None else str(target), **wanted)
 
@@ -119,7 +119,7 @@ def test_a_place_that_cannot_be_written_is_no_bad_file(tmp_path: Path) -> None:
     targets = [tmp_path / "absent" / "b.mp4", source / "b.mp4", tmp_path / "folder.mp4"]
     targets += [Path("/dev/full/b.mp4"), Path("/proc/b.mp4")]
     for target in targets:
-        with pytest.raises(FewtokensError, match="can be written") as caught:
+        with pytest.raises(FewtokensError, match="Cannot write") as caught:
             reader.examine(str(source), str(target), start=None, end=None, short_side=None, key_frames=12)
         assert not isinstance(caught.value, UnreadableError)
 

@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 from fewtokens.data.seeding import generator, mix
 from fewtokens.data.transforms import geometric as transforms
 from fewtokens.data.transforms import randaugment
-from fewtokens.data.transforms.color import ColourJitter
+from fewtokens.data.transforms.color import ColorJitter
 from fewtokens.data.transforms.erasing import RandomErasing
 from fewtokens.data.transforms.normalize import Pipeline
 from fewtokens.errors import FewtokensError
@@ -29,7 +29,7 @@ ALL: list[Any] = [
     transforms.RandomCrop(24, per_batch=True),
     transforms.RandomFlip(),
     transforms.Resize(40),
-    transforms.CentreCrop(20),
+    transforms.CenterCrop(20),
     randaugment.RandAugment(2, 9),
 ]
 
@@ -47,7 +47,7 @@ def test_same_generator_same_images_and_the_input_stays(transform: object, chann
 
 @pytest.mark.parametrize(
     "transform",
-    [*ALL, ColourJitter(), RandomErasing(0.9, fill="noise"), RandomErasing(0.9)],
+    [*ALL, ColorJitter(), RandomErasing(0.9, fill="noise"), RandomErasing(0.9)],
     ids=lambda t: type(t).__name__,
 )
 @pytest.mark.parametrize("frames", [1, 3])
@@ -66,7 +66,7 @@ def test_all_frames_of_a_clip_are_treated_as_one_image_is(transform: Any, frames
 
 
 def test_pipeline_takes_clips() -> None:
-    steps = [transforms.RandomFlip(), ColourJitter(), randaugment.RandAugment(2, 9), transforms.Resize(16)]
+    steps = [transforms.RandomFlip(), ColorJitter(), randaugment.RandAugment(2, 9), transforms.Resize(16)]
     pipeline = Pipeline(steps, [0.5] * 3, [0.5] * 3)
     clips = images()[:, None].expand(-1, 4, -1, -1, -1)
     out = pipeline(clips, generator(0))
@@ -96,7 +96,7 @@ def colours(clip: Tensor, shift: float, contrast: float, saturation: float, hue:
 
 def test_colour_jitter_is_what_its_steps_are_one_by_one() -> None:
     clips = torch.randint(256, (8, 2, 3, 5, 4), dtype=torch.uint8, generator=generator(3))
-    out = ColourJitter(0.1, 0.4, 0.3, 0.2, p=0.7, grey=0.4)(clips, generator(11))
+    out = ColorJitter(0.1, 0.4, 0.3, 0.2, p=0.7, grey=0.4)(clips, generator(11))
     rand = torch.rand(6, 8, generator=generator(11)).double()
     changed = rand[4] < 0.7
     assert 0 < changed.sum() < 8
@@ -113,9 +113,9 @@ def test_colour_jitter_is_what_its_steps_are_one_by_one() -> None:
 
 def test_colour_jitter_draws_per_clip_and_can_do_nothing() -> None:
     batch = images(1).expand(64, -1, -1, -1)
-    assert len(ColourJitter(p=1.0)(batch, generator(0)).flatten(1).unique(dim=0)) == 64
-    assert torch.equal(ColourJitter(p=0.0, grey=0.0)(batch, generator(0)), batch)
-    grey = ColourJitter(p=0.0, grey=1.0)(batch, generator(0))
+    assert len(ColorJitter(p=1.0)(batch, generator(0)).flatten(1).unique(dim=0)) == 64
+    assert torch.equal(ColorJitter(p=0.0, grey=0.0)(batch, generator(0)), batch)
+    grey = ColorJitter(p=0.0, grey=1.0)(batch, generator(0))
     assert torch.equal(grey, grey[:, :1].expand_as(grey))
 
 
@@ -142,7 +142,7 @@ def test_nothing_happens_at_the_edge_values() -> None:
     for transform in (
         transforms.PadCrop(0),
         transforms.RandomCrop(32),
-        transforms.CentreCrop(32),
+        transforms.CenterCrop(32),
         transforms.RandomFlip(0.0),
         randaugment.RandAugment(0),
     ):
@@ -262,10 +262,10 @@ def test_seeds_depend_on_every_number_and_their_order() -> None:
         (lambda: randaugment.RandAugment(2, 31), "magnitude < 31"),
         (lambda: randaugment.RandAugment()(images().float(), generator(0)), "before Resize"),
         (lambda: RandomErasing(1.5), "0 <= p <= 1"),
-        (lambda: ColourJitter(contrast=1.5), "0 to 1, and a hue"),
-        (lambda: ColourJitter()(images(2, 1), generator(0)), "3 channels"),
+        (lambda: ColorJitter(contrast=1.5), "0 to 1, and a hue"),
+        (lambda: ColorJitter()(images(2, 1), generator(0)), "3 channels"),
         (lambda: transforms.RandomCrop(33)(images(), generator(0)), "from 1 to 32"),
-        (lambda: transforms.CentreCrop(33)(images(), generator(0)), "from 1 to 32"),
+        (lambda: transforms.CenterCrop(33)(images(), generator(0)), "from 1 to 32"),
         (lambda: Pipeline([], [0.5], [0.0]), "positive standard deviation"),
         (lambda: Pipeline([], [0.5], [0.1, 0.2]), "one number per channel"),
     ],

@@ -7,8 +7,8 @@ import pytest
 
 from fewtokens.data.video import manifest, sources
 from fewtokens.data.video.annotations import listing, read_classes
-from fewtokens.data.video.facts import Facts
 from fewtokens.data.video.lists import Entry
+from fewtokens.data.video.records import VideoInfo
 from fewtokens.errors import FewtokensError
 
 
@@ -188,9 +188,9 @@ def test_gaps_in_the_numbers_of_classes_are_refused(tmp_path: Path, text: str) -
 
 
 def test_a_manifest_says_all_and_keeps_what_it_refused(tmp_path: Path) -> None:
-    facts = Facts(300, 340, 256, 29.97, 10.01, "any")
-    good = manifest.Row("a.mp4", (3,), 1.0, 2.0, facts, 30, 30, 1234, "ab", None)
-    bad = manifest.Row("b.mp4", (3,), None, None, None, 0, 0, 7, "", "the file is empty")
+    facts = VideoInfo(300, 340, 256, 29.97, 10.01, "any")
+    good = manifest.ManifestRow("a.mp4", (3,), 1.0, 2.0, facts, 30, 30, 1234, "ab", None)
+    bad = manifest.ManifestRow("b.mp4", (3,), None, None, None, 0, 0, 7, "", "the file is empty")
     manifest.write(tmp_path / "train.csv", [good, bad])
     found = sources.read(tmp_path, "train.csv", 4)
     assert found.videos == [sources.Source("a.mp4", (3,), known=sources.Known(facts, 30, 30, 1234))]

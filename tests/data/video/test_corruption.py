@@ -15,9 +15,9 @@ import pytest
 
 import videos
 from fewtokens.data.video import decoders as decoding
-from fewtokens.data.video import facts
-from fewtokens.data.video.facts import UnreadableError
+from fewtokens.data.video import records as facts
 from fewtokens.data.video.reader import Reader
+from fewtokens.data.video.records import UnreadableError
 from fewtokens.errors import FewtokensError
 
 GROUPS = "bframes=2:keyint=12"

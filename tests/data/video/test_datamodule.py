@@ -167,9 +167,9 @@ def test_several_labels_become_a_row_of_ones(root: Path, tmp_path: Path) -> None
 def test_a_manifest_leaves_out_what_it_refused_and_notices_changed_files(root: Path, tmp_path: Path) -> None:
     path = root / "val/a/0.mp4"
     known, size = facts(str(path)), path.stat().st_size
-    rows = [manifest.Row(str(path), (0,), None, None, known, 0, known.frames, size, "", None)]
-    rows += [manifest.Row(str(path), (1,), None, None, known, 0, known.frames, size + 1, "", None)]
-    rows += [manifest.Row("x.mp4", (1,), None, None, None, 0, 0, 0, "", "the file is empty")]
+    rows = [manifest.ManifestRow(str(path), (0,), None, None, known, 0, known.frames, size, "", None)]
+    rows += [manifest.ManifestRow(str(path), (1,), None, None, known, 0, known.frames, size + 1, "", None)]
+    rows += [manifest.ManifestRow("x.mp4", (1,), None, None, None, 0, 0, 0, "", "the file is empty")]
     manifest.write(tmp_path / "val.csv", rows)
     module = data(tmp_path, parts={"test": "val.csv"})
     module.setup("test")
@@ -200,7 +200,7 @@ def test_prepared_facts_give_the_same_clips_as_none(root: Path, tmp_path: Path) 
     for name in names:
         known = facts(str(root / name))
         size = (root / name).stat().st_size
-        rows.append(manifest.Row(name, (0,), None, None, known, 0, known.frames, size, "", None))
+        rows.append(manifest.ManifestRow(name, (0,), None, None, known, 0, known.frames, size, "", None))
     manifest.write(tmp_path / "train.csv", rows)
     (tmp_path / "list.txt").write_text("".join(f"{name} 0\n" for name in names))
     found = []

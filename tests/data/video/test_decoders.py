@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import videos
-from fewtokens.data.video import container, facts
+from fewtokens.data.video import container
 from fewtokens.data.video import decoders as decoding
-from fewtokens.data.video.facts import UnreadableError
+from fewtokens.data.video import records as facts
+from fewtokens.data.video.records import UnreadableError
 from fewtokens.errors import FewtokensError
 
 GROUPS = "bframes=3:keyint=10:min-keyint=10:scenecut=0"

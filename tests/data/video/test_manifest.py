@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from fewtokens.data.video import manifest
-from fewtokens.data.video.facts import Facts
-from fewtokens.data.video.manifest import Row
+from fewtokens.data.video.manifest import ManifestRow
+from fewtokens.data.video.records import VideoInfo
 from fewtokens.errors import FewtokensError
 
-FACTS = Facts(300, 340, 256, 30000 / 1001, 0.1 + 0.2, "any")
-GOOD = Row("a/b.mp4", (3,), None, None, FACTS, 0, 300, 12345, "0" * 64, None)
+FACTS = VideoInfo(300, 340, 256, 30000 / 1001, 0.1 + 0.2, "any")
+GOOD = ManifestRow("a/b.mp4", (3,), None, None, FACTS, 0, 300, 12345, "0" * 64, None)
 ROWS = [
     GOOD,
     replace(GOOD, labels=(3, 5, 0), start=1 / 3, end=1e-7 + 2, first=10, count=51),
     replace(GOOD, labels=(), sha256=""),
-    Row("bad.mp4", (0,), 2.0, None, None, 0, 0, 0, "", "no frame, or \"none\": 'x'\nat all"),
+    ManifestRow("bad.mp4", (0,), 2.0, None, None, 0, 0, 0, "", "no frame, or \"none\": 'x'\nat all"),
 ]
 NAMES = [
     "a,b.mp4",

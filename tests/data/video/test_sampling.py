@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from fewtokens.data.seeding import generator
-from fewtokens.data.video.facts import Facts
+from fewtokens.data.video.records import VideoInfo
 from fewtokens.data.video.sampling import FixedViews, Plan, RandomClip, corners, offsets
 from fewtokens.errors import FewtokensError
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "vivit_multiview.npz")
 
 
-def facts(frames: int, width: int = 340, height: int = 256) -> Facts:
-    return Facts(frames, width, height, 30.0, frames / 30, "any")
+def facts(frames: int, width: int = 340, height: int = 256) -> VideoInfo:
+    return VideoInfo(frames, width, height, 30.0, frames / 30, "any")
 
 
 def windows(plan: Plan) -> np.ndarray:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import videos
-from fewtokens.data.video.facts import UnreadableError
 from fewtokens.data.video.reader import Reader
+from fewtokens.data.video.records import UnreadableError
 from fewtokens.data.video.watchdog import GivenUp, Watched
 from fewtokens.errors import FewtokensError
 

@@ -6,10 +6,10 @@ from typing import Unpack
 
 import torch
 
+from fewtokens.data.datamodule import Common, Part
 from fewtokens.data.image import archive, folders
 from fewtokens.data.image.cache import Tensors, cached
 from fewtokens.data.image.in_memory import InMemory, Samples, check_held_out, hold_out
-from fewtokens.data.settings import Common, Part
 from fewtokens.errors import FewtokensError
 
 _CACHE = ".fewtokens-cache.safetensors"

@@ -5,8 +5,8 @@ from typing import Unpack
 import torch
 from sklearn.datasets import load_digits
 
+from fewtokens.data.datamodule import Common, Part
 from fewtokens.data.image.in_memory import InMemory, Samples, hold_out
-from fewtokens.data.settings import Common, Part
 
 
 class Digits(InMemory):

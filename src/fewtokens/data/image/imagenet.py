@@ -13,10 +13,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from fewtokens.data import seeding
-from fewtokens.data.datamodule import DataModule
+from fewtokens.data.datamodule import Common, DataModule, Part
 from fewtokens.data.image import folders
 from fewtokens.data.image.preprocessing import preprocessing
-from fewtokens.data.settings import Common, Part
 from fewtokens.errors import FewtokensError
 
 _ILSVRC_CLASSES = 1000

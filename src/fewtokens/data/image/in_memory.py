@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fewtokens.data import seeding
-from fewtokens.data.datamodule import DataModule
-from fewtokens.data.settings import Common, Part
+from fewtokens.data.datamodule import Common, DataModule, Part
 from fewtokens.errors import FewtokensError
 
 

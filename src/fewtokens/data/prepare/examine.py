@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewtokens.data.prepare.journal import Found, Span, state
-from fewtokens.data.video.facts import Facts, UnreadableError
 from fewtokens.data.video.reader import Reader
-from fewtokens.errors import unwritable
+from fewtokens.data.video.records import UnreadableError, VideoInfo
+from fewtokens.errors import write_error
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def examined(tasks: Iterable[Task], settings: Settings) -> Generator[tuple[Task,
 def examine(task: Task, reader: Reader, settings: Settings) -> Found:
     """Everything about one file."""
     before = state(task.source)
-    facts: Facts | None = None
+    facts: VideoInfo | None = None
     spans: dict[Span, tuple[int, int] | str] = {}
     try:
         _check(task.source)
@@ -149,13 +149,13 @@ def _check(path: str) -> None:
         raise UnreadableError(path, "it is no file")
 
 
-def _whole(task: Task, reader: Reader, settings: Settings) -> Facts:
+def _whole(task: Task, reader: Reader, settings: Settings) -> VideoInfo:
     start, end = task.copied or (None, None)
     if task.copy is not None:
         try:
             os.makedirs(os.path.dirname(task.copy), exist_ok=True)
         except OSError as error:
-            raise unwritable(task.copy, error) from error
+            raise write_error(task.copy, error) from error
     shape = {"short_side": settings.short_side, "key_frames": settings.key_frames}
     return reader.examine(task.source, task.copy, start=start, end=end, **shape)  # type: ignore[arg-type]
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fewtokens.data.video.facts import Facts
-from fewtokens.errors import FewtokensError, unwritable
+from fewtokens.data.video.records import VideoInfo
+from fewtokens.errors import FewtokensError, write_error
 
 Span = tuple[float | None, float | None]  # seconds
 
@@ -32,7 +32,7 @@ class Found:
     limit: float
     spans: dict[Span, tuple[int, int] | str]
     copied: Span | None
-    facts: Facts | None
+    facts: VideoInfo | None
     bytes: int
     sha256: str
     reason: str | None
@@ -64,7 +64,7 @@ class Journal:
                 fix="wait for it, stop it, or write another manifest",
             ) from error
         except OSError as error:
-            raise unwritable(file, error) from error
+            raise write_error(file, error) from error
         if again:
             self._file.truncate(0)
         self._load(settings)
@@ -84,7 +84,7 @@ class Journal:
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            raise unwritable(self.name, error) from error
+            raise write_error(self.name, error) from error
 
     def _load(self, settings: dict[str, Any]) -> None:
         self._file.seek(0)
@@ -124,5 +124,5 @@ def _found(
     spans: list[list[Any]], state: list[int] | None, copied: list[float | None] | None, facts: Any, **more: Any
 ) -> Found:
     stretches = {(start, end): tuple(at) if isinstance(at, list) else at for start, end, at in spans}
-    known = None if facts is None else Facts(**facts)
+    known = None if facts is None else VideoInfo(**facts)
     return Found(state and tuple(state), spans=stretches, copied=copied and tuple(copied), facts=known, **more)  # type: ignore

@@ -16,9 +16,9 @@ from fewtokens.data.prepare.examine import Settings, Task, examined
 from fewtokens.data.prepare.journal import Found, Journal
 from fewtokens.data.video import manifest
 from fewtokens.data.video.lists import Entry
-from fewtokens.data.video.manifest import Row
+from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.reader import PART
-from fewtokens.errors import FewtokensError, unwritable
+from fewtokens.errors import FewtokensError, write_error
 
 
 def prepare(
@@ -73,7 +73,7 @@ def prepare(
         try:
             beside.write_text(json.dumps(summary, indent=2) + "\n")
         except OSError as error:
-            raise unwritable(beside, error) from error
+            raise write_error(beside, error) from error
     return summary
 
 
@@ -132,17 +132,17 @@ def _name(path: str, root: Path, start: float | None, end: float | None) -> Pure
     return below if below.suffix == ".mp4" else below.with_name(below.name + ".mp4")
 
 
-def _row(entry: Entry, task: Task, found: Found, copies: Path | None) -> Row:
+def _row(entry: Entry, task: Task, found: Found, copies: Path | None) -> ManifestRow:
     span = (entry.start, entry.end)
     content = (found.bytes, found.sha256)
     at = found.reason if found.reason is not None else found.spans[span]
     if isinstance(at, str):
-        return Row(entry.path, entry.labels, *span, None, 0, 0, *content, at)
+        return ManifestRow(entry.path, entry.labels, *span, None, 0, 0, *content, at)
     if copies is None or task.copy is None:
-        return Row(entry.path, entry.labels, *span, found.facts, *at, *content, None)
+        return ManifestRow(entry.path, entry.labels, *span, found.facts, *at, *content, None)
     path = Path(task.copy).relative_to(copies).as_posix()
     left = (None, None) if span == found.copied else span
-    return Row(path, entry.labels, *left, found.facts, *at, *content, None)
+    return ManifestRow(path, entry.labels, *left, found.facts, *at, *content, None)
 
 
 def _sweep(copies: Path) -> None:
@@ -151,7 +151,7 @@ def _sweep(copies: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _summary(rows: list[Row], tasks: dict[str, Task], found: dict[str, Found]) -> dict[str, Any]:
+def _summary(rows: list[ManifestRow], tasks: dict[str, Task], found: dict[str, Found]) -> dict[str, Any]:
     good = [row for row in rows if row.facts is not None and row.reason is None]
     reasons = Counter(re.sub(r"\d+(\.\d+)?", "N", row.reason) for row in rows if row.reason is not None)
     files = [(found[path].state, found[path].bytes) for path in tasks if found[path].reason is None]

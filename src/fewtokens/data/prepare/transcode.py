@@ -15,8 +15,8 @@ from av.video.reformatter import ColorRange
 from fewtokens.data.video import container
 from fewtokens.data.video import decoders as decoding
 from fewtokens.data.video.container import Scan
-from fewtokens.data.video.facts import Facts, UnreadableError
-from fewtokens.errors import FewtokensError, unwritable
+from fewtokens.data.video.records import UnreadableError, VideoInfo
+from fewtokens.errors import FewtokensError, write_error
 
 # One thread: a process per core works on a file of its own. Even so x264 was seen to code a frame otherwise now and
 # then (in 5 of 2,590 copies of one small file), so that a copy made again can have another checksum.
@@ -27,7 +27,7 @@ _UNSPECIFIED = 2  # of the matrix that makes RGB of a video's colours
 
 def examine(
     path: str, target: str | None, *, start: float | None, end: float | None, short_side: int | None, key_frames: int
-) -> Facts:
+) -> VideoInfo:
     """Decodes every frame of a file and, in the same pass, writes a part of it anew.
 
     The copy is H.264 in MP4 without sound, upright, of even width and height, in closed groups of pictures; its frames
@@ -65,7 +65,7 @@ def examine(
     return made
 
 
-def _size(facts: Facts, short_side: int | None) -> tuple[int, int]:
+def _size(facts: VideoInfo, short_side: int | None) -> tuple[int, int]:
     smaller = short_side is not None and short_side < min(facts.width, facts.height)
     width, height = facts.size(short_side) if smaller else (facts.width, facts.height)
     return max(2, width // 2 * 2), max(2, height // 2 * 2)
@@ -120,5 +120,5 @@ def _writing(target: str, path: str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _PLACE:
-            raise unwritable(target, error) from error
+            raise write_error(target, error) from error
         raise UnreadableError(path, f"no copy can be made of it: {error}") from error

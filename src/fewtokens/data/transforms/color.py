@@ -13,7 +13,7 @@ _LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
-class ColourJitter:
+class ColorJitter:
     """Changes brightness, saturation, hue and contrast of drawn clips, and makes some of them grey.
 
     All four are affine, so that a clip costs one multiplication of its pixels by a 3 x 3 matrix. The defaults are those
@@ -43,10 +43,10 @@ class ColourJitter:
         shares = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "p": p, "grey": grey}
         if not all(0 <= share <= 1 for share in shares.values()) or not 0 <= hue <= 0.5:
             raise FewtokensError(
-                "ColourJitter needs shares",
+                "ColorJitter needs shares",
                 expected="0 to 1, and a hue of 0 to 0.5",
                 got=shares | {"hue": hue},
-                fix="change the ColourJitter node in data.train_transforms",
+                fix="change the ColorJitter node in data.train_transforms",
             )
         self.strengths, self.p, self.grey = (brightness, contrast, saturation, hue), p, grey
 
@@ -54,10 +54,10 @@ class ColourJitter:
         """Maps the colours of every image, or of all frames of a clip alike."""
         if images.shape[-3] != 3:
             raise FewtokensError(
-                "ColourJitter changes colours",
+                "ColorJitter changes colours",
                 expected="3 channels",
                 got=images.shape[-3],
-                fix="take ColourJitter out of data.train_transforms",
+                fix="take ColorJitter out of data.train_transforms",
             )
         flat = images.flatten(1, -4) if images.ndim > 4 else images[:, None]
         matrix, offset = self._maps(flat, generator)

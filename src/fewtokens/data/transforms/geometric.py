@@ -134,7 +134,7 @@ class Resize:
         return scaled.view(*images.shape[:-2], self.size, self.size)
 
 
-class CentreCrop:
+class CenterCrop:
     """Cuts a window of `size` pixels out of the middle."""
 
     def __init__(self, size: int) -> None:
@@ -142,6 +142,6 @@ class CentreCrop:
 
     def __call__(self, images: Images, generator: torch.Generator) -> Cropped:
         """Cuts the windows; raises a FewtokensError if the images are smaller; draws nothing."""
-        _check_window(self.size, images, "CentreCrop")
+        _check_window(self.size, images, "CenterCrop")
         top, left = ((side - self.size) // 2 for side in images.shape[-2:])
         return images[..., top : top + self.size, left : left + self.size]

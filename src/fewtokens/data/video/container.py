@@ -12,7 +12,7 @@ import av.error
 import numpy as np
 from jaxtyping import Int64
 
-from fewtokens.data.video.facts import Facts, UnreadableError
+from fewtokens.data.video.records import UnreadableError, VideoInfo
 from fewtokens.errors import FewtokensError
 
 # Others open further files or addresses that a file names (concat, hls, sdp), or take text for pictures (tty).
@@ -34,7 +34,7 @@ class Scan:
         lost: Frames that the header announces and the file does not hold.
     """
 
-    facts: Facts
+    facts: VideoInfo
     times: Int64[np.ndarray, " n"]
     keys: list[int]
     unit: float
@@ -62,7 +62,7 @@ def scan(path: str) -> Scan:
     return _scan(path, stat.st_size, stat.st_mtime_ns)
 
 
-def facts(path: str) -> Facts:
+def facts(path: str) -> VideoInfo:
     """What there is to know of a file; UnreadableError if its frames cannot be found."""
     return scan(path).facts
 
@@ -126,7 +126,7 @@ def _scan(path: str, size: int, changed: int) -> Scan:
         return _counted(path, width, height, fps, lost)
     plain = clean and simple and len(times) == len(packets) and codec in _PLAIN
     seconds = (times[-1] - times[0]) * unit + 1 / fps
-    facts = Facts(len(times), width, height, fps, seconds, "any" if plain else "pyav")
+    facts = VideoInfo(len(times), width, height, fps, seconds, "any" if plain else "pyav")
     return Scan(facts, np.array(times, np.int64), sorted(packet.time for packet in packets if packet.key), unit, lost)
 
 
@@ -169,7 +169,7 @@ def _lost(container: Any, stream: Any, packets: list[_Packet], fps: float) -> in
 def _counted(path: str, width: int, height: int, fps: float, lost: int) -> Scan:
     with opened(path) as (container, stream):
         count = sum(1 for _ in container.decode(stream))
-    return Scan(Facts(count, width, height, fps, count / fps, "sequential"), np.empty(0, np.int64), [], 1.0, lost)
+    return Scan(VideoInfo(count, width, height, fps, count / fps, "sequential"), np.empty(0, np.int64), [], 1.0, lost)
 
 
 def _refreshes(packet: av.Packet, context: Any) -> bool:

@@ -10,9 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fewtokens.data import seeding
-from fewtokens.data.datamodule import DataModule
-from fewtokens.data.loader import Loader
-from fewtokens.data.settings import ClipSettings, Part, out_of_range
+from fewtokens.data.datamodule import ClipSettings, DataModule, Loader, Part, out_of_range
 from fewtokens.data.transforms.normalize import Pipeline
 from fewtokens.data.video import sources
 from fewtokens.data.video.dataset import Clips, VideoDataset

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fewtokens.data import seeding
-from fewtokens.data.video.facts import Facts, UnreadableError
 from fewtokens.data.video.reader import Reader
+from fewtokens.data.video.records import UnreadableError, VideoInfo
 from fewtokens.data.video.sampling import Sampling
 from fewtokens.data.video.sources import Source, Unread
 from fewtokens.errors import FewtokensError
@@ -136,12 +136,10 @@ class VideoDataset(Dataset):
             self._broken[index] = error.reason
             return error.reason
         except FewtokensError as error:
-            raise FewtokensError(
-                error.rule, expected=error.expected, got=f"{error.got} in {path}", fix=error.fix
-            ) from error
+            raise FewtokensError(f"{path}: {error}") from error
         return None
 
-    def _facts(self, index: int, path: str) -> tuple[Facts, int, int]:
+    def _facts(self, index: int, path: str) -> tuple[VideoInfo, int, int]:
         if self._known is not None:
             facts, first, count, size = self._known[index].item()
             try:
@@ -150,7 +148,7 @@ class VideoDataset(Dataset):
                 raise UnreadableError(path, error.strerror or "no such file") from error
             if now != size:
                 raise UnreadableError(path, f"it had {size} bytes when the manifest was written, now {now}")
-            return Facts(*facts), first, count
+            return VideoInfo(*facts), first, count
         facts = self.reader.facts(path)
         start, end = (None if np.isnan(t) else float(t) for t in self._seconds[index])
         return facts, *((0, facts.frames) if start is None and end is None else self.reader.span(path, start, end))

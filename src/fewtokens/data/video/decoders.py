@@ -18,7 +18,7 @@ from jaxtyping import Int64, UInt8
 
 from fewtokens.data.video import container
 from fewtokens.data.video.container import Scan
-from fewtokens.data.video.facts import Facts, UnreadableError, missing
+from fewtokens.data.video.records import UnreadableError, VideoInfo, missing
 from fewtokens.errors import FewtokensError
 
 Frames = UInt8[np.ndarray, "t 3 h w"]
@@ -33,7 +33,7 @@ def read(
     decoder: str = "pyav",
     *,
     short_side: int | None = None,
-    known: Facts | None = None,
+    known: VideoInfo | None = None,
     allocate: Callable[[tuple[int, ...]], Rows] | None = None,
 ) -> Frames:
     """Frames (T, 3, H, W) in the order of `indices`, RGB, upright; in memory the channels come last.
@@ -104,7 +104,7 @@ def _empty(shape: tuple[int, ...]) -> Rows:
     return np.empty(shape, np.uint8)
 
 
-def _fill(path: str, wanted: Numbers, decoder: str, known: Facts, out: Rows) -> None:
+def _fill(path: str, wanted: Numbers, decoder: str, known: VideoInfo, out: Rows) -> None:
     if decoder != "pyav" and known.access == "any":
         package = load(decoder)
         scale = out.shape[1:3] != (known.height, known.width)
@@ -116,7 +116,7 @@ def _fill(path: str, wanted: Numbers, decoder: str, known: Facts, out: Rows) -> 
     _pyav(path, wanted, out)
 
 
-def _decord(package: Any, path: str, wanted: Numbers, known: Facts, scale: bool, out: Rows) -> None:
+def _decord(package: Any, path: str, wanted: Numbers, known: VideoInfo, scale: bool, out: Rows) -> None:
     height, width = out.shape[1:3] if scale else (-1, -1)
     # By default it puts a neighbour in the place of a frame that cannot be decoded; the limit is a share above 0.
     reader = package.VideoReader(path, package.cpu(0), width, height, num_threads=1, fault_tol=1e-9)
@@ -138,7 +138,7 @@ class _Shown:
         return 1, 0
 
 
-def _torchcodec(package: Any, path: str, wanted: Numbers, known: Facts, scale: bool, out: Rows) -> None:
+def _torchcodec(package: Any, path: str, wanted: Numbers, known: VideoInfo, scale: bool, out: Rows) -> None:
     resize = [package.transforms.Resize(out.shape[1:3])] if scale else None
     reader = package.decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, transforms=resize)
     if len(reader) != known.frames:

@@ -12,8 +12,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from fewtokens.data.video.facts import Access, Facts
-from fewtokens.errors import FewtokensError, unwritable
+from fewtokens.data.video.records import Access, VideoInfo
+from fewtokens.errors import FewtokensError, write_error
 
 HEADER = "path,labels,start,end,frames,width,height,fps,seconds,access,first,count,bytes,sha256,reason"
 COLUMNS = HEADER.split(",")
@@ -22,7 +22,7 @@ _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newl
 
 
 @dataclass(frozen=True)
-class Row:
+class ManifestRow:
     """One video.
 
     Attributes:
@@ -42,7 +42,7 @@ class Row:
     labels: tuple[int, ...]
     start: float | None
     end: float | None
-    facts: Facts | None
+    facts: VideoInfo | None
     first: int
     count: int
     bytes: int
@@ -50,7 +50,7 @@ class Row:
     reason: str | None
 
 
-def read(file: Path) -> list[Row]:
+def read(file: Path) -> list[ManifestRow]:
     """All rows, in order.
 
     Raises:
@@ -64,7 +64,7 @@ def read(file: Path) -> list[Row]:
     if not text.endswith("\n"):
         raise _broken(file, text.count("\n") + 1, "a line break at the end", "the last line is torn")
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
+    rows: list[ManifestRow] = []
     try:
         header = next(lines)
         if header != COLUMNS:
@@ -77,7 +77,7 @@ def read(file: Path) -> list[Row]:
     return rows
 
 
-def write(file: Path, rows: Iterable[Row]) -> None:
+def write(file: Path, rows: Iterable[ManifestRow]) -> None:
     """Writes all rows at once: whoever looks sees the file as it was or the whole new one.
 
     Raises:
@@ -92,17 +92,17 @@ def write(file: Path, rows: Iterable[Row]) -> None:
             writer.writerows(map(_cells, rows))
         os.replace(part, file)
     except OSError as error:
-        raise unwritable(file, error) from error
+        raise write_error(file, error) from error
 
 
-def _cells(row: Row) -> list[object]:
+def _cells(row: ManifestRow) -> list[object]:
     facts = ("",) * len(COLUMNS[_FACTS]) if row.facts is None else astuple(row.facts)
     ends = ["" if second is None else second for second in (row.start, row.end)]
     labels = ";".join(map(str, row.labels))
     return [row.path, labels, *ends, *facts, row.first, row.count, row.bytes, row.sha256, row.reason or ""]
 
 
-def _parsed(cells: list[str]) -> Row:
+def _parsed(cells: list[str]) -> ManifestRow:
     if len(cells) != len(COLUMNS):
         raise ValueError(f"{len(cells)} cells instead of {len(COLUMNS)}")
     of = _Cells(zip(COLUMNS, cells, strict=True))
@@ -115,15 +115,17 @@ def _parsed(cells: list[str]) -> Row:
         raise ValueError(f"its reason to be refused is {reason}, and what is known of its frames {facts}")
     if first + count > (facts.frames if facts else 0) or (facts and not count):
         raise ValueError(f"{count} frames from {first} on count of {facts.frames if facts else 0}")
-    return Row(of["path"], labels, start, end, facts, first, count, of.number("bytes", _natural), of["sha256"], reason)
+    return ManifestRow(
+        of["path"], labels, start, end, facts, first, count, of.number("bytes", _natural), of["sha256"], reason
+    )
 
 
-def _facts(of: "_Cells") -> Facts:
+def _facts(of: "_Cells") -> VideoInfo:
     access: Any = of["access"]
     if access not in get_args(Access):
         raise ValueError(f"access is {access!r}, not one of {', '.join(get_args(Access))}")
     frames, width, height = (of.number(name, _natural) for name in ("frames", "width", "height"))
-    return Facts(frames, width, height, of.number("fps", _seconds), of.number("seconds", _seconds), access)
+    return VideoInfo(frames, width, height, of.number("fps", _seconds), of.number("seconds", _seconds), access)
 
 
 class _Cells(dict[str, str]):

@@ -18,9 +18,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from fewtokens.data import seeding
+from fewtokens.data.datamodule import ClipSettings, Part, out_of_range
 from fewtokens.data.image.digits import Digits
 from fewtokens.data.image.in_memory import Samples
-from fewtokens.data.settings import ClipSettings, Part, out_of_range
 from fewtokens.data.video import motion
 from fewtokens.data.video.datamodule import Videos
 from fewtokens.data.video.motion import MOTIONS

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from fewtokens.data.video.facts import Facts, UnreadableError, require
+from fewtokens.data.video.records import UnreadableError, VideoInfo, require
 from fewtokens.data.video.watchdog import Allocate, Functions, GivenUp, Watched
-from fewtokens.errors import FewtokensError, unwritable
+from fewtokens.errors import FewtokensError, write_error
 
 PART = ".part.mp4"  # at the end of the name of a copy that is being made
 
@@ -40,9 +40,9 @@ class Reader:
             )
         self.decoder, self.watched = decoder, Watched(__name__, float(limit))
 
-    def facts(self, path: str) -> Facts:
+    def facts(self, path: str) -> VideoInfo:
         """What there is to know of a file; UnreadableError if its frames cannot be found."""
-        return Facts(**self._call("facts", path))
+        return VideoInfo(**self._call("facts", path))
 
     def span(self, path: str, start: float | None, end: float | None) -> tuple[int, int]:
         """First frame and number of frames between two times in seconds; UnreadableError if there is none."""
@@ -50,7 +50,7 @@ class Reader:
         return first, count
 
     def read(
-        self, path: str, indices: Sequence[int], short_side: int | None = None, known: Facts | None = None
+        self, path: str, indices: Sequence[int], short_side: int | None = None, known: VideoInfo | None = None
     ) -> UInt8[np.ndarray, "t 3 h w"]:
         """Frames as `decoding.read` gives them, valid until the next call: the memory is used again."""
         facts = None if known is None else asdict(known)
@@ -67,7 +67,7 @@ class Reader:
         end: float | None,
         short_side: int | None,
         key_frames: int,
-    ) -> Facts:
+    ) -> VideoInfo:
         """Decodes a whole file, copies a part of it to `target`: `fewtokens.data.prepare.transcode.examine`.
 
         The copy appears at once and checked, or not at all.
@@ -78,7 +78,7 @@ class Reader:
         """
         arguments = {"start": start, "end": end, "short_side": short_side, "key_frames": key_frames}
         if target is None:
-            return Facts(**self._call("examine", path, target=None, **arguments))
+            return VideoInfo(**self._call("examine", path, target=None, **arguments))
         if os.path.exists(target) and os.path.exists(path) and os.path.samefile(path, target):
             raise FewtokensError(
                 "The originals are never touched",
@@ -88,10 +88,10 @@ class Reader:
             )
         part = Path(target).with_name(f".{os.getpid()}-{threading.get_ident()}{PART}")
         try:
-            found = Facts(**self._call("examine", path, target=str(part), **arguments))
+            found = VideoInfo(**self._call("examine", path, target=str(part), **arguments))
             os.replace(part, target)
         except OSError as error:
-            raise unwritable(target, error) from error
+            raise write_error(target, error) from error
         finally:
             with suppress(OSError):
                 part.unlink()
@@ -121,7 +121,7 @@ def functions(allocate: Allocate) -> Functions:
     from fewtokens.data.video import decoders as decoding
 
     def read(path: str, known: dict[str, Any] | None, **arguments: Any) -> tuple[int, ...]:
-        facts = None if known is None else Facts(**known)
+        facts = None if known is None else VideoInfo(**known)
         t, c, h, w = decoding.read(path, known=facts, allocate=allocate, **arguments).shape
         return t, h, w, c
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 
-from fewtokens.data.video.facts import Facts
+from fewtokens.data.video.records import VideoInfo
 from fewtokens.errors import FewtokensError
 
 Window = Int64[np.ndarray, " t"]
@@ -81,7 +81,7 @@ class RandomClip:
         _check_fits(side, smallest)
         self.frames, self.stride, self.side, self.short_side, self.jitter = frames, stride, side, short_side, jitter
 
-    def plan(self, facts: Facts, draws: torch.Generator) -> Plan:
+    def plan(self, facts: VideoInfo, draws: torch.Generator) -> Plan:
         """Draws offset, factor and place."""
         offset, scale, top, left = torch.rand(4, generator=draws, dtype=torch.float64).tolist()
         start = int(offset * max(1, facts.frames - (self.frames - 1) * self.stride))
@@ -119,7 +119,7 @@ class FixedViews:
         self.frames, self.stride, self.side, self.short_side = frames, stride, side, short_side
         self.clips, self.crops, self.views = clips, crops, clips * crops
 
-    def plan(self, facts: Facts, draws: torch.Generator) -> Plan:
+    def plan(self, facts: VideoInfo, draws: torch.Generator) -> Plan:
         """The same for every call; draws nothing."""
         width, height = facts.size(self.short_side)
         _check_window(self.side, width, height)

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fewtokens.data.video import annotations, lists, manifest
-from fewtokens.data.video.facts import Facts
+from fewtokens.data.video.records import VideoInfo
 from fewtokens.errors import FewtokensError
 
 
 class Known(NamedTuple):
     """What a manifest knows of a file: its facts, the first frame that counts, how many do, its size in bytes."""
 
-    facts: Facts
+    facts: VideoInfo
     first: int
     frames: int
     size: int

@@ -79,8 +79,7 @@ class Watched:
             self._end()
             raise
         if "error" in answer:
-            rule, expected, got, fix = answer["error"]
-            raise FewtokensError(rule, expected=expected, got=got, fix=fix)
+            raise FewtokensError(answer["error"])
         return answer["result"]
 
     def memory(self, shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:
@@ -169,7 +168,7 @@ def _answer(functions: Functions, request: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"result": functions[request["name"]](**request["arguments"])}
     except FewtokensError as error:
-        return {"error": [str(part) for part in (error.rule, error.expected, error.got, error.fix)]}
+        return {"error": str(error)}
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ class UnreadableError(FewtokensError):
 
 
 @dataclass(frozen=True)
-class Facts:
+class VideoInfo:
     """What there is to know of a file before its frames are read.
 
     Attributes:
