@@ -85,5 +85,5 @@ def test_what_is_no_manifest_is_refused(content: str | None, tmp_path: Path) -> 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(FewtokensError, match=r"file/a\.csv.*make room"):
+    with pytest.raises(FewtokensError, match=r"file/a\.csv.*Free some space"):
         manifest.write(tmp_path / "file" / "a.csv", ROWS)
