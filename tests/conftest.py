@@ -90,5 +90,5 @@ def all_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "moving_digits"
-    moving_digits.written(root, moving_digits.Recipe(video_frames=8, copies=1))
+    moving_digits.write_once(root, moving_digits.Recipe(video_frames=8, copies=1))
     return root

@@ -1,4 +1,4 @@
-"""The video quick start, and what moving_digits is for: it cannot be learned from stills, and all models learn it."""
+"""The video quick start. moving_digits cannot be learned from single frames, and all video models learn it."""
 
 import json
 import shutil
@@ -47,10 +47,10 @@ def test_the_quick_start_leaves_a_report_and_a_picture_of_its_tokens(composed, a
     assert evaluation.run(again)["test/top1"] == pytest.approx(numbers["test/top1"])
 
 
-def test_changed_videos_and_wrong_facts_end_in_a_sentence(composed, all_videos: Path, tmp_path: Path) -> None:
+def test_changed_videos_and_a_wrong_num_classes_are_errors(composed, all_videos: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(all_videos, tmp_path / "copied"))
     next(root.glob("v1-8-frames-1-copies/train/up/*.mp4")).unlink()
-    with pytest.raises(FewtokensError, match="delete this folder, and it is written anew"):
+    with pytest.raises(FewtokensError, match="Delete this folder to have it written again"):
         training.run(composed(START, f"data.root={root}", *FEW))
     with pytest.raises(FewtokensError, match=r"num_classes"):
         training.run(composed(START, f"data.root={all_videos}", *FEW, "data.num_classes=7"))
@@ -87,7 +87,7 @@ def test_every_model_trains_on_it(composed, all_videos: Path, model: str, tokeni
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_writes_the_videos(script, tmp_path: Path) -> None:
+def test_only_one_of_two_processes_writes_the_videos(script, tmp_path: Path) -> None:
     few = [part for part in FEW if "measure" not in part and part != "trainer=cpu"]
     done = script("train.py", START, f"data.root={tmp_path / 'new'}", *few, "trainer=ddp_cpu", "measure=none")
     assert (done.stdout + done.stderr).count("Writing the videos") == 1
