@@ -10,8 +10,8 @@ import torch
 import videos
 from fewtokens.benchmarks import bare_decoding
 from fewtokens.benchmarks import video_input as video_benchmark
-from fewtokens.data.video import decoders as decoding
-from fewtokens.data.video.container import facts
+from fewtokens.data.video import decoders
+from fewtokens.data.video.container import video_info
 from fewtokens.data.video.sampling import Plan
 
 
@@ -30,9 +30,9 @@ def test_bare_calls_give_the_same_frames(decoder: str, folder: Path) -> None:
         pytest.importorskip("decord")
     path = str(folder / "a.mp4")
     for indices in ([12, 14, 16], [0, 29]):
-        frames = bare_decoding.read(decoder, path, Plan([np.array(indices)], 24, [(0, 0)], 24), facts(path))
+        frames = bare_decoding.read(decoder, path, Plan([np.array(indices)], 24, [(0, 0)], 24), video_info(path))
         assert frames.shape == (len(indices), 24, 32, 3)
-        assert np.array_equal(frames, decoding.read(path, indices, decoder, short_side=24).transpose(0, 2, 3, 1))
+        assert np.array_equal(frames, decoders.read(path, indices, decoder, short_side=24).transpose(0, 2, 3, 1))
 
 
 def test_a_decoder_is_measured_on_files_that_fit(folder: Path, tmp_path: Path, capsys) -> None:

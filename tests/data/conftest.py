@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewtokens.data.video import decoders as decoding
-from fewtokens.data.video import records as facts
+from fewtokens.data.video import decoders, records
 from fewtokens.errors import FewtokensError
 
 MakeFolders = Callable[..., Path]
 
 
-@pytest.fixture(params=sorted(facts.DECODERS))
+@pytest.fixture(params=sorted(records.DECODERS))
 def decoder(request: pytest.FixtureRequest) -> str:
     """Every decoder that is installed."""
-    if importlib.util.find_spec(facts.DECODERS[request.param][0]) is None:
+    if importlib.util.find_spec(records.DECODERS[request.param][0]) is None:
         pytest.skip(f"{request.param} is not installed")
     if request.param != "pyav":
         try:
-            decoding.load(request.param)
+            decoders.load(request.param)
         except FewtokensError as error:
             pytest.skip(str(error))
     return request.param

@@ -44,10 +44,10 @@ def test_a_run_says_what_it_could_not_read_and_how_it_counted(composed, tmp_path
     root = videos.write_folders(tmp_path / "set")
     report = training.run(composed(*TINY, f"data.root={root}", "trainer=cpu"))
     assert report["test/videos"] == 2
-    assert report["test/left_out"] == report["data/test_left_out"] == report["data/train_left_out"] == 1
+    assert report["test/skipped"] == report["data/test_skipped"] == report["data/train_skipped"] == 1
     assert report["data/train_replaced"] == 1
     assert report["test/top1_of_listed"] == pytest.approx(report["test/top1"] * 2 / 3)
-    with open(tmp_path / "run" / "left_out.csv") as file:
+    with open(tmp_path / "run" / "skipped.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["part"], row["path"]) for row in rows] == [
         ("test", "val/b/0.mp4"),
@@ -55,7 +55,7 @@ def test_a_run_says_what_it_could_not_read_and_how_it_counted(composed, tmp_path
         ("val", "val/b/0.mp4"),
     ]
     assert all(row["reason"] for row in rows)
-    assert any("over the videos that were read: 2. Left out: 1" in record.message for record in caplog.records)
+    assert any("over the 2 videos that were read, without the 1 skipped" in record.message for record in caplog.records)
 
 
 def test_a_measured_run_counts_its_views_and_shows_tokens_over_time(composed, tmp_path: Path, monkeypatch) -> None:
@@ -82,7 +82,7 @@ def test_two_processes_count_every_video_once_with_all_its_views(script, compose
     (run,) = (tmp_path / "outputs" / "videos").iterdir()
     report = json.loads((run / "report.json").read_text())
     assert report["test/videos"] == 2
-    assert report["test/left_out"] == 1
+    assert report["test/skipped"] == 1
     assert report["data/train_replaced"] == 1
     folder = saved.overlay(saved.config_of(saved.checkpoint_of(str(run))), "eval", CONFIGS)
     again = composed(f"checkpoint={run}", "trainer=cpu", "measure=none", base="job", folder=folder, directory="again")
@@ -99,7 +99,7 @@ def test_several_actions_a_video(composed, tmp_path: Path) -> None:
     settings = [part for part in TINY if not part.startswith("data=")] + ["data=charades", "data.num_classes=4"]
     report = training.run(composed(*settings, f"data.root={root}", "trainer=cpu", "task=multilabel"))
     assert 0 <= report["test/map"] <= 1
-    assert report["test/left_out"] == report["test/videos"] == 1
+    assert report["test/skipped"] == report["test/videos"] == 1
     assert "test/top1_of_listed" not in report
 
 
@@ -107,6 +107,6 @@ def test_a_test_without_a_readable_video_is_an_error(composed, tmp_path: Path) -
     root = videos.write_folders(tmp_path / "set")
     (root / "test.txt").write_text("val/b/0.mp4 1\nnowhere.mp4 0\n")
     cfg = composed(*TINY, f"data.root={root}", "data.parts.test=test.txt", "trainer=cpu", base="eval")
-    with pytest.raises(FewtokensError, match="none of 2"):
+    with pytest.raises(FewtokensError, match="None of the 2 test videos"):
         evaluation.run(cfg)
-    assert "nowhere.mp4" in (tmp_path / "run" / "left_out.csv").read_text()
+    assert "nowhere.mp4" in (tmp_path / "run" / "skipped.csv").read_text()

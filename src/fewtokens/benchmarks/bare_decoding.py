@@ -5,20 +5,20 @@ from typing import Any
 import av
 import numpy as np
 
-from fewtokens.data.video import decoders as decoding
+from fewtokens.data.video import decoders
 from fewtokens.data.video.records import UnreadableError, VideoInfo
 from fewtokens.data.video.sampling import Plan
 
 
-def read(decoder: str, path: str, plan: Plan, facts: VideoInfo) -> object:
+def read(decoder: str, path: str, plan: Plan, info: VideoInfo) -> object:
     """What a decoder's documentation says to do for some frames of a size."""
-    indices, (width, height) = plan.needed(), facts.size(plan.short_side)
+    indices, (width, height) = plan.needed(), info.size(plan.short_side)
     if decoder == "decord":
-        decord = decoding.load(decoder)
+        decord = decoders.load(decoder)
         reader = decord.VideoReader(path, decord.cpu(0), width, height, num_threads=1)
         return reader.get_batch(indices).asnumpy()
     if decoder == "torchcodec":
-        package = decoding.load(decoder)
+        package = decoders.load(decoder)
         resize = [package.transforms.Resize((height, width))]
         video = package.decoders.VideoDecoder(path, num_ffmpeg_threads=1, transforms=resize)
         return video.get_frames_at(indices.tolist()).data

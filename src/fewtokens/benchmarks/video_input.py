@@ -26,41 +26,41 @@ from rich.table import Table
 from fewtokens.benchmarks import bare_decoding
 from fewtokens.benchmarks.image_input import about
 from fewtokens.data import seeding
-from fewtokens.data.video import decoders as decoding
+from fewtokens.data.video import decoders
+from fewtokens.data.video.annotations import VIDEO_SUFFIXES
 from fewtokens.data.video.dataset import VideoDataset
-from fewtokens.data.video.lists import VIDEOS
+from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.reader import Reader
-from fewtokens.data.video.records import DECODERS, UnreadableError, VideoInfo, require
+from fewtokens.data.video.records import DECODERS, UnreadableError, Video, VideoInfo, require_decoder
 from fewtokens.data.video.sampling import Plan, RandomClip
-from fewtokens.data.video.sources import Known, Source
 from fewtokens.errors import FewtokensError
 
 Way = Callable[[int, int], object]  # reads a clip of video `index` as epoch `epoch` draws it
 
 
-class Video(NamedTuple):
-    """A file and its facts."""
+class File(NamedTuple):
+    """A video file and its properties."""
 
     path: str
-    facts: VideoInfo
+    info: VideoInfo
 
 
-def ways(decoder: str, videos: Sequence[Video], sampling: RandomClip, seed: int) -> dict[str, Way]:
+def ways(decoder: str, videos: Sequence[File], sampling: RandomClip, seed: int) -> dict[str, Way]:
     """The same clips by one decoder in four ways; each has a process of its own."""
-    sources = [Source(v.path, (0,), known=Known(v.facts, 0, v.facts.frames, _size(v.path))) for v in videos]
-    data = VideoDataset(Path("/"), sources, sampling, Reader(decoder), seed=seed)
+    rows = [ManifestRow(Video(v.path, (0,)), v.info, 0, v.info.frames, _size(v.path), "", None) for v in videos]
+    data = VideoDataset(Path("/"), rows, sampling, Reader(decoder), seed=seed)
     knowing, finding = Reader(decoder), Reader(decoder)
 
     def plan(epoch: int, index: int) -> tuple[str, Plan, VideoInfo]:
-        path, facts = videos[index]
-        return path, sampling.plan(facts, seeding.generator(seeding.IMAGE, seed, epoch, index)), facts
+        path, info = videos[index]
+        return path, sampling.plan(info, seeding.generator(seeding.IMAGE, seed, epoch, index)), info
 
     def barely(epoch: int, index: int) -> object:
         return bare_decoding.read(decoder, *plan(epoch, index))
 
     def read(epoch: int, index: int) -> object:
-        path, wanted, facts = plan(epoch, index)
-        return knowing.read(path, wanted.needed().tolist(), wanted.short_side, facts)
+        path, wanted, info = plan(epoch, index)
+        return knowing.read(path, wanted.needed().tolist(), wanted.short_side, info)
 
     def read_unknown(epoch: int, index: int) -> object:
         path, wanted, _ = plan(epoch, index)
@@ -93,22 +93,22 @@ def measure(found: dict[str, Way], videos: int, draws: int, rounds: int) -> dict
     return rates
 
 
-def suitable(paths: Sequence[Path], sampling: RandomClip, console: Console) -> list[Video]:
+def suitable(paths: Sequence[Path], sampling: RandomClip, console: Console) -> list[File]:
     """The files that all decoders read by frame number and that are long enough."""
     files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    found, reader = list[Video](), Reader("pyav")
+    found, reader = list[File](), Reader("pyav")
     for file in files:
-        if file.suffix.lower() not in VIDEOS:
+        if file.suffix.lower() not in VIDEO_SUFFIXES:
             continue
         try:
-            facts = reader.facts(str(file.absolute()))
+            info = reader.video_info(str(file.absolute()))
         except UnreadableError as error:
             console.print(f"{file.name} is left out: {error.reason}", markup=False)
             continue
-        if facts.access == "any" and facts.frames > (sampling.frames - 1) * sampling.stride:
-            found.append(Video(str(file.absolute()), facts))
+        if info.access == "any" and info.frames > (sampling.frames - 1) * sampling.stride:
+            found.append(File(str(file.absolute()), info))
         else:
-            console.print(f"{file.name} is left out: {facts.frames} frames, access {facts.access}", markup=False)
+            console.print(f"{file.name} is left out: {info.frames} frames, access {info.access}", markup=False)
     if len(found) < 2:
         raise FewtokensError(
             "The benchmark needs two files",
@@ -119,13 +119,13 @@ def suitable(paths: Sequence[Path], sampling: RandomClip, console: Console) -> l
     return found
 
 
-def copies(videos: Sequence[Video], folder: str, short_side: int, key_frames: int) -> list[Video]:
+def copies(videos: Sequence[File], folder: str, short_side: int, key_frames: int) -> list[File]:
     """Copies as `prepare --transcode` makes them."""
-    found, reader = list[Video](), Reader("pyav", 600.0)
+    found, reader = list[File](), Reader("pyav", 600.0)
     for number, video in enumerate(videos):
         target = f"{folder}/{number}.mp4"
         made = reader.examine(video.path, target, start=None, end=None, short_side=short_side, key_frames=key_frames)
-        found.append(Video(target, made))
+        found.append(File(target, made))
     return found
 
 
@@ -162,14 +162,14 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def installed(decoders: Sequence[str], console: Console) -> list[str]:
+def installed(names: Sequence[str], console: Console) -> list[str]:
     """Those of the decoders that can be loaded."""
     found = []
-    for name in decoders:
+    for name in names:
         try:
-            require(name)
+            require_decoder(name)
             if name != "pyav":
-                decoding.load(name)
+                decoders.load(name)
             found.append(name)
         except FewtokensError as error:
             console.print(f"without {name}: {error}", markup=False)
@@ -191,7 +191,7 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             rates = measure(found, len(videos), args.draws, args.rounds)
             figures[name] = {"clips_per_s": rates, "medians": show(rates, f"{name} {release}", console)}
     names = ("frames", "stride", "short_side", "copy_side", "key_frames", "draws", "rounds")
-    kinds = {Path(v.path).name: f"{v.facts.width} x {v.facts.height}, {v.facts.frames} frames" for v in videos}
+    kinds = {Path(v.path).name: f"{v.info.width} x {v.info.height}, {v.info.frames} frames" for v in videos}
     return {"files": kinds, **{name: getattr(args, name) for name in names}, "decoders": packages, **about(), **figures}
 
 

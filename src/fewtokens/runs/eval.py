@@ -7,7 +7,7 @@ from torch import nn
 
 from fewtokens.runs import checkpoints, job
 from fewtokens.runs import config as saved
-from fewtokens.runs import skipped_videos as left_out
+from fewtokens.runs import skipped_videos
 from fewtokens.runs.distributed import one_job, override
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             parts.trainer.test(parts.task, parts.data, verbose=False)
             metrics = parts.trainer.callback_metrics.items()
             numbers = {name: float(value) for name, value in metrics if name.startswith("test/")}
-            numbers |= left_out.account(parts, numbers)
+            numbers |= skipped_videos.summarize(parts, numbers)
             more, pictures = job.measure(parts)
             job.finish(parts, numbers | more, pictures)
         ok = True

@@ -31,7 +31,7 @@ PACKAGES = (
 TABLE = (  # "*" is "image", or "clip", or "view" where samples have several
     ("test/top1", "test accuracy", "{:.2%}"),
     ("test/top5", "test accuracy, top 5", "{:.2%}"),
-    ("test/left_out", "test videos that were not read", "{:,.0f}"),
+    ("test/skipped", "test videos that were skipped", "{:,.0f}"),
     ("test/top1_of_listed", "test accuracy, those counted as wrong", "{:.2%}"),
     ("cost/gmacs_dense", "GMACs per *, all tokens", "{:.4f}"),
     ("cost/gmacs", "GMACs per *, with the tokenizer", "{:.4f}"),

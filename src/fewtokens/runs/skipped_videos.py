@@ -1,75 +1,77 @@
-"""What a run on videos could not read, and what its accuracy means then."""
+"""Report of the videos that a run could not read, and of its accuracy if they count as wrong."""
 
 import csv
 import logging
 
 import torch.distributed as dist
 
-from fewtokens.data.video.datamodule import LeftOut, Videos
+from fewtokens.data.video.datamodule import Videos
+from fewtokens.data.video.records import Skipped
 from fewtokens.errors import FewtokensError
 from fewtokens.runs.job import Job
 
 log = logging.getLogger(__name__)
 
 
-def account(job: Job, numbers: dict[str, float]) -> dict[str, float]:
-    """Gather from all processes what was left out, and write `left_out.csv` in the run directory if there is anything.
+def summarize(job: Job, numbers: dict[str, float]) -> dict[str, float]:
+    """Gather the skipped videos from all processes, write them to `skipped.csv` in the run directory, and count them.
 
     Args:
-        job: On any data; only videos leave something out.
-        numbers: Of the test, if there was one.
+        job: The run. Only runs on videos skip anything.
+        numbers: Results of the test; without any that start with `test/`, there was no test.
 
     Returns:
-        `data/<part>_left_out`, `data/train_replaced` (samples that another video stood in for) and, after a test,
-        `test/videos` and `test/left_out`; where a video was left out, `test/top1_of_listed`, which counts it as wrong,
-        while `test/top1` is over those that were read.
+        `data/<part>_skipped`, `data/train_replaced` (samples for which another video was used) and, after a test,
+        `test/videos` and `test/skipped`. If videos were skipped, also `test/top1_of_listed`, which counts them as
+        wrong, whereas `test/top1` is the accuracy on those that were read.
 
     Raises:
         FewtokensError: No video of the test could be read.
     """
     if not isinstance(job.data, Videos):
         return {}
-    mine = (job.data.left_out, job.data.replaced, job.data.tested, job.data.untested)
+    mine = (job.data.skipped, job.data.replaced, job.data.tested, job.data.untested)
     processes = [mine]
     if dist.is_available() and dist.is_initialized():
         processes = [mine] * dist.get_world_size()
         dist.all_gather_object(processes, mine)
-    records = sorted({record for left_out, *_ in processes for record in left_out})
-    replaced, tested, unread = (float(sum(process[i] for process in processes)) for i in (1, 2, 3))
-    found = {f"data/{part}_left_out": float(sum(r.part == part for r in records)) for part in ("train", "val", "test")}
-    found = {name: count for name, count in found.items() if count}
+    skipped = sorted({video for videos, *_ in processes for video in videos})
+    replaced, tested, untested = (float(sum(process[i] for process in processes)) for i in (1, 2, 3))
+    counts = {f"data/{part}_skipped": float(sum(v.part == part for v in skipped)) for part in ("train", "val", "test")}
+    counts = {name: count for name, count in counts.items() if count}
     if replaced:
-        found["data/train_replaced"] = replaced
-    if records and job.trainer.is_global_zero:
-        _write(job, records)
+        counts["data/train_replaced"] = replaced
+    if skipped and job.trainer.is_global_zero:
+        _write(job, skipped)
     if any(name.startswith("test/") for name in numbers):
-        found |= _tested(tested, unread + job.data.refused("test"), numbers)
-    return found
+        counts |= _test_numbers(tested, untested + job.data.skipped_at_setup("test"), numbers)
+    return counts
 
 
-def _tested(read: float, left_out: float, numbers: dict[str, float]) -> dict[str, float]:
+def _test_numbers(read: float, skipped: float, numbers: dict[str, float]) -> dict[str, float]:
     if not read:
         raise FewtokensError(
-            "A test part has videos that can be read",
-            expected="at least one",
-            got=f"none of {left_out:.0f}; left_out.csv in the run directory names them",
-            fix="look at data.root and data.parts.test; python -m fewtokens.data.prepare says what is wrong with files",
+            f"None of the {skipped:.0f} test videos can be read; skipped.csv in the run directory gives the reasons. "
+            "Check `data.root` and `data.parts.test`."
         )
-    found = {"test/videos": read, "test/left_out": left_out}
-    if left_out and "test/top1" in numbers:
-        found["test/top1_of_listed"] = numbers["test/top1"] * read / (read + left_out)
-    if left_out:
-        counted = (
-            "Test figures are over the videos that were read: %d. Left out: %d; test/top1_of_listed counts them wrong"
+    found = {"test/videos": read, "test/skipped": skipped}
+    if skipped and "test/top1" in numbers:
+        found["test/top1_of_listed"] = numbers["test/top1"] * read / (read + skipped)
+    if skipped:
+        log.warning(
+            "Test results are over the %d videos that were read, without the %d skipped ones; test/top1_of_listed "
+            "counts those as wrong",
+            read,
+            skipped,
         )
-        log.warning(counted, read, left_out)
     return found
 
 
-def _write(job: Job, records: list[LeftOut]) -> None:
-    path = job.directory / "left_out.csv"
+def _write(job: Job, skipped: list[Skipped]) -> None:
+    path = job.directory / "skipped.csv"
     with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(LeftOut._fields)
-        writer.writerows(records)
-    log.warning("Videos left out: %d, each named with its reason in %s", len(records), path)
+        # All fields are quoted, since csv.writer does not quote a carriage return in a file name by itself.
+        writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        writer.writerow(Skipped._fields)
+        writer.writerows(skipped)
+    log.warning("%d videos were skipped, for the reasons in %s", len(skipped), path)

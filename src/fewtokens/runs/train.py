@@ -9,7 +9,7 @@ from fewtokens.callbacks.loggers import CsvLogger
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import checkpoints, job
 from fewtokens.runs import config as saved
-from fewtokens.runs import skipped_videos as left_out
+from fewtokens.runs import skipped_videos
 from fewtokens.runs.distributed import one_job, override
 from fewtokens.runs.targets import instantiate
 
@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
                 _load_best(parts)
                 parts.trainer.test(parts.task, parts.data, verbose=False)
                 numbers |= _numbers(parts, "test/")
-            numbers |= left_out.account(parts, numbers)
+            numbers |= skipped_videos.summarize(parts, numbers)
             more, pictures = job.measure(parts)
             job.finish(parts, numbers | more, pictures)
         ok = True

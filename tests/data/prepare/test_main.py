@@ -58,7 +58,7 @@ def test_class_folders_become_a_manifest(root: Path, tmp_path: Path, capsys: pyt
     arguments = ["--root", str(root), "--list", str(root), "--write", str(tmp_path / "out.csv"), "--workers", "1"]
     assert prepare.main(arguments) == 0
     rows = manifest.read(tmp_path / "out.csv")
-    assert [(row.path, row.labels, row.count) for row in rows] == [
+    assert [(row.video.path, row.video.labels, row.count) for row in rows] == [
         ("down/0.mp4", (0,), 8),
         ("down/1.mp4", (0,), 9),
         ("up/0.mp4", (1,), 8),
@@ -121,7 +121,9 @@ def test_a_killed_run_goes_on_where_it_was(many: list[str], tmp_path: Path) -> N
     assert len(stamps) >= done
     assert len(again) <= 2, "those that were finished and not yet written down"
     rows = manifest.read(tmp_path / "out.csv")
-    assert [(row.path, row.labels, row.count) for row in rows] == [(f"{i}.mp4", (i,), 60) for i in range(40)]
+    assert [(row.video.path, row.video.labels, row.count) for row in rows] == [
+        (f"{i}.mp4", (i,), 60) for i in range(40)
+    ]
     assert len(list((tmp_path / "copies").iterdir())) == 40
 
 

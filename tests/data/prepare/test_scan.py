@@ -17,14 +17,13 @@ from fewtokens.data.prepare.examine import Settings, Task
 from fewtokens.data.prepare.journal import Journal
 from fewtokens.data.prepare.scan import prepare
 from fewtokens.data.video import manifest
-from fewtokens.data.video.lists import Entry
 from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.reader import Reader
-from fewtokens.data.video.records import UnreadableError, VideoInfo
-from fewtokens.data.video.watchdog import GivenUp, Watched
+from fewtokens.data.video.records import UnreadableError, Video, VideoInfo
+from fewtokens.data.video.watchdog import CallAborted, WatchedProcess
 from fewtokens.errors import FewtokensError
 
-ENTRIES = [Entry("b.mp4", (1,)), Entry("x/a.mkv", (0, 2)), Entry("bad.mp4", (3,)), Entry("none.mp4", (1,))]
+ENTRIES = [Video("b.mp4", (1,)), Video("x/a.mkv", (0, 2)), Video("bad.mp4", (3,)), Video("none.mp4", (1,))]
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def rows(entries: Iterable[Entry], root: Path, settings: Settings | None = None, **more: bool) -> list[ManifestRow]:
+def rows(entries: Iterable[Video], root: Path, settings: Settings | None = None, **more: bool) -> list[ManifestRow]:
     file = root.parent / "out" / "list.csv"
     prepare(list(entries), root, file, settings or Settings(), **more)
     return manifest.read(file)
@@ -66,10 +65,7 @@ def test_rows_come_in_the_order_of_the_list_and_the_refused_say_why(root: Path) 
     good, other, bad, absent = rows(ENTRIES, root, Settings(workers=2))
     content = (root / "b.mp4").read_bytes()
     assert good == ManifestRow(
-        "b.mp4",
-        (1,),
-        None,
-        None,
+        Video("b.mp4", (1,)),
         VideoInfo(20, 64, 48, 10.0, 2.0, "any"),
         0,
         20,
@@ -77,8 +73,8 @@ def test_rows_come_in_the_order_of_the_list_and_the_refused_say_why(root: Path) 
         hashlib.sha256(content).hexdigest(),
         None,
     )
-    assert (other.path, other.labels, other.facts.frames, other.reason) == ("x/a.mkv", (0, 2), 12, None)
-    assert (bad.path, bad.facts, bad.first, bad.count, bad.bytes) == ("bad.mp4", None, 0, 0, 8)
+    assert (other.video.path, other.video.labels, other.info.frames, other.reason) == ("x/a.mkv", (0, 2), 12, None)
+    assert (bad.video.path, bad.info, bad.first, bad.count, bad.bytes) == ("bad.mp4", None, 0, 0, 8)
     assert bad.reason == "Invalid data found when processing input"
     assert (absent.bytes, absent.sha256, absent.reason) == (0, "", "No such file or directory")
     summary = json.loads((root.parent / "out" / "list.summary.json").read_text())
@@ -91,9 +87,11 @@ def test_rows_come_in_the_order_of_the_list_and_the_refused_say_why(root: Path) 
 
 def test_stretches_of_one_file_keep_their_rows_and_it_is_examined_once(root: Path, seen: list[str]) -> None:
     spans = [(None, None), (0.5, 1.0), (1.0, None), (7.0, 8.0)]
-    found = rows([Entry("b.mp4", (i,), *span) for i, span in enumerate(spans)], root)
+    found = rows([Video("b.mp4", (i,), *span) for i, span in enumerate(spans)], root)
     assert seen == ["b.mp4"]
-    assert [(row.labels, row.start, row.end) for row in found] == [((i,), *span) for i, span in enumerate(spans)]
+    assert [(row.video.labels, row.video.start, row.video.end) for row in found] == [
+        ((i,), *span) for i, span in enumerate(spans)
+    ]
     assert [(row.first, row.count) for row in found] == [(0, 20), (5, 5), (10, 10), (0, 0)]
     assert found[3].reason == "no frame from 7.0 s to 8.0 s: it lasts 2.00 s"
 
@@ -101,15 +99,17 @@ def test_stretches_of_one_file_keep_their_rows_and_it_is_examined_once(root: Pat
 def test_copies_are_what_the_manifest_describes(root: Path, seen: list[str]) -> None:
     before, copies = stamps(root), root.parent / "copies"
     settings = Settings(copies, short_side=24, key_frames=4)
-    entries = [*ENTRIES, Entry("b.mp4", (5,), 1.0, 1.5), Entry("x/a.mkv", (7,))]
+    entries = [*ENTRIES, Video("b.mp4", (5,), 1.0, 1.5), Video("x/a.mkv", (7,))]
     found = rows(entries, root, settings)
-    assert [row.path for row in found] == ["b.mp4", "x/a.mkv.mp4", "bad.mp4", "none.mp4", "b.mp4", "x/a.mkv.mp4"]
-    assert [(row.start, row.first, row.count) for row in found[::4]] == [(None, 0, 20), (1.0, 10, 5)], "a whole copy"
+    assert [row.video.path for row in found] == ["b.mp4", "x/a.mkv.mp4", "bad.mp4", "none.mp4", "b.mp4", "x/a.mkv.mp4"]
+    assert [(row.video.start, row.first, row.count) for row in found[::4]] == [(None, 0, 20), (1.0, 10, 5)], (
+        "a whole copy"
+    )
     for row in (found[0], found[1]):
-        content = (copies / row.path).read_bytes()
+        content = (copies / row.video.path).read_bytes()
         assert (row.bytes, row.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-        assert Reader("pyav").facts(str(copies / row.path)) == row.facts
-        assert (row.facts.width, row.facts.height, row.facts.access) == (32, 24, "any")
+        assert Reader("pyav").video_info(str(copies / row.video.path)) == row.info
+        assert (row.info.width, row.info.height, row.info.access) == (32, 24, "any")
     assert stamps(root) == before
     assert sorted(p.relative_to(copies).as_posix() for p in copies.rglob("*.*")) == ["b.mp4", "x/a.mkv.mp4"]
     (copies / "b.mp4").unlink()
@@ -121,9 +121,15 @@ def test_copies_are_what_the_manifest_describes(root: Path, seen: list[str]) -> 
 
 def test_a_copy_of_a_file_that_is_listed_once_is_the_stretch_that_counts(root: Path) -> None:
     copies = root.parent / "copies"
-    (row,) = rows([Entry("b.mp4", (1,), 0.5, 1.0)], root, Settings(copies))
-    assert (row.path, row.start, row.end, row.first, row.count) == ("b.mp4_0.5_1.mp4", None, None, 0, 5)
-    frames = Reader("pyav").read(str(copies / row.path), range(5))
+    (row,) = rows([Video("b.mp4", (1,), 0.5, 1.0)], root, Settings(copies))
+    assert (row.video.path, row.video.start, row.video.end, row.first, row.count) == (
+        "b.mp4_0.5_1.mp4",
+        None,
+        None,
+        0,
+        5,
+    )
+    frames = Reader("pyav").read(str(copies / row.video.path), range(5))
     assert [videos.number(frame) for frame in frames] == [5, 6, 7, 8, 9]
 
 
@@ -136,11 +142,11 @@ def test_only_what_changed_is_examined_again(root: Path, seen: list[str]) -> Non
     videos.write(root / "bad.mp4", 3)
     videos.write(root / "none.mp4", 4)
     videos.write(root / "new.mp4", 5)
-    assert [r.count for r in rows([*ENTRIES[::-1], Entry("new.mp4", (0,))], root)] == [4, 3, 12, 20, 5]
+    assert [r.count for r in rows([*ENTRIES[::-1], Video("new.mp4", (0,))], root)] == [4, 3, 12, 20, 5]
     assert sorted(seen) == ["bad.mp4", "new.mp4", "none.mp4"]
     seen.clear()
-    assert rows([Entry("b.mp4", (9,))], root)[0].labels == (9,)
-    assert rows([Entry("b.mp4", (9,), 1.0, 2.0)], root)[0].count == 10
+    assert rows([Video("b.mp4", (9,))], root)[0].video.labels == (9,)
+    assert rows([Video("b.mp4", (9,), 1.0, 2.0)], root)[0].count == 10
     assert seen == ["b.mp4"], "a new stretch"
 
 
@@ -155,10 +161,10 @@ def test_other_settings_are_refused_unless_all_begins_again(root: Path, seen: li
 
 def test_a_file_given_up_is_named_and_tried_again_with_more_time_only(root: Path, seen: list[str]) -> None:
     videos.write(root / "long.mp4", 100, size=(640, 480))
-    entries = [Entry("long.mp4", (0,))]
+    entries = [Video("long.mp4", (0,))]
     start = time.monotonic()
     for _ in range(2):
-        assert rows(entries, root, Settings(limit=0.002))[0].reason == "given up after 0.002 s"
+        assert rows(entries, root, Settings(limit=0.002))[0].reason == "timed out after 0.002 s"
     assert time.monotonic() - start < 10
     assert len(seen) == 1
     assert rows(entries, root, Settings(limit=60.0))[0].reason is None
@@ -188,7 +194,7 @@ def test_two_at_once_are_one_too_many(root: Path) -> None:
 
 def test_names_that_would_meet_are_refused(root: Path) -> None:
     videos.write(root / "x" / "a.mkv.mp4", 3)
-    entries = [Entry("x/a.mkv", (0,)), Entry("x/a.mkv.mp4", (0,))]
+    entries = [Video("x/a.mkv", (0,)), Video("x/a.mkv.mp4", (0,))]
     before = stamps(root)
     with pytest.raises(FewtokensError, match="name of its own"):
         rows(entries, root, Settings(root.parent / "copies"))
@@ -202,7 +208,7 @@ def test_names_that_would_meet_are_refused(root: Path) -> None:
 def test_what_is_no_file_is_refused_at_once(root: Path) -> None:
     os.mkfifo(root / "pipe.mp4")
     (root / "folder.mp4").mkdir()
-    found = rows([Entry("pipe.mp4", (0,)), Entry("folder.mp4", (0,)), Entry("a" * 300, (0,)), Entry("b\0", (0,))], root)
+    found = rows([Video("pipe.mp4", (0,)), Video("folder.mp4", (0,)), Video("a" * 300, (0,)), Video("b\0", (0,))], root)
     assert [row.reason for row in found[:3]] == ["it is no file", "it is no file", "File name too long"]
 
 
@@ -223,11 +229,11 @@ def test_absolute_paths_and_odd_names(root: Path) -> None:
     videos.write(root.parent / "outside.mp4", 3)
     for name in names[2:]:
         (root / name).write_bytes((root / "b.mp4").read_bytes())
-    assert [row.path for row in rows([Entry(name, (0,)) for name in names], root)] == names
+    assert [row.video.path for row in rows([Video(name, (0,)) for name in names], root)] == names
     copies = root.parent / "copies"
-    found = rows([Entry(name, (0,)) for name in names[1:]], root, Settings(copies), again=True)
+    found = rows([Video(name, (0,)) for name in names[1:]], root, Settings(copies), again=True)
     assert [row.count for row in found] == [3, 20, 20]
-    assert all((copies / row.path).is_file() for row in found)
+    assert all((copies / row.video.path).is_file() for row in found)
 
 
 class Stuck(Reader):
@@ -235,34 +241,34 @@ class Stuck(Reader):
 
     def __init__(self, decoder: str, limit: float) -> None:
         super().__init__(decoder, limit)
-        self.stuck = self.watched, Watched("stuck", limit)
+        self.stuck = self.process, WatchedProcess("stuck", limit)
 
     def examine(self, path: str, *rest: object, **more: object) -> VideoInfo:
-        self.watched = self.stuck["hang.mp4" in path]
+        self.process = self.stuck["hang.mp4" in path]
         if "hang.mp4" not in path:
             return super().examine(path, *rest, **more)
         try:
-            return self.watched.call("spin")
-        except GivenUp as ended:
+            return self.process.call("spin")
+        except CallAborted as ended:
             raise UnreadableError(path, str(ended)) from None
 
 
 @pytest.fixture
-def hanging(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
+def hanging(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Video]:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setattr(examining, "Reader", Stuck)
     (root / "hang.mp4").hardlink_to(root / "b.mp4")
-    return [Entry("hang.mp4", (0,)), Entry("b.mp4", (1,))]
+    return [Video("hang.mp4", (0,)), Video("b.mp4", (1,))]
 
 
-def test_a_file_that_hangs_its_decoder_costs_its_limit(hanging: list[Entry], root: Path) -> None:
+def test_a_file_that_hangs_its_decoder_costs_its_limit(hanging: list[Video], root: Path) -> None:
     start = time.monotonic()
     bad, good = rows(hanging, root, Settings(limit=1.5))
-    assert (bad.reason, good.reason) == ("given up after 1.5 s", None)
+    assert (bad.reason, good.reason) == ("timed out after 1.5 s", None)
     assert time.monotonic() - start < 8
 
 
-def test_a_listener_that_stops_ends_even_what_hangs(hanging: list[Entry], root: Path) -> None:
+def test_a_listener_that_stops_ends_even_what_hangs(hanging: list[Video], root: Path) -> None:
     tasks = [Task(e.path, str(root / e.path), frozenset({(None, None)}), None, None) for e in hanging]
     results = examining.examined(tasks, Settings(workers=2))
     assert next(results)[0].path == "b.mp4"
@@ -273,7 +279,7 @@ def test_a_listener_that_stops_ends_even_what_hangs(hanging: list[Entry], root: 
 
 def test_a_reader_can_be_interrupted(root: Path) -> None:
     reader = Reader("pyav")
-    reader.facts(str(root / "b.mp4"))
-    reader.watched.interrupt()
+    reader.video_info(str(root / "b.mp4"))
+    reader.process.interrupt()
     with pytest.raises(UnreadableError, match="SIGKILL"):
-        reader.facts(str(root / "b.mp4"))
+        reader.video_info(str(root / "b.mp4"))

@@ -9,8 +9,7 @@ import pytest
 
 import videos
 from fewtokens.data.prepare import transcode as transcoding
-from fewtokens.data.video import container
-from fewtokens.data.video import decoders as decoding
+from fewtokens.data.video import container, decoders
 from fewtokens.data.video.reader import Reader
 from fewtokens.data.video.records import UnreadableError, VideoInfo
 from fewtokens.errors import FewtokensError
@@ -37,7 +36,7 @@ def examine(path: Path | str, target: Path | str | None, **more: object) -> Vide
 
 
 def shown(path: Path) -> list[int]:
-    frames = decoding.read(str(path), range(container.facts(str(path)).frames))
+    frames = decoders.read(str(path), range(container.video_info(str(path)).frames))
     assert all(videos.upright(frame) for frame in frames)
     return [videos.number(frame) for frame in frames]
 
@@ -46,21 +45,21 @@ def shown(path: Path) -> list[int]:
 def test_copies_show_the_same_frames_at_the_same_times(kind: str, tmp_path: Path) -> None:
     suffix, arguments = KINDS[kind]
     source, target = videos.write(tmp_path / f"a.{suffix}", **arguments), tmp_path / "copy.mp4"
-    before = container.scan(str(source))
-    assert examine(source, None) == before.facts
+    before = container.packet_index(str(source))
+    assert examine(source, None) == before.info
     made = examine(source, target)
-    after = container.scan(str(target))
-    assert made == after.facts
+    after = container.packet_index(str(target))
+    assert made == after.info
     assert (made.frames, made.access) == (30, "any")
-    assert (made.width, made.height) == (before.facts.width // 2 * 2, before.facts.height // 2 * 2)
+    assert (made.width, made.height) == (before.info.width // 2 * 2, before.info.height // 2 * 2)
     assert shown(target) == list(range(30))
     if len(before.times):
         times = [(scan.times - scan.times[0]) * scan.unit for scan in (before, after)]
         assert np.abs(times[0] - times[1]).max() < 2e-3
         # The length of the last frame is lost where lengths vary, and with it a little of the average.
-        assert made.fps == pytest.approx(before.facts.fps, rel=0.1 if kind == "variable rate" else 0.01)
-        assert made.seconds == pytest.approx(before.facts.seconds, rel=0.01)
-    frames = [decoding.read(str(path), [4, 20], short_side=48).astype(int) for path in (source, target)]
+        assert made.fps == pytest.approx(before.info.fps, rel=0.1 if kind == "variable rate" else 0.01)
+        assert made.seconds == pytest.approx(before.info.seconds, rel=0.01)
+    frames = [decoders.read(str(path), [4, 20], short_side=48).astype(int) for path in (source, target)]
     assert abs(frames[0].mean((0, 2, 3)) - frames[1].mean((0, 2, 3))).max() < 2.5, "the colours are others"
 
 
@@ -71,8 +70,8 @@ def test_key_frames_come_as_often_as_asked_and_nothing_is_enlarged(
     source = videos.write(tmp_path / "a.mp4", options={"x264-params": "keyint=250"}, size=(98, 64), sound=True)
     made = examine(source, tmp_path / "b.mp4", key_frames=key_frames, short_side=short_side)
     assert (made.width, made.height) == ((36, 24) if short_side == 24 else (98, 64))
-    times = container.scan(str(tmp_path / "b.mp4")).times.tolist()
-    assert container.scan(str(tmp_path / "b.mp4")).keys == times[::key_frames]
+    times = container.packet_index(str(tmp_path / "b.mp4")).times.tolist()
+    assert container.packet_index(str(tmp_path / "b.mp4")).keys == times[::key_frames]
     with av.open(str(tmp_path / "b.mp4")) as file:
         assert [stream.type for stream in file.streams] == ["video"]
 
@@ -151,5 +150,5 @@ def test_names_may_be_anything(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     reader = Reader("pyav")
     found = reader.examine(name, f"out/{name}", start=None, end=None, short_side=None, key_frames=12)
-    assert reader.facts(f"out/{name}") == found
+    assert reader.video_info(f"out/{name}") == found
     assert found.frames == 30

@@ -11,8 +11,9 @@ import torch
 import videos
 from fewtokens.data.transforms.geometric import RandomCrop
 from fewtokens.data.video import manifest
-from fewtokens.data.video.container import facts
-from fewtokens.data.video.datamodule import LeftOut, Videos
+from fewtokens.data.video.container import video_info
+from fewtokens.data.video.datamodule import Videos
+from fewtokens.data.video.records import Skipped, Video
 from fewtokens.errors import FewtokensError
 
 FRAMES, LONG = 4, 40
@@ -89,7 +90,7 @@ def test_a_broken_video_is_replaced_by_one_of_its_class_in_training(root: Path, 
     assert Counter(seen[0][1].tolist()) == {0: 2, 1: 2}
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)  # the same one, and the same clip
     assert module.replaced == 2
-    ((part, path, reason),) = module.left_out
+    ((part, path, reason),) = module.skipped
     assert (part, path) == ("train", "train/b/1.mp4")
     assert reason
     assert sum("train/b/1.mp4 (train part)" in record.message for record in caplog.records) == 1
@@ -98,7 +99,7 @@ def test_a_broken_video_is_replaced_by_one_of_its_class_in_training(root: Path, 
 def test_too_many_broken_videos_end_training_with_their_names(root: Path) -> None:
     module = data(root, max_broken=0.2)
     module.setup("fit")
-    with pytest.raises(FewtokensError, match=r"max_broken=0.2 of 4.*1, among them train/b/1.mp4"):
+    with pytest.raises(FewtokensError, match=r"1 of 4 .*max_broken=0.2 .*train/b/1.mp4"):
         list(module.train_dataloader())
 
 
@@ -108,7 +109,7 @@ def test_what_was_broken_is_still_known_after_resuming(root: Path) -> None:
     list(module.train_dataloader())
     module.trainer = L.Trainer(logger=False, accelerator="cpu")
     other.load_state_dict(module.state_dict())
-    assert (other.left_out, other.replaced) == (module.left_out, 1)
+    assert (other.skipped, other.replaced) == (module.skipped, 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -118,7 +119,7 @@ def test_evaluation_leaves_out_and_names_what_it_cannot_read(root: Path, workers
     found = batches(module, module.test_dataloader())
     assert [targets.tolist() for _, targets in found] == [[0], [1]]
     assert module.tested == 2
-    assert [record[:2] for record in module.left_out] == [("test", "val/b/0.mp4")]
+    assert [record[:2] for record in module.skipped] == [("test", "val/b/0.mp4")]
 
 
 class Seen(L.LightningModule):
@@ -144,7 +145,7 @@ def test_measures_see_one_view_and_count_nothing(root: Path) -> None:
     module.setup("fit")
     views, _ = batches(module, module.measured_dataloader())[0]
     assert views.shape[1] == 1
-    assert (module.tested, module.untested, module.left_out) == (0, 0, [])
+    assert (module.tested, module.untested, module.skipped) == (0, 0, [])
     with pytest.raises(FewtokensError, match="a test part"):
         data(root, parts={"train": "train"}).measured_dataloader()
 
@@ -166,17 +167,17 @@ def test_several_labels_become_a_row_of_ones(root: Path, tmp_path: Path) -> None
 
 def test_a_manifest_leaves_out_what_it_refused_and_notices_changed_files(root: Path, tmp_path: Path) -> None:
     path = root / "val/a/0.mp4"
-    known, size = facts(str(path)), path.stat().st_size
-    rows = [manifest.ManifestRow(str(path), (0,), None, None, known, 0, known.frames, size, "", None)]
-    rows += [manifest.ManifestRow(str(path), (1,), None, None, known, 0, known.frames, size + 1, "", None)]
-    rows += [manifest.ManifestRow("x.mp4", (1,), None, None, None, 0, 0, 0, "", "the file is empty")]
+    info, size = video_info(str(path)), path.stat().st_size
+    rows = [manifest.ManifestRow(Video(str(path), (0,)), info, 0, info.frames, size, "", None)]
+    rows += [manifest.ManifestRow(Video(str(path), (1,)), info, 0, info.frames, size + 1, "", None)]
+    rows += [manifest.ManifestRow(Video("x.mp4", (1,)), None, 0, 0, 0, "", "the file is empty")]
     manifest.write(tmp_path / "val.csv", rows)
     module = data(tmp_path, parts={"test": "val.csv"})
     module.setup("test")
-    assert module.left_out == [LeftOut("test", "x.mp4", "refused by the manifest: the file is empty")]
+    assert module.skipped == [Skipped("test", "x.mp4", "skipped by the manifest: the file is empty")]
     ((_, targets),) = batches(module, module.test_dataloader())
     assert targets.tolist() == [0]
-    assert f"it had {size + 1} bytes" in module.left_out[1].reason
+    assert f"it had {size + 1} bytes" in module.skipped[1].reason
 
 
 def test_clips_depend_on_seed_and_epoch_and_not_on_workers(root: Path) -> None:
@@ -198,9 +199,9 @@ def test_prepared_facts_give_the_same_clips_as_none(root: Path, tmp_path: Path) 
     names = ["train/a/0.mp4", "train/a/1.mp4", "train/b/0.mp4"]
     rows = []
     for name in names:
-        known = facts(str(root / name))
+        info = video_info(str(root / name))
         size = (root / name).stat().st_size
-        rows.append(manifest.ManifestRow(name, (0,), None, None, known, 0, known.frames, size, "", None))
+        rows.append(manifest.ManifestRow(Video(name, (0,)), info, 0, info.frames, size, "", None))
     manifest.write(tmp_path / "train.csv", rows)
     (tmp_path / "list.txt").write_text("".join(f"{name} 0\n" for name in names))
     found = []

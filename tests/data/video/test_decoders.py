@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 import videos
-from fewtokens.data.video import container
-from fewtokens.data.video import decoders as decoding
-from fewtokens.data.video import records as facts
+from fewtokens.data.video import container, decoders, records
 from fewtokens.data.video.records import UnreadableError
 from fewtokens.errors import FewtokensError
 
@@ -45,7 +43,7 @@ def make(kind: str, folder: Path) -> str:
 
 
 def numbers(path: str, indices: list[int], decoder: str, short_side: int | None = None) -> list[int]:
-    frames = decoding.read(path, indices, decoder, short_side=short_side)
+    frames = decoders.read(path, indices, decoder, short_side=short_side)
     assert all(videos.upright(frame) for frame in frames)
     return [videos.number(frame) for frame in frames]
 
@@ -53,16 +51,16 @@ def numbers(path: str, indices: list[int], decoder: str, short_side: int | None 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_decoder_gives_the_frames_that_were_asked_for(kind: str, decoder: str, tmp_path: Path) -> None:
     path = make(kind, tmp_path)
-    found = container.facts(path)
+    found = container.video_info(path)
     assert (found.frames, found.access) == (30, KINDS[kind][2])
     shape = (found.height, found.width)
     for indices in (list(range(30)), [29], [0, 29], list(range(3, 30, 2)), [27, 5, 5, 0, 27], [25, 26, 2, 3]):
         assert numbers(path, indices, decoder) == indices
         assert numbers(path, indices, decoder, short_side=36) == indices
-    frames = decoding.read(path, [7, 8], decoder)
+    frames = decoders.read(path, [7, 8], decoder)
     assert frames.shape == (2, 3, *shape)
     assert frames.dtype == np.uint8
-    assert np.array_equal(frames, decoding.read(path, [7, 8], "pyav"))
+    assert np.array_equal(frames, decoders.read(path, [7, 8], "pyav"))
 
 
 @pytest.mark.parametrize("frames", [1, 7, 12, 20])
@@ -70,18 +68,18 @@ def test_every_decoder_gives_the_frames_that_were_asked_for(kind: str, decoder: 
 def test_frames_before_the_edit_list_do_not_count(frames: int, params: str, decoder: str, tmp_path: Path) -> None:
     source = videos.write(tmp_path / "whole.mp4", options={"x264-params": params})
     path = str(videos.cut(source, tmp_path / "cut.mp4", frames))
-    found = container.facts(path)
+    found = container.video_info(path)
     assert found.frames == 30 - frames
     assert found.access == ("any" if params.endswith("10") and frames == 20 else "pyav"), "whole groups are left out"
     assert numbers(path, list(range(found.frames)), decoder) == list(range(frames, 30))
     assert numbers(path, [found.frames - 1, 0], decoder) == [29, frames]
     with pytest.raises(FewtokensError, match=f"numbers from 0 to {found.frames - 1}"):
-        decoding.read(path, [found.frames], decoder)
+        decoders.read(path, [found.frames], decoder)
 
 
 def test_all_decoders_choose_the_same_of_several_videos(decoder: str, tmp_path: Path) -> None:
     path = str(videos.two_streams(tmp_path / "two.mp4"))
-    found = container.facts(path)
+    found = container.video_info(path)
     first = 100 if found.width > videos.WIDTH else 0
     assert numbers(path, [0, found.frames - 1], decoder) == [first, first + found.frames - 1]
 
@@ -89,48 +87,48 @@ def test_all_decoders_choose_the_same_of_several_videos(decoder: str, tmp_path: 
 def test_the_short_side_is_scaled_and_the_long_one_rounded_down(decoder: str, tmp_path: Path) -> None:
     wide = str(videos.write(tmp_path / "wide.mp4", size=(340, 256), count=2))
     tall = str(videos.write(tmp_path / "tall.mp4", size=(340, 256), count=2, rotation=90))
-    assert decoding.read(wide, [0], decoder, short_side=224).shape == (1, 3, 224, 297)
-    assert decoding.read(tall, [0], decoder, short_side=100).shape == (1, 3, 132, 100)
-    scaled = decoding.read(tall, [0, 1], decoder, short_side=100).astype(int)
-    assert np.abs(scaled - decoding.read(tall, [0, 1], "pyav", short_side=100)).mean() < 2.5
+    assert decoders.read(wide, [0], decoder, short_side=224).shape == (1, 3, 224, 297)
+    assert decoders.read(tall, [0], decoder, short_side=100).shape == (1, 3, 132, 100)
+    scaled = decoders.read(tall, [0, 1], decoder, short_side=100).astype(int)
+    assert np.abs(scaled - decoders.read(tall, [0, 1], "pyav", short_side=100)).mean() < 2.5
 
 
 def test_frames_go_to_memory_that_is_given(tmp_path: Path) -> None:
     given = np.zeros((3, 48, 64, 3), np.uint8)
     path = str(videos.write(tmp_path / "a.mp4"))
     for indices in ([1, 2, 3], [3, 1, 1]):
-        frames = decoding.read(path, indices, allocate=lambda shape: given)
+        frames = decoders.read(path, indices, allocate=lambda shape: given)
         assert np.shares_memory(frames, given)
         assert [videos.number(frame) for frame in frames] == indices
 
 
 def test_spans_are_by_the_times_at_which_frames_are_shown(tmp_path: Path) -> None:
     path = str(videos.write(tmp_path / "a.mp4", rate=10))
-    assert container.span(path, None, None) == (0, 30)
-    assert container.span(path, 1.0, 2.0) == (10, 10)
-    assert container.span(path, 2.85, 9.0) == (29, 1)
-    assert container.span(path, 0.99999, 1.09999) == (10, 1)  # rounded times of a list
+    assert container.frame_range(path, None, None) == (0, 30)
+    assert container.frame_range(path, 1.0, 2.0) == (10, 10)
+    assert container.frame_range(path, 2.85, 9.0) == (29, 1)
+    assert container.frame_range(path, 0.99999, 1.09999) == (10, 1)  # rounded times of a list
     path = str(videos.write(tmp_path / "b.mp4", rate=10, times=[i * 2 if i < 10 else i + 10 for i in range(30)]))
-    assert container.span(path, 1.0, 2.1) == (5, 6)
+    assert container.frame_range(path, 1.0, 2.1) == (5, 6)
     path = str(videos.write(tmp_path / "c.avi", rate=10, codec="mpeg4", options={}))
-    assert container.span(path, 1.0, 2.0) == (10, 10)
+    assert container.frame_range(path, 1.0, 2.0) == (10, 10)
     with pytest.raises(UnreadableError, match=r"it lasts 3\.00 s"):
-        container.span(path, 5.0, 6.0)
+        container.frame_range(path, 5.0, 6.0)
 
 
 def test_facts_say_how_long_and_how_fast(tmp_path: Path) -> None:
-    found = container.facts(str(videos.write(tmp_path / "a.mp4", rate=25, count=50)))
+    found = container.video_info(str(videos.write(tmp_path / "a.mp4", rate=25, count=50)))
     assert (found.frames, found.width, found.height, found.fps) == (50, 64, 48, 25.0)
     assert found.seconds == pytest.approx(2.0)
-    one = container.facts(str(videos.write(tmp_path / "one.mp4", count=1)))
+    one = container.video_info(str(videos.write(tmp_path / "one.mp4", count=1)))
     assert (one.frames, one.access) == (1, "any")
 
 
 def test_a_file_that_changed_is_scanned_anew(tmp_path: Path) -> None:
     path = videos.write(tmp_path / "a.mp4", count=10)
-    assert container.facts(str(path)).frames == 10
+    assert container.video_info(str(path)).frames == 10
     videos.write(path, count=12)
-    assert container.facts(str(path)).frames == 12
+    assert container.video_info(str(path)).frames == 12
 
 
 def damaged(kind: str, folder: Path) -> Path:
@@ -159,7 +157,7 @@ BAD = ["empty", "zeros", "text", "header only", "sound only", "absent", "a list 
 def test_what_is_no_video_is_refused_with_its_name(kind: str, tmp_path: Path) -> None:
     path = damaged(kind, tmp_path)
     with pytest.raises(UnreadableError, match=str(path)) as caught:
-        container.facts(str(path))
+        container.video_info(str(path))
     assert caught.value.reason
     assert "\n" not in str(caught.value)
 
@@ -167,7 +165,7 @@ def test_what_is_no_video_is_refused_with_its_name(kind: str, tmp_path: Path) ->
 def test_text_with_its_own_suffix_is_no_video_either(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("FFmpeg draws text files, if asked to\n" * 20)
     with pytest.raises(UnreadableError, match="no container of a supported kind"):
-        container.facts(str(tmp_path / "a.txt"))
+        container.video_info(str(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
@@ -177,7 +175,7 @@ def test_a_file_that_breaks_off_is_noticed(suffix: str, share: float, tmp_path: 
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(UnreadableError):
-        list(decoding.whole(str(path)))
+        list(decoders.decode_all(str(path)))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -189,34 +187,34 @@ def test_flipped_bits_are_noticed_and_no_damaged_frame_is_read(seed: int, tmp_pa
         content[place] ^= 1 << int(rng.integers(8))
     path.write_bytes(content)
     with pytest.raises(UnreadableError, match=r"damaged|Invalid data|can be decoded"):
-        list(decoding.whole(str(path)))
+        list(decoders.decode_all(str(path)))
     with pytest.raises(UnreadableError):
-        decoding.read(str(path), range(60))
+        decoders.read(str(path), range(60))
 
 
 def test_whole_files_pass_the_strict_reading(tmp_path: Path) -> None:
     for kind in KINDS:
-        found = list(decoding.whole(make(kind, tmp_path)))
+        found = list(decoders.decode_all(make(kind, tmp_path)))
         assert len(found) == 30
 
 
 def test_unknown_and_missing_decoders_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FewtokensError, match="decord or torchcodec or pyav"):
-        facts.require("opencv")
-    monkeypatch.setattr(facts, "find_spec", lambda name: None if name == "torchcodec" else True)
-    facts.require("pyav")
+    with pytest.raises(FewtokensError, match="'decord' or 'torchcodec' or 'pyav'"):
+        records.require_decoder("opencv")
+    monkeypatch.setattr(records, "find_spec", lambda name: None if name == "torchcodec" else True)
+    records.require_decoder("pyav")
     with pytest.raises(FewtokensError, match=r"pip install torchcodec==.*apt-get install ffmpeg.*data\.decoder=pyav"):
-        facts.require("torchcodec")
-    monkeypatch.setattr(facts, "find_spec", lambda name: None)
+        records.require_decoder("torchcodec")
+    monkeypatch.setattr(records, "find_spec", lambda name: None)
     with pytest.raises(FewtokensError, match="pip install av=="):
-        facts.require("decord")
+        records.require_decoder("decord")
 
 
 def test_a_decoder_that_does_not_load_is_no_bad_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fails(name: str) -> None:
         raise RuntimeError("Could not load libtorchcodec. Likely causes:\n...")
 
-    monkeypatch.setattr(decoding.importlib, "import_module", fails)
+    monkeypatch.setattr(decoders.importlib, "import_module", fails)
     with pytest.raises(FewtokensError, match="Could not load") as caught:
-        decoding.read(str(videos.write(tmp_path / "a.mp4")), [0], "torchcodec")
+        decoders.read(str(videos.write(tmp_path / "a.mp4")), [0], "torchcodec")
     assert not isinstance(caught.value, UnreadableError)

@@ -16,14 +16,14 @@ import pytest
 import videos
 from fewtokens.data.video.reader import Reader
 from fewtokens.data.video.records import UnreadableError
-from fewtokens.data.video.watchdog import GivenUp, Watched
+from fewtokens.data.video.watchdog import CallAborted, WatchedProcess
 from fewtokens.errors import FewtokensError
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedProcess]:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    found = Watched("stuck", 20.0)
+    found = WatchedProcess("stuck", 20.0)
     yield found
     found.close()
 
@@ -36,18 +36,18 @@ def running(process: int) -> bool:
     return "Z" not in Path(f"/proc/{process}/stat").read_text().split()[2]
 
 
-def test_arrays_come_in_shared_memory_of_any_size(watched: Watched) -> None:
+def test_arrays_come_in_shared_memory_of_any_size(watched: WatchedProcess) -> None:
     first = watched.call("fill", size=1000)
     for size in (1000, 10, 3_000_000, 2_000_000):
         assert watched.call("fill", size=size) == first != os.getpid()
         assert np.array_equal(watched.memory((size // 10, 10)).ravel(), np.arange(size) % 251)
 
 
-def test_a_call_that_never_ends_is_given_up(watched: Watched) -> None:
+def test_a_call_that_never_ends_is_given_up(watched: WatchedProcess) -> None:
     before = watched.call("fill", size=1)
     watched.limit = 0.3
     start = time.monotonic()
-    with pytest.raises(GivenUp, match=r"given up after 0\.3 s"):
+    with pytest.raises(CallAborted, match=r"timed out after 0\.3 s"):
         watched.call("spin")
     assert time.monotonic() - start < 5
     assert not running(before)
@@ -55,7 +55,7 @@ def test_a_call_that_never_ends_is_given_up(watched: Watched) -> None:
     assert watched.call("fill", size=1) != before
 
 
-def test_the_timer_is_for_one_call(watched: Watched) -> None:
+def test_the_timer_is_for_one_call(watched: WatchedProcess) -> None:
     watched.limit = 1.0
     before = watched.call("fill", size=1)
     for _ in range(3):
@@ -65,13 +65,13 @@ def test_the_timer_is_for_one_call(watched: Watched) -> None:
 
 
 @pytest.mark.parametrize(("name", "match"), [("crash", "SIGSEGV"), ("leave", "exit code 3"), ("bug", "exit code 1")])
-def test_a_crash_is_told_and_the_next_call_works(watched: Watched, name: str, match: str) -> None:
-    with pytest.raises(GivenUp, match=match):
+def test_a_crash_is_told_and_the_next_call_works(watched: WatchedProcess, name: str, match: str) -> None:
+    with pytest.raises(CallAborted, match=match):
         watched.call(name)
     assert watched.call("chatter") == "quiet"
 
 
-def test_chatter_goes_nowhere_and_errors_come_as_they_were_raised(watched: Watched, capfd) -> None:
+def test_chatter_goes_nowhere_and_errors_come_as_they_were_raised(watched: WatchedProcess, capfd) -> None:
     assert watched.call("chatter") == "quiet"
     with pytest.raises(FewtokensError) as caught:
         watched.call("refuse")
@@ -79,7 +79,7 @@ def test_chatter_goes_nowhere_and_errors_come_as_they_were_raised(watched: Watch
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_interrupted_call_leaves_no_answer_for_the_next(watched: Watched) -> None:
+def test_an_interrupted_call_leaves_no_answer_for_the_next(watched: WatchedProcess) -> None:
     watched.call("fill", size=1)
     threading.Timer(0.3, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
@@ -87,7 +87,7 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(watched: Watched) -> 
     assert watched.call("chatter") == "quiet"
 
 
-def test_forked_and_pickled_copies_have_processes_of_their_own(watched: Watched) -> None:
+def test_forked_and_pickled_copies_have_processes_of_their_own(watched: WatchedProcess) -> None:
     mine = watched.call("fill", size=5)
     copy = pickle.loads(pickle.dumps(watched))
     assert copy.call("fill", size=5) != mine
@@ -103,7 +103,8 @@ def test_forked_and_pickled_copies_have_processes_of_their_own(watched: Watched)
 
 def test_the_process_ends_with_its_owner(tmp_path: Path) -> None:
     code = (
-        "import os, signal; from fewtokens.data.video.watchdog import Watched; w = Watched('stuck', 30.0);"
+        "import os, signal; from fewtokens.data.video.watchdog import WatchedProcess;"
+        "w = WatchedProcess('stuck', 30.0);"
         "print(w.call('fill', size=1), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     path = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[3] / "src")])
@@ -120,7 +121,7 @@ def test_the_process_ends_with_its_owner(tmp_path: Path) -> None:
 
 def test_a_module_that_does_not_load_is_told(capfd) -> None:
     with pytest.raises(FewtokensError, match="its own message stands above"):
-        Watched("no_such_module", 5.0).call("x")
+        WatchedProcess("no_such_module", 5.0).call("x")
     assert "No module named 'no_such_module'" in capfd.readouterr().err
 
 
@@ -128,18 +129,18 @@ def test_files_in_the_working_directory_are_no_modules(tmp_path: Path, monkeypat
     (tmp_path / "numpy.py").write_text("raise SystemExit('taken for numpy')")
     path = videos.write(tmp_path / "a.mp4", count=3)
     monkeypatch.chdir(tmp_path)
-    assert Reader("pyav").facts(str(path)).frames == 3
+    assert Reader("pyav").video_info(str(path)).frames == 3
 
 
 def test_a_reader_gives_what_the_decoder_gives(tmp_path: Path) -> None:
     path = str(videos.write(tmp_path / "a.mp4", rate=10))
     reader = Reader("pyav")
-    facts = reader.facts(path)
-    assert reader.span(path, 1.0, 2.0) == (10, 10)
-    for known in (None, facts):
-        frames = reader.read(path, [3, 9, 3], known=known)
+    found = reader.video_info(path)
+    assert reader.frame_range(path, 1.0, 2.0) == (10, 10)
+    for info in (None, found):
+        frames = reader.read(path, [3, 9, 3], info=info)
         assert [videos.number(frame) for frame in frames] == [3, 9, 3]
-        assert reader.read(path, [0], 24, known).shape == (1, 3, 24, 32)
+        assert reader.read(path, [0], 24, info).shape == (1, 3, 24, 32)
     assert [videos.number(frame) for frame in reader.read(path, range(30))] == list(range(30))
     with pytest.raises(FewtokensError, match="numbers from 0 to 29"):
         reader.read(path, [30])
@@ -151,29 +152,29 @@ def test_a_reader_names_bad_files_slow_ones_and_those_that_crash_the_decoder(tmp
     good = str(videos.write(tmp_path / "a.mp4"))
     reader = Reader("pyav")
     with pytest.raises(UnreadableError, match=f"{bad}: Invalid data"):
-        reader.facts(str(bad))
-    reader.facts(good)
-    os.kill(reader.watched._process.pid, signal.SIGSEGV)
+        reader.video_info(str(bad))
+    reader.video_info(good)
+    os.kill(reader.process._process.pid, signal.SIGSEGV)
     with pytest.raises(UnreadableError, match=r"crashed \(SIGSEGV\)"):
         reader.read(good, [0])
-    reader.watched.limit = 0.001
-    with pytest.raises(UnreadableError, match=r"given up after 0\.001 s"):
+    reader.process.limit = 0.001
+    with pytest.raises(UnreadableError, match=r"timed out after 0\.001 s"):
         reader.read(str(videos.write(tmp_path / "long.mp4", size=(640, 480), count=100)), range(100))
-    reader.watched.limit = 20.0
+    reader.process.limit = 20.0
     assert reader.read(good, [0]).shape == (1, 3, 48, 64)
 
 
 def test_the_process_is_lean(tmp_path: Path) -> None:
     reader = Reader("pyav")
     reader.read(str(videos.write(tmp_path / "a.mp4")), [0])
-    maps = Path(f"/proc/{reader.watched._process.pid}/maps")
+    maps = Path(f"/proc/{reader.process._process.pid}/maps")
     if not maps.exists():
         pytest.skip("no /proc here")
     assert "libtorch" not in maps.read_text()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "match"), [(("opencv",), "decord or torchcodec"), (("pyav", 0.0), "more than 0")]
+    ("arguments", "match"), [(("opencv",), "'decord' or 'torchcodec'"), (("pyav", 0.0), "more than 0")]
 )
 def test_settings_that_cannot_be(arguments: tuple, match: str) -> None:
     with pytest.raises(FewtokensError, match=match):

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fewtokens.data.prepare.examine import Settings
 from fewtokens.data.prepare.scan import prepare
-from fewtokens.data.video import annotations, manifest
-from fewtokens.data.video.lists import Entry
+from fewtokens.data.video import manifest, parts
+from fewtokens.data.video.records import Video
 from fewtokens.errors import FewtokensError
 
 _NAMED = 10  # refused files on the screen
@@ -77,7 +77,7 @@ def report(summary: dict[str, Any], file: Path, console: Console) -> None:
     """Names what was refused and says what is written where."""
     refused = [row for row in manifest.read(file) if row.reason is not None]
     for row in refused[:_NAMED]:
-        path = os.fsencode(row.path).decode(errors="backslashreplace")
+        path = os.fsencode(row.video.path).decode(errors="backslashreplace")
         console.print(f"refused: {path}: {row.reason}", style="red", markup=False, highlight=False, soft_wrap=True)
     if len(refused) > _NAMED:
         console.print(f"... and {len(refused) - _NAMED} more: the column reason of {file}")
@@ -109,13 +109,13 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def listed(args: argparse.Namespace) -> tuple[list[Entry], list[str]]:
+def listed(args: argparse.Namespace) -> tuple[list[Video], list[str]]:
     """The videos of the list, those last that official annotations name and that are not there; names of classes."""
     source = str(args.list.absolute() if args.list.exists() else args.list)
-    given = None if args.classes is None else annotations.read_classes(args.classes)
-    found = annotations.listing(args.root, source, several=args.multilabel, classes=given)
-    classes = annotations.class_names(args.root, source, args.multilabel) if given is None else given
-    return found.entries + found.absent, classes
+    given = None if args.classes is None else parts.read_classes(args.classes)
+    found, missing = parts.list_videos(args.root, source, multilabel=args.multilabel, classes=given)
+    classes = parts.class_names(args.root, source, args.multilabel) if given is None else given
+    return found + missing, classes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -59,7 +59,7 @@ class Task:
         if found is None or found.state != state(self.source) or found.copied != self.copied:
             return False
         if found.reason is not None:
-            return not found.reason.startswith("given up") or limit <= found.limit
+            return not found.reason.startswith("timed out") or limit <= found.limit
         whole = self.copy is None or (os.path.exists(self.copy) and os.stat(self.copy).st_size == found.bytes)
         return whole and self.spans <= found.spans.keys()
 
@@ -104,26 +104,26 @@ def examined(tasks: Iterable[Task], settings: Settings) -> Generator[tuple[Task,
         stopping.set()
         for thread, reader in zip(threads, readers, strict=True):
             while thread.is_alive():
-                reader.watched.interrupt()
+                reader.process.interrupt()
                 thread.join(0.05)
 
 
 def examine(task: Task, reader: Reader, settings: Settings) -> Found:
     """Everything about one file."""
     before = state(task.source)
-    facts: VideoInfo | None = None
+    info: VideoInfo | None = None
     spans: dict[Span, tuple[int, int] | str] = {}
     try:
         _check(task.source)
-        facts = _whole(task, reader, settings)
+        info = _whole(task, reader, settings)
         reason, final = None, task.copy or task.source
     except UnreadableError as error:
         reason, final = error.reason, task.source
-    if facts is not None:
+    if info is not None:
         spans = {span: _span(reader, final, *span) for span in task.spans if span != task.copied}
-    spans |= {task.copied: (0, facts.frames)} if facts and task.copied else {}
+    spans |= {task.copied: (0, info.frames)} if info and task.copied else {}
     size, digest = _content(final, settings.checksum) if before else (0, "")
-    return Found(before, settings.limit, spans, task.copied, facts, size, digest, reason)
+    return Found(before, settings.limit, spans, task.copied, info, size, digest, reason)
 
 
 class _Shared:
@@ -162,7 +162,7 @@ def _whole(task: Task, reader: Reader, settings: Settings) -> VideoInfo:
 
 def _span(reader: Reader, path: str, start: float | None, end: float | None) -> tuple[int, int] | str:
     try:
-        return reader.span(path, start, end)
+        return reader.frame_range(path, start, end)
     except UnreadableError as error:
         return error.reason
 

@@ -22,7 +22,7 @@ class Found:
         limit: Seconds after which it would have been given up.
         spans: The stretches that were asked for: first frame and how many, or why there are none.
         copied: The stretch that its copy consists of; None if there is no copy.
-        facts: Of the file that is to be read: the copy, if there is one; None if it is refused.
+        info: Properties of the file that is to be read: the copy, if there is one; None if it is refused.
         bytes: Of that file; of the original if it is refused.
         sha256: The same; "" if it could not be read or was not asked for.
         reason: Why it is refused; None if it is good.
@@ -32,7 +32,7 @@ class Found:
     limit: float
     spans: dict[Span, tuple[int, int] | str]
     copied: Span | None
-    facts: VideoInfo | None
+    info: VideoInfo | None
     bytes: int
     sha256: str
     reason: str | None
@@ -121,8 +121,8 @@ def state(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 
 
 def _found(
-    spans: list[list[Any]], state: list[int] | None, copied: list[float | None] | None, facts: Any, **more: Any
+    spans: list[list[Any]], state: list[int] | None, copied: list[float | None] | None, info: Any, **more: Any
 ) -> Found:
     stretches = {(start, end): tuple(at) if isinstance(at, list) else at for start, end, at in spans}
-    known = None if facts is None else VideoInfo(**facts)
-    return Found(state and tuple(state), spans=stretches, copied=copied and tuple(copied), facts=known, **more)  # type: ignore
+    found = None if info is None else VideoInfo(**info)
+    return Found(state and tuple(state), spans=stretches, copied=copied and tuple(copied), info=found, **more)  # type: ignore

@@ -15,14 +15,14 @@ from typing import Any
 from fewtokens.data.prepare.examine import Settings, Task, examined
 from fewtokens.data.prepare.journal import Found, Journal
 from fewtokens.data.video import manifest
-from fewtokens.data.video.lists import Entry
 from fewtokens.data.video.manifest import ManifestRow
-from fewtokens.data.video.reader import PART
+from fewtokens.data.video.reader import PARTIAL_SUFFIX
+from fewtokens.data.video.records import Video
 from fewtokens.errors import FewtokensError, write_error
 
 
 def prepare(
-    entries: Sequence[Entry],
+    entries: Sequence[Video],
     root: Path,
     file: Path,
     settings: Settings,
@@ -77,7 +77,7 @@ def prepare(
     return summary
 
 
-def tasks_of(entries: Iterable[Entry], root: Path, copies: Path | None) -> dict[str, Task]:
+def tasks_of(entries: Iterable[Video], root: Path, copies: Path | None) -> dict[str, Task]:
     """The files that are listed, by path, each once; one that is listed once is copied without what does not count.
 
     Raises:
@@ -117,7 +117,7 @@ def _examine(
             watch(counts[True], counts[False], len(tasks))
 
 
-def _key(entry: Entry) -> str:
+def _key(entry: Video) -> str:
     return os.path.normpath(entry.path)
 
 
@@ -132,27 +132,27 @@ def _name(path: str, root: Path, start: float | None, end: float | None) -> Pure
     return below if below.suffix == ".mp4" else below.with_name(below.name + ".mp4")
 
 
-def _row(entry: Entry, task: Task, found: Found, copies: Path | None) -> ManifestRow:
+def _row(entry: Video, task: Task, found: Found, copies: Path | None) -> ManifestRow:
     span = (entry.start, entry.end)
     content = (found.bytes, found.sha256)
     at = found.reason if found.reason is not None else found.spans[span]
     if isinstance(at, str):
-        return ManifestRow(entry.path, entry.labels, *span, None, 0, 0, *content, at)
+        return ManifestRow(entry, None, 0, 0, *content, at)
     if copies is None or task.copy is None:
-        return ManifestRow(entry.path, entry.labels, *span, found.facts, *at, *content, None)
+        return ManifestRow(entry, found.info, *at, *content, None)
     path = Path(task.copy).relative_to(copies).as_posix()
     left = (None, None) if span == found.copied else span
-    return ManifestRow(path, entry.labels, *left, found.facts, *at, *content, None)
+    return ManifestRow(Video(path, entry.labels, *left), found.info, *at, *content, None)
 
 
 def _sweep(copies: Path) -> None:
     """Removes copies that a killed process left half done."""
-    for part in copies.rglob(f".*{PART}"):
+    for part in copies.rglob(f".*{PARTIAL_SUFFIX}"):
         part.unlink(missing_ok=True)
 
 
 def _summary(rows: list[ManifestRow], tasks: dict[str, Task], found: dict[str, Found]) -> dict[str, Any]:
-    good = [row for row in rows if row.facts is not None and row.reason is None]
+    good = [row for row in rows if row.info is not None and row.reason is None]
     reasons = Counter(re.sub(r"\d+(\.\d+)?", "N", row.reason) for row in rows if row.reason is not None)
     files = [(found[path].state, found[path].bytes) for path in tasks if found[path].reason is None]
     return {
@@ -160,7 +160,7 @@ def _summary(rows: list[ManifestRow], tasks: dict[str, Task], found: dict[str, F
         "good": len(good),
         "refused": len(rows) - len(good),
         "refused_by_reason": dict(reasons.most_common()),
-        "hours": sum(row.count / row.facts.fps for row in good if row.facts) / 3600,
+        "hours": sum(row.count / row.info.fps for row in good if row.info) / 3600,
         "files": len(files),
         "bytes_before": sum(state[0] for state, _ in files if state),
         "bytes_after": sum(size for _, size in files),

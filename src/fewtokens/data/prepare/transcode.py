@@ -12,9 +12,8 @@ import numpy as np
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange
 
-from fewtokens.data.video import container
-from fewtokens.data.video import decoders as decoding
-from fewtokens.data.video.container import Scan
+from fewtokens.data.video import container, decoders
+from fewtokens.data.video.container import PacketIndex
 from fewtokens.data.video.records import UnreadableError, VideoInfo
 from fewtokens.errors import FewtokensError, write_error
 
@@ -42,41 +41,41 @@ def examine(
         key_frames: Frames from one key frame to the next.
 
     Returns:
-        The facts of the file that is to be read: the copy, if there is one.
+        The properties of the file that is to be read: the copy, if there is one.
 
     Raises:
         UnreadableError: Something is wrong with the file.
         FewtokensError: The copy cannot be written.
     """
-    first, count = container.span(path, start, end)
-    found = container.scan(path)
+    first, count = container.frame_range(path, start, end)
+    found = container.packet_index(path)
     if target is None:
-        for _ in decoding.whole(path):
+        for _ in decoders.decode_all(path):
             pass
-        return found.facts
+        return found.info
     wanted = range(first, first + count)
     with _writing(target, path):
-        _encode(path, found, wanted, target, _size(found.facts, short_side), key_frames)
-    for _ in decoding.whole(target):
+        _encode(path, found, wanted, target, _size(found.info, short_side), key_frames)
+    for _ in decoders.decode_all(target):
         pass
-    made = container.facts(target)
+    made = container.video_info(target)
     if made.frames != count or made.access != "any":
         raise UnreadableError(path, f"its copy has {made.frames} frames instead of {count}, access {made.access}")
     return made
 
 
-def _size(facts: VideoInfo, short_side: int | None) -> tuple[int, int]:
-    smaller = short_side is not None and short_side < min(facts.width, facts.height)
-    width, height = facts.size(short_side) if smaller else (facts.width, facts.height)
+def _size(info: VideoInfo, short_side: int | None) -> tuple[int, int]:
+    smaller = short_side is not None and short_side < min(info.width, info.height)
+    width, height = info.size(short_side) if smaller else (info.width, info.height)
     return max(2, width // 2 * 2), max(2, height // 2 * 2)
 
 
-def _encode(path: str, found: Scan, wanted: range, target: str, size: tuple[int, int], key_frames: int) -> None:
-    rate = Fraction(found.facts.fps).limit_denominator(1001)
+def _encode(path: str, found: PacketIndex, wanted: range, target: str, size: tuple[int, int], key_frames: int) -> None:
+    rate = Fraction(found.info.fps).limit_denominator(1001)
     unit = Fraction(found.unit).limit_denominator(1 << 30) if len(found.times) else 1 / rate
     with av.open(f"file:{target}", "w", format="mp4", options={"movflags": "faststart", "fflags": "bitexact"}) as file:
         stream: Any = None
-        for index, frame in enumerate(decoding.whole(path)):
+        for index, frame in enumerate(decoders.decode_all(path)):
             if index not in wanted:
                 continue
             if stream is None:
@@ -99,8 +98,8 @@ def _stream(file: Any, frame: av.VideoFrame, size: tuple[int, int], rate: Fracti
 
 def _prepared(frame: av.VideoFrame, size: tuple[int, int], shown: int, unit: Fraction) -> av.VideoFrame:
     matrix = _matrix(frame)
-    if container.turns(frame):
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(decoding.rgb(frame, *size)), format="rgb24")
+    if container.quarter_turns(frame):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(decoders.to_rgb(frame, *size)), format="rgb24")
     limited = ColorRange.MPEG
     frame = frame.reformat(*size, "yuv420p", None, matrix, "BICUBIC", dst_color_range=limited, threads=1)
     frame.pts, frame.time_base = shown, unit

@@ -23,18 +23,18 @@ _ROUNDING = 0.0005  # seconds: times in lists are rounded, and 1/30 s is no mult
 
 
 @dataclass(frozen=True)
-class Scan:
+class PacketIndex:
     """A file's packets, counted.
 
     Attributes:
-        facts: For everybody.
+        info: Properties of the file.
         times: When the frames are shown, in the stream's unit, sorted; empty if they can only be counted.
         keys: Times of the frames at which decoding can begin, sorted.
         unit: Of times and keys, in seconds.
         lost: Frames that the header announces and the file does not hold.
     """
 
-    facts: VideoInfo
+    info: VideoInfo
     times: Int64[np.ndarray, " n"]
     keys: list[int]
     unit: float
@@ -47,7 +47,7 @@ class _Packet(NamedTuple):
     cut_off: bool  # by an edit list: decoded, since others refer to it, and not shown
 
 
-def scan(path: str) -> Scan:
+def packet_index(path: str) -> PacketIndex:
     """Reads all packets of a file and decodes its first frame.
 
     Raises:
@@ -59,31 +59,31 @@ def scan(path: str) -> Scan:
         raise UnreadableError(path, error.strerror or "no such file") from error
     if not stat.st_size:
         raise UnreadableError(path, "the file is empty")
-    return _scan(path, stat.st_size, stat.st_mtime_ns)
+    return _index(path, stat.st_size, stat.st_mtime_ns)
 
 
-def facts(path: str) -> VideoInfo:
+def video_info(path: str) -> VideoInfo:
     """What there is to know of a file; UnreadableError if its frames cannot be found."""
-    return scan(path).facts
+    return packet_index(path).info
 
 
-def span(path: str, start: float | None, end: float | None) -> tuple[int, int]:
+def frame_range(path: str, start: float | None, end: float | None) -> tuple[int, int]:
     """The first frame shown at `start` seconds or later, and how many there are before `end` (None: all).
 
     Raises:
         UnreadableError: There is none.
     """
-    found = scan(path)
+    found = packet_index(path)
     timed = len(found.times) > 0
-    seconds = (found.times - found.times[0]) * found.unit if timed else np.arange(found.facts.frames) / found.facts.fps
+    seconds = (found.times - found.times[0]) * found.unit if timed else np.arange(found.info.frames) / found.info.fps
     first, stop = np.searchsorted(seconds, np.array([start or 0.0, np.inf if end is None else end]) - _ROUNDING)
     if first >= stop:
-        raise UnreadableError(path, f"no frame from {start} s to {end} s: it lasts {found.facts.seconds:.2f} s")
+        raise UnreadableError(path, f"no frame from {start} s to {end} s: it lasts {found.info.seconds:.2f} s")
     return int(first), int(stop - first)
 
 
 @contextmanager
-def opened(path: str) -> Iterator[tuple[Any, Any]]:
+def open_video(path: str) -> Iterator[tuple[Any, Any]]:
     """A container and its main video stream; whatever goes wrong within becomes UnreadableError."""
     try:
         with av.open(f"file:{path}", options=_SAFE) as container:
@@ -100,20 +100,20 @@ def opened(path: str) -> Iterator[tuple[Any, Any]]:
         raise UnreadableError(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
-def turns(frame: av.VideoFrame) -> int:
+def quarter_turns(frame: av.VideoFrame) -> int:
     """Quarter turns, against the clock, by which the rotation metadata say a frame is to be shown."""
     if frame.rotation % 90:
         raise ValueError(f"it is to be shown turned by {frame.rotation} degrees, which is no multiple of 90")
     return frame.rotation // 90 % 4
 
 
-@lru_cache(maxsize=1)  # facts are asked for, then frames of the same file; size and time notice a changed one
-def _scan(path: str, size: int, changed: int) -> Scan:
-    with opened(path) as (container, stream):
+@lru_cache(maxsize=1)  # video_info is called, then frames of the same file; size and time notice a changed one
+def _index(path: str, size: int, changed: int) -> PacketIndex:
+    with open_video(path) as (container, stream):
         packets, first, clean = _walk(container, stream)
         if first is None or not packets:
             raise ValueError("no frame can be decoded")
-        turned = turns(first) % 2
+        turned = quarter_turns(first) % 2
         width, height = (first.height, first.width) if turned else (first.width, first.height)
         fps, unit = float(stream.average_rate or stream.guessed_rate or 1), float(stream.time_base)
         codec, kind = stream.codec_context.codec.canonical_name, container.format.name
@@ -126,8 +126,10 @@ def _scan(path: str, size: int, changed: int) -> Scan:
         return _counted(path, width, height, fps, lost)
     plain = clean and simple and len(times) == len(packets) and codec in _PLAIN
     seconds = (times[-1] - times[0]) * unit + 1 / fps
-    facts = VideoInfo(len(times), width, height, fps, seconds, "any" if plain else "pyav")
-    return Scan(facts, np.array(times, np.int64), sorted(packet.time for packet in packets if packet.key), unit, lost)
+    info = VideoInfo(len(times), width, height, fps, seconds, "any" if plain else "pyav")
+    return PacketIndex(
+        info, np.array(times, np.int64), sorted(packet.time for packet in packets if packet.key), unit, lost
+    )
 
 
 def _walk(container: Any, stream: Any) -> tuple[list[_Packet], av.VideoFrame | None, bool]:
@@ -166,10 +168,12 @@ def _lost(container: Any, stream: Any, packets: list[_Packet], fps: float) -> in
     return round(absent * fps) if absent > tolerance else 0
 
 
-def _counted(path: str, width: int, height: int, fps: float, lost: int) -> Scan:
-    with opened(path) as (container, stream):
+def _counted(path: str, width: int, height: int, fps: float, lost: int) -> PacketIndex:
+    with open_video(path) as (container, stream):
         count = sum(1 for _ in container.decode(stream))
-    return Scan(VideoInfo(count, width, height, fps, count / fps, "sequential"), np.empty(0, np.int64), [], 1.0, lost)
+    return PacketIndex(
+        VideoInfo(count, width, height, fps, count / fps, "sequential"), np.empty(0, np.int64), [], 1.0, lost
+    )
 
 
 def _refreshes(packet: av.Packet, context: Any) -> bool:

@@ -1,26 +1,27 @@
-"""Video data sets: Kinetics and whatever comes in its layouts, or with several labels a video (Charades, AViD)."""
+"""Datamodule for video data sets: Kinetics, any set in one of its layouts, and multi-label sets (Charades, AViD)."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fewtokens.data import seeding
-from fewtokens.data.datamodule import ClipSettings, DataModule, Loader, Part, out_of_range
+from fewtokens.data.datamodule import ClipSettings, DataModule, Loader, Part
 from fewtokens.data.transforms.normalize import Pipeline
-from fewtokens.data.video import sources
+from fewtokens.data.video import parts as listing
 from fewtokens.data.video.dataset import Clips, VideoDataset
+from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.reader import Reader
+from fewtokens.data.video.records import Skipped, Video
 from fewtokens.data.video.sampling import FixedViews, RandomClip, Sampling
-from fewtokens.data.video.sources import Sources, Unread
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check
 
 log = logging.getLogger(__name__)
-_CLIPS: dict[str, Any] = {  # what `ClipSettings` are where they are not given
+_CLIP_DEFAULTS: dict[str, Any] = {  # of `ClipSettings`
     "stride": 1,
     "resize": None,
     "scale_jitter": (1.0, 1.0),
@@ -30,36 +31,29 @@ _CLIPS: dict[str, Any] = {  # what `ClipSettings` are where they are not given
 }
 
 
-class LeftOut(NamedTuple):
-    """A video that a part lists and that was not used, and why."""
-
-    part: Part
-    path: str
-    reason: str
-
-
 class Videos(DataModule):
     """Loaders yield `(uint8 views (B, V, T, 3, S, S), targets)`; models get `(views (B, V, 3, T, S, S), targets)`.
 
-    With `frames=1` there is no axis of time: models for images get `(B, V, 3, S, S)`. Training has one random clip a
-    video and validation the centre of the centre clip; the test has `views`. Targets are class numbers (B,) or, with
-    `multilabel`, 1 and 0 (B, classes).
+    With `frames=1` there is no time axis: image models get `(B, V, 3, S, S)`. Training uses one random clip per video,
+    validation the center crop of the center clip, and the test `views`. Targets are class numbers (B,) or, with
+    `multilabel`, 0 and 1 per class (B, classes).
 
-    A video that cannot be read is replaced by another of its class in training, counted and named in the log; above
-    `max_broken` training ends. In evaluation it is left out and named: `left_out` has all of them.
+    In training, a video that cannot be read is replaced by another of its class, counted, and named in the log; if more
+    than `max_broken` of them are unreadable, training ends. In evaluation it is skipped. `skipped` lists all of them.
 
     Args:
-        root: Folder that paths are below.
-        parts: Where the parts `train`, `val` and `test` are listed, below the root or absolute: see
-            `annotations.listing`; or a manifest of `python -m fewtokens.data.prepare`. None: there is no such part.
-        classes: File with all class names in the order of their numbers (`annotations.read_classes`). None: the names
-            of the training part (if it is not there, of the part itself), sorted.
-        multilabel: A video may have any number of classes.
-        max_broken: Share of the training videos that may break during training.
+        root: Folder to which paths are relative.
+        parts: The list of each part (`train`, `val`, `test`), relative to the root or absolute, in any format that
+            `fewtokens.data.video.parts.list_videos` reads, or a manifest of `python -m fewtokens.data.prepare`. None:
+            the part does not exist.
+        classes: File with all class names in the order of their numbers (see `parts.read_classes`). None: the names in
+            the training part (in the part itself if there is no training part), sorted.
+        multilabel: Whether a video may have any number of classes.
+        max_broken: Largest share of the training videos that may be unreadable, from 0 to 1.
         **settings: See `DataModule` and `ClipSettings`. `eval_batch_size` counts views.
 
     Raises:
-        FewtokensError: If a setting is out of range or does not fit the data.
+        FewtokensError: A setting is out of range or does not fit the data.
     """
 
     stamped: ClassVar[bool] = True
@@ -76,15 +70,10 @@ class Videos(DataModule):
         **settings: Unpack[ClipSettings],
     ) -> None:
         given: dict[str, Any] = dict(settings)
-        clips = {name: given.pop(name, default) for name, default in _CLIPS.items()}
+        clips = {name: given.pop(name, default) for name, default in _CLIP_DEFAULTS.items()}
         super().__init__(**given)
-        self.root, self.parts, self.multilabel, self.max_broken = (
-            Path(root).expanduser(),
-            dict(parts),
-            multilabel,
-            max_broken,
-        )
-        self.classes = classes
+        self.root, self.parts, self.classes = Path(root).expanduser(), dict(parts), classes
+        self.multilabel, self.max_broken = multilabel, max_broken
         self._check_clips(clips)
         self.reader = Reader(clips["decoder"], clips["decode_limit"])
         shape = (self.frames, clips["stride"], self.image_size, clips["resize"])
@@ -94,147 +83,140 @@ class Videos(DataModule):
             "test": FixedViews(*shape, *clips["views"]),
         }
         self.description = f"videos at {self.root}"
-        self._parts: dict[Part, VideoDataset] = {}
-        self._lists: dict[str, Sources] = {}  # for evaluation: validation and test often have one in common
-        self._refused: dict[Part, list[Unread]] = {}  # from the beginning
-        self._unread: dict[tuple[Part, str], str] = {}  # since then
-        self.replaced, self.tested, self.untested = 0, 0, 0  # samples, of this process
+        self._datasets: dict[Part, VideoDataset] = {}
+        self._lists: dict[str, tuple[Sequence[Video | ManifestRow], list[Skipped]]] = {}
+        self._skipped_at_setup: dict[Part, list[Skipped]] = {}
+        self._unreadable: dict[tuple[str, str], Skipped] = {}  # by part and path, found while reading
+        self.replaced, self.tested, self.untested = 0, 0, 0  # numbers of samples in this process
 
     def _check_clips(self, clips: dict[str, Any]) -> None:
-        if len(clips["views"]) != 2:
-            raise out_of_range("views", "two numbers, of clips and of crops", list(clips["views"]))
-        if clips["stride"] < 1:
-            raise out_of_range("stride", "at least 1", clips["stride"])
-        if not 0 <= self.max_broken <= 1:
-            raise out_of_range("max_broken", "a share from 0 to 1", self.max_broken)
-        if self.channels != 3:
-            raise out_of_range("channels", "3, since videos are decoded to RGB", self.channels)
-        if unknown := set(self.parts) - {"train", "val", "test"}:
-            raise out_of_range("parts", "train, val and test", sorted(unknown))
+        views, unknown = list(clips["views"]), sorted(set(self.parts) - {"train", "val", "test"})
+        check(len(views) == 2, "data.views", "two ints, the numbers of clips and of crops", views)
+        check(clips["stride"] >= 1, "data.stride", "an int >= 1", clips["stride"])
+        check(0 <= self.max_broken <= 1, "data.max_broken", "a float in [0, 1]", self.max_broken)
+        check(self.channels == 3, "data.channels", "3, as videos are decoded to RGB", self.channels)
+        check(not unknown, "data.parts", "a mapping with the keys train, val and test only", unknown)
 
     def setup(self, stage: str | None = None) -> None:
-        """Lists the videos that a stage needs (None: those that are there) and compares the classes with the facts."""
-        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        wanted: Sequence[Part] = needed.get(stage or "", ("train", "val", "test"))  # type: ignore[assignment]
-        for part in wanted:
+        """List the videos of the parts that a stage needs. None: of all parts whose lists exist."""
+        stages = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        needed: Sequence[Part] = stages.get(stage or "", ("train", "val", "test"))  # type: ignore[assignment]
+        for part in needed:
             source = self.parts.get(part)
-            there = source is not None and (stage is not None or (self.root / source).exists())
-            if there and part not in self._parts:
-                self._parts[part] = self._listed(part, str(source))
+            exists = source is not None and (stage is not None or (self.root / source).exists())
+            if exists and part not in self._datasets:
+                self._datasets[part] = self._read_part(part, str(source))
                 self.verify(part)
 
-    def _listed(self, part: Part, source: str) -> VideoDataset:
-        found = self._lists.get(source) or self._sources(source)
+    def _read_part(self, part: Part, source: str) -> VideoDataset:
+        # Validation and test often share one list, which takes minutes to match with the files of a large set.
+        videos, skipped = self._lists.get(source) or self._read_list(part, source)
         if part != "train":
-            self._lists[source] = found
-        self._refused[part] = found.left_out
-        if found.left_out:
-            log.warning("Left out of the %s part from the beginning: %d videos", part, len(found.left_out))
-        return VideoDataset(
-            self.root,
-            found.videos,
-            self.sampling[part],
-            self.reader,
-            seed=self.seed,
-            replaces=part == "train",
-            classes=self.num_classes if self.multilabel else None,
+            self._lists[source] = (videos, skipped)
+        self._skipped_at_setup[part] = [video._replace(part=part) for video in skipped]
+        if skipped:
+            log.warning("%d videos of the %s part are skipped from the start", len(skipped), part)
+        classes = self.num_classes if self.multilabel else None
+        sampling = self.sampling[part]
+        return VideoDataset(self.root, videos, sampling, self.reader, part=part, seed=self.seed, classes=classes)
+
+    def _read_list(self, part: Part, source: str) -> tuple[Sequence[Video | ManifestRow], list[Skipped]]:
+        order = [self.parts.get("train"), source]
+        names = listing.ordered_class_names(self.root, self.classes, order, self.num_classes, self.multilabel)
+        return listing.read_part(
+            self.root, source, part, self.num_classes, multilabel=self.multilabel, classes=names or None
         )
 
-    def _sources(self, source: str) -> Sources:
-        order = [self.parts.get("train"), source]
-        names = sources.class_names(self.root, self.classes, order, self.num_classes, self.multilabel)
-        return sources.read(self.root, source, self.num_classes, several=self.multilabel, classes=names or None)
-
     def dataset(self, part: Part) -> VideoDataset | None:
-        """The videos of a part."""
-        return self._parts.get(part)
+        """Return the videos of a part; None if it does not exist."""
+        return self._datasets.get(part)
 
     def verify(self, part: Part) -> None:
-        """Sends black clips of `part` through its transforms and compares the result with the facts."""
+        """Send a black clip through the transforms of a part and check the size of the result."""
         pipeline = self.train_pipeline if part == "train" else self.eval_pipeline
         black = torch.zeros(1, 1, self.frames, 3, self.image_size, self.image_size, dtype=torch.uint8)
         found = tuple(self.views(pipeline, black, seeding.generator(0)).shape[-2:])
-        if found != (self.image_size, self.image_size):
-            raise out_of_range(
-                "image_size", f"{found[1]}, as the transforms of the {part} part make it", self.image_size
-            )
+        expected = f"{found[1]}, the size after the transforms of the {part} part"
+        check(found == (self.image_size, self.image_size), "data.image_size", expected, self.image_size)
 
     def views(
         self, pipeline: Pipeline, samples: UInt8[Tensor, "b v t 3 s s"], draws: torch.Generator
     ) -> Float[Tensor, "b v *sample"]:
-        """Augments and normalises the frames of every view alike, and puts the axis of time behind the channels."""
+        """Augment and normalize all frames of a view alike, and move the time axis behind the channels."""
         done = pipeline(samples.flatten(0, 1), draws).unflatten(0, samples.shape[:2])
         return done[:, :, 0] if self.frames == 1 else done.transpose(2, 3)
 
     def test_dataloader(self) -> Loader:
-        """Every test video exactly once over all processes, with all its views."""
+        """Return a loader of every test video exactly once over all processes, with all its views."""
         self.tested = self.untested = 0
         return self._ordered(self._part("test"), max(1, self.eval_batch_size // self.test_views), "test")
 
     @property
     def test_views(self) -> int:
-        """Views of a test video, over which its logits are averaged."""
+        """Number of views of a test video, over which its logits are averaged."""
         return self.sampling["test"].views
 
     def measured_dataloader(self) -> Loader:
-        """Every test video with the centre of its centre clip alone."""
-        self.setup("test")  # a run without a test is measured, too
+        """Return a loader of every test video with a single view, the center crop of the center clip."""
+        self.setup("test")  # runs without a test are measured, too
         videos = self._part("test")
         assert isinstance(videos, VideoDataset)
-        return self._ordered(videos.sampled(self.sampling["val"]), self.eval_batch_size, None)
+        return self._ordered(videos.with_sampling(self.sampling["val"]), self.eval_batch_size, None)
 
     def receive(self, part: Part | None, batch: Clips) -> tuple[Tensor, Tensor] | None:
-        """Counts and names what could not be read; passes over a batch with nothing in it.
+        """Count and log the videos that could not be read. Return None for an empty batch, which is passed over.
 
         Raises:
-            FewtokensError: More training videos are broken than `max_broken` allows.
+            FewtokensError: More training videos are unreadable than `max_broken` allows.
         """
         if part is not None:
-            for unread in batch.unread:
-                self._note(part, unread)
-        if part == "train" and batch.unread:
-            self.replaced += len(batch.unread)
+            for video in batch.skipped:
+                self._note(video)
+        if part == "train" and batch.skipped:
+            self.replaced += len(batch.skipped)
             self._check_broken()
         if part == "test":
-            self.tested, self.untested = self.tested + len(batch.targets), self.untested + len(batch.unread)
+            self.tested, self.untested = self.tested + len(batch.targets), self.untested + len(batch.skipped)
         return (batch.views, batch.targets) if len(batch.targets) else None
 
-    def refused(self, part: Part) -> int:
-        """How many videos of a part its list or manifest left out from the beginning."""
-        return len(self._refused.get(part, []))
+    def skipped_at_setup(self, part: Part) -> int:
+        """Return how many videos of a part were skipped when its list was read, before anything was decoded."""
+        return len(self._skipped_at_setup.get(part, []))
 
     @property
-    def left_out(self) -> list[LeftOut]:
-        """All videos that the parts list and that were not used so far, as this process knows it."""
-        refused = [LeftOut(part, *video) for part, videos in self._refused.items() for video in videos]
-        return refused + [LeftOut(part, path, reason) for (part, path), reason in self._unread.items()]
+    def skipped(self) -> list[Skipped]:
+        """The videos skipped so far by this process, with the reason for each."""
+        return [video for videos in self._skipped_at_setup.values() for video in videos] + list(
+            self._unreadable.values()
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's, and what was found broken in training."""
+        """Return the state of `DataModule` and the unreadable training videos."""
         state = super().state_dict()
-        return state and state | {"broken": [list(unread) for unread in self._broken()], "replaced": self.replaced}
+        broken = [[video.path, video.reason] for video in self._broken()]
+        return state and state | {"broken": broken, "replaced": self.replaced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting where the checkpoint stood."""
+        """Restore the position, the unreadable training videos and the number of replaced samples."""
         super().load_state_dict(state_dict)
         self.replaced = state_dict.get("replaced", 0)
-        self._unread |= {("train", path): reason for path, reason in state_dict.get("broken", [])}
+        for path, reason in state_dict.get("broken", []):
+            self._unreadable["train", path] = Skipped("train", path, reason)
 
-    def _broken(self) -> list[Unread]:
-        return [Unread(path, reason) for (part, path), reason in self._unread.items() if part == "train"]
+    def _broken(self) -> list[Skipped]:
+        return [video for video in self._unreadable.values() if video.part == "train"]
 
-    def _note(self, part: Part, unread: Unread) -> None:
-        if (part, unread.path) not in self._unread:
-            what = "another one takes its place" if part == "train" else "it is left out"
-            log.warning("%s (%s part) cannot be read, %s: %s", unread.path, part, what, unread.reason)
-            self._unread[part, unread.path] = unread.reason
+    def _note(self, video: Skipped) -> None:
+        if (video.part, video.path) not in self._unreadable:
+            done = "replaced" if video.part == "train" else "skipped"
+            log.warning("%s (%s part) cannot be read and is %s: %s", video.path, video.part, done, video.reason)
+            self._unreadable[video.part, video.path] = video
 
     def _check_broken(self) -> None:
-        broken, videos = self._broken(), len(self._parts["train"])
+        broken, videos = self._broken(), len(self._datasets["train"])
         if len(broken) > self.max_broken * videos:
             raise FewtokensError(
-                "Only few of the training videos may be broken",
-                expected=f"at most data.max_broken={self.max_broken:g} of {videos}",
-                got=f"{len(broken)}, among them {broken[-1].path}: {broken[-1].reason}",
-                fix="train from a manifest of python -m fewtokens.data.prepare, or raise data.max_broken",
+                f"{len(broken)} of {videos} training videos cannot be read, more than data.max_broken="
+                f"{self.max_broken:g} allows; the last is {broken[-1].path}: {broken[-1].reason}. Train on a manifest "
+                "of `python -m fewtokens.data.prepare`, or raise `data.max_broken`."
             )

@@ -1,6 +1,7 @@
-"""The list of a data set's videos with all that was found out about them, as one csv file.
+"""The manifest of a data set: one csv file that lists its videos with everything that is known about their files.
 
-`python -m fewtokens.data.prepare` writes it; training and evaluation read no other list and count no frame anew.
+`python -m fewtokens.data.prepare` writes it. Training and evaluation on a manifest read no other list and examine no
+file again.
 """
 
 import csv
@@ -12,37 +13,31 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from fewtokens.data.video.records import Access, VideoInfo
+from fewtokens.data.video.records import Access, Video, VideoInfo
 from fewtokens.errors import FewtokensError, write_error
 
 HEADER = "path,labels,start,end,frames,width,height,fps,seconds,access,first,count,bytes,sha256,reason"
 COLUMNS = HEADER.split(",")
-_FACTS = slice(COLUMNS.index("frames"), COLUMNS.index("first"))
+_INFO = slice(COLUMNS.index("frames"), COLUMNS.index("first"))
 _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names can be any bytes
 
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One video.
+    """A video with what is known about its file, or with the reason why it is skipped.
 
     Attributes:
-        path: Below the manifest's root, or absolute. Of a refused video: as its list names it.
-        labels: Class numbers; one for classification.
-        start: Second of the file from which on it counts; None for its beginning.
-        end: The same for the end.
-        facts: Of the file; None if it is refused.
-        first: Number of the first frame that counts.
-        count: How many frames count; 0 if it is refused.
-        bytes: Of the file.
-        sha256: Of the file; "" if it could not be read, or was not asked for.
-        reason: Why it is refused; None if it is good.
+        video: The video, with class numbers. The path of a skipped video is as listed.
+        info: Properties of the file; None if the video is skipped.
+        first: Number of the first frame of the section.
+        count: Number of frames in the section; 0 if the video is skipped.
+        bytes: Size of the file.
+        sha256: Checksum of the file; "" if the file could not be read or checksums were disabled.
+        reason: Why the video is skipped; None if it is not.
     """
 
-    path: str
-    labels: tuple[int, ...]
-    start: float | None
-    end: float | None
-    facts: VideoInfo | None
+    video: Video
+    info: VideoInfo | None
     first: int
     count: int
     bytes: int
@@ -51,34 +46,32 @@ class ManifestRow:
 
 
 def read(file: Path) -> list[ManifestRow]:
-    """All rows, in order.
+    """Read all rows in order.
 
     Raises:
-        FewtokensError: The file is absent, no manifest, or torn; it names the line.
+        FewtokensError: The file is missing, is not a manifest, or is damaged. The message names the line.
     """
     try:
         with open(file, **_TEXT) as source:
             text = source.read()
     except OSError as error:
-        raise _broken(file, 1, "a manifest", error.strerror) from error
+        raise _error(file, 1, error.strerror) from error
     if not text.endswith("\n"):
-        raise _broken(file, text.count("\n") + 1, "a line break at the end", "the last line is torn")
+        raise _error(file, text.count("\n") + 1, "the last line is incomplete")
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[ManifestRow] = []
     try:
         header = next(lines)
         if header != COLUMNS:
-            raise _broken(file, 1, f"the header {HEADER}", ",".join(header))
-        rows.extend(_parsed(cells) for cells in lines)
+            raise ValueError(f"expected the header {HEADER}, got {','.join(header)}")
+        rows.extend(_parse(cells) for cells in lines)
     except (csv.Error, ValueError, StopIteration) as error:
-        if isinstance(error, FewtokensError):
-            raise
-        raise _broken(file, lines.line_num, "a row of a manifest", error) from error
+        raise _error(file, lines.line_num, error) from error
     return rows
 
 
 def write(file: Path, rows: Iterable[ManifestRow]) -> None:
-    """Writes all rows at once: whoever looks sees the file as it was or the whole new one.
+    """Write all rows at once: another process sees either the old file or the complete new one.
 
     Raises:
         FewtokensError: The file cannot be written.
@@ -88,50 +81,58 @@ def write(file: Path, rows: Iterable[ManifestRow]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "w", **_TEXT) as target:
             writer = csv.writer(target, lineterminator="\n")
+            quoting = csv.writer(target, lineterminator="\n", quoting=csv.QUOTE_ALL)
             writer.writerow(COLUMNS)
-            writer.writerows(map(_cells, rows))
+            for row in rows:
+                # csv.writer does not quote a carriage return that is not in its line terminator, and then csv.reader
+                # takes it for the end of the line.
+                returns = "\r" in row.video.path or "\r" in (row.reason or "")
+                (quoting if returns else writer).writerow(_cells(row))
         os.replace(part, file)
     except OSError as error:
         raise write_error(file, error) from error
 
 
 def _cells(row: ManifestRow) -> list[object]:
-    facts = ("",) * len(COLUMNS[_FACTS]) if row.facts is None else astuple(row.facts)
-    ends = ["" if second is None else second for second in (row.start, row.end)]
-    labels = ";".join(map(str, row.labels))
-    return [row.path, labels, *ends, *facts, row.first, row.count, row.bytes, row.sha256, row.reason or ""]
+    path, labels, start, end = row.video
+    info = ("",) * len(COLUMNS[_INFO]) if row.info is None else astuple(row.info)
+    section = ["" if second is None else second for second in (start, end)]
+    content = (row.first, row.count, row.bytes, row.sha256, row.reason or "")
+    return [path, ";".join(map(str, labels)), *section, *info, *content]
 
 
-def _parsed(cells: list[str]) -> ManifestRow:
+def _parse(cells: list[str]) -> ManifestRow:
     if len(cells) != len(COLUMNS):
         raise ValueError(f"{len(cells)} cells instead of {len(COLUMNS)}")
-    of = _Cells(zip(COLUMNS, cells, strict=True))
-    start, end = (None if of[name] == "" else of.number(name, _seconds) for name in ("start", "end"))
-    labels, first, count = of.number("labels", _naturals), of.number("first", _natural), of.number("count", _natural)
-    facts, reason = _facts(of) if any(cells[_FACTS]) else None, of["reason"] or None
-    if not of["path"]:
-        raise ValueError("there is no path")
-    if (facts is None) == (reason is None):
-        raise ValueError(f"its reason to be refused is {reason}, and what is known of its frames {facts}")
-    if first + count > (facts.frames if facts else 0) or (facts and not count):
-        raise ValueError(f"{count} frames from {first} on count of {facts.frames if facts else 0}")
-    return ManifestRow(
-        of["path"], labels, start, end, facts, first, count, of.number("bytes", _natural), of["sha256"], reason
-    )
+    row = _Cells(zip(COLUMNS, cells, strict=True))
+    start, end = (None if row[name] == "" else row.number(name, _positive) for name in ("start", "end"))
+    video = Video(row["path"], row.number("labels", _naturals), start, end)
+    info, reason = _info(row) if any(cells[_INFO]) else None, row["reason"] or None
+    first, count, size = (row.number(name, _natural) for name in ("first", "count", "bytes"))
+    if not video.path:
+        raise ValueError("the path is empty")
+    if (info is None) == (reason is None):
+        raise ValueError(f"a row has either a reason or the properties of the file, got {reason} and {info}")
+    if first + count > (info.frames if info else 0) or (info and not count):
+        raise ValueError(f"{count} frames from frame {first} are not a section of {info.frames if info else 0} frames")
+    return ManifestRow(video, info, first, count, size, row["sha256"], reason)
 
 
-def _facts(of: "_Cells") -> VideoInfo:
-    access: Any = of["access"]
+def _info(row: "_Cells") -> VideoInfo:
+    access: Any = row["access"]
     if access not in get_args(Access):
         raise ValueError(f"access is {access!r}, not one of {', '.join(get_args(Access))}")
-    frames, width, height = (of.number(name, _natural) for name in ("frames", "width", "height"))
-    return VideoInfo(frames, width, height, of.number("fps", _seconds), of.number("seconds", _seconds), access)
+    frames, width, height = (row.number(name, _natural) for name in ("frames", "width", "height"))
+    return VideoInfo(frames, width, height, row.number("fps", _positive), row.number("seconds", _positive), access)
 
 
 class _Cells(dict[str, str]):
-    def number(self, name: str, kind: Callable[[str], Any]) -> Any:
+    """The cells of a row by column, with errors that name the column."""
+
+    def number(self, name: str, parse: Callable[[str], Any]) -> Any:
+        """Parse a cell."""
         try:
-            return kind(self[name])
+            return parse(self[name])
         except ValueError:
             raise ValueError(f"{name} is {self[name]!r}") from None
 
@@ -146,16 +147,14 @@ def _naturals(text: str) -> tuple[int, ...]:
     return tuple(map(_natural, text.split(";"))) if text else ()
 
 
-def _seconds(text: str) -> float:
+def _positive(text: str) -> float:
     if not math.isfinite(number := float(text)) or number < 0:
         raise ValueError(text)
     return number
 
 
-def _broken(file: Path, line: int, expected: str, got: object) -> FewtokensError:
+def _error(file: Path, line: int, problem: object) -> FewtokensError:
     return FewtokensError(
-        f"A manifest can be read: {file}, line {line}",
-        expected=expected,
-        got=got,
-        fix="write it anew: python -m fewtokens.data.prepare --help",
+        f"Cannot read the manifest {file}, line {line}: {problem}. "
+        "Write it again with `python -m fewtokens.data.prepare`."
     )

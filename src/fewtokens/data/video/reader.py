@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from fewtokens.data.video.records import UnreadableError, VideoInfo, require
-from fewtokens.data.video.watchdog import Allocate, Functions, GivenUp, Watched
+from fewtokens.data.video.records import UnreadableError, VideoInfo, require_decoder
+from fewtokens.data.video.watchdog import Allocate, CallAborted, Functions, WatchedProcess
 from fewtokens.errors import FewtokensError, write_error
 
-PART = ".part.mp4"  # at the end of the name of a copy that is being made
+PARTIAL_SUFFIX = ".part.mp4"  # at the end of the name of a copy that is being made
 
 
 class Reader:
@@ -30,7 +30,7 @@ class Reader:
     """
 
     def __init__(self, decoder: str = "pyav", limit: float = 60.0) -> None:
-        require(decoder)
+        require_decoder(decoder)
         if limit <= 0:
             raise FewtokensError(
                 "A decoder is given up after a time",
@@ -38,25 +38,25 @@ class Reader:
                 got=limit,
                 fix="set data.decode_limit=60",
             )
-        self.decoder, self.watched = decoder, Watched(__name__, float(limit))
+        self.decoder, self.process = decoder, WatchedProcess(__name__, float(limit))
 
-    def facts(self, path: str) -> VideoInfo:
+    def video_info(self, path: str) -> VideoInfo:
         """What there is to know of a file; UnreadableError if its frames cannot be found."""
-        return VideoInfo(**self._call("facts", path))
+        return VideoInfo(**self._call("video_info", path))
 
-    def span(self, path: str, start: float | None, end: float | None) -> tuple[int, int]:
+    def frame_range(self, path: str, start: float | None, end: float | None) -> tuple[int, int]:
         """First frame and number of frames between two times in seconds; UnreadableError if there is none."""
-        first, count = self._call("span", path, start=start, end=end)
+        first, count = self._call("frame_range", path, start=start, end=end)
         return first, count
 
     def read(
-        self, path: str, indices: Sequence[int], short_side: int | None = None, known: VideoInfo | None = None
+        self, path: str, indices: Sequence[int], short_side: int | None = None, info: VideoInfo | None = None
     ) -> UInt8[np.ndarray, "t 3 h w"]:
-        """Frames as `decoding.read` gives them, valid until the next call: the memory is used again."""
-        facts = None if known is None else asdict(known)
+        """Frames as `decoders.read` gives them, valid until the next call: the memory is used again."""
+        given = None if info is None else asdict(info)
         wanted = [int(index) for index in indices]
-        shape = self._call("read", path, indices=wanted, decoder=self.decoder, short_side=short_side, known=facts)
-        return self.watched.memory(tuple(shape)).transpose(0, 3, 1, 2)
+        shape = self._call("read", path, indices=wanted, decoder=self.decoder, short_side=short_side, info=given)
+        return self.process.memory(tuple(shape)).transpose(0, 3, 1, 2)
 
     def examine(
         self,
@@ -86,7 +86,7 @@ class Reader:
                 got=f"{target} for itself",
                 fix="name another folder for the copies",
             )
-        part = Path(target).with_name(f".{os.getpid()}-{threading.get_ident()}{PART}")
+        part = Path(target).with_name(f".{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}")
         try:
             found = VideoInfo(**self._call("examine", path, target=str(part), **arguments))
             os.replace(part, target)
@@ -99,12 +99,12 @@ class Reader:
 
     def close(self) -> None:
         """Ends the process."""
-        self.watched.close()
+        self.process.close()
 
     def _call(self, name: str, path: str, **arguments: Any) -> Any:
         try:
-            result, reason = self.watched.call(name, path=path, **arguments)
-        except GivenUp as ended:
+            result, reason = self.process.call(name, path=path, **arguments)
+        except CallAborted as ended:
             raise UnreadableError(path, str(ended)) from None
         if reason is not None:
             raise UnreadableError(path, reason)
@@ -117,21 +117,25 @@ def functions(allocate: Allocate) -> Functions:
     Nothing that this file imports loads torch, so that the process is lean and there at once.
     """
     from fewtokens.data.prepare import transcode as transcoding
-    from fewtokens.data.video import container
-    from fewtokens.data.video import decoders as decoding
+    from fewtokens.data.video import container, decoders
 
-    def read(path: str, known: dict[str, Any] | None, **arguments: Any) -> tuple[int, ...]:
-        facts = None if known is None else VideoInfo(**known)
-        t, c, h, w = decoding.read(path, known=facts, allocate=allocate, **arguments).shape
+    def read(path: str, info: dict[str, Any] | None, **arguments: Any) -> tuple[int, ...]:
+        given = None if info is None else VideoInfo(**info)
+        t, c, h, w = decoders.read(path, info=given, allocate=allocate, **arguments).shape
         return t, h, w, c
 
-    def facts(path: str) -> dict[str, Any]:
-        return asdict(container.facts(path))
+    def video_info(path: str) -> dict[str, Any]:
+        return asdict(container.video_info(path))
 
     def examine(**arguments: Any) -> dict[str, Any]:
         return asdict(transcoding.examine(**arguments))
 
-    found: Functions = {"facts": facts, "span": container.span, "read": read, "examine": examine}
+    found: Functions = {
+        "video_info": video_info,
+        "frame_range": container.frame_range,
+        "read": read,
+        "examine": examine,
+    }
     return {name: _explained(function) for name, function in found.items()}
 
 

@@ -1,14 +1,18 @@
-"""What the rest of the package knows of a video file; no decoder is loaded for it."""
+"""Records that describe a video, what is known about its file, and why it was skipped; and the names of the decoders.
+
+This module imports neither a decoder nor torch.
+"""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check_choice
 
-# any: the decoders agree; pyav: only PyAV finds frames, by their times; sequential: it must count from the first on.
+# Which decoders find a frame by its number. "any": all of them; "pyav": only PyAV, by the time of the frame;
+# "sequential": only PyAV, by counting from the first frame.
 Access = Literal["any", "pyav", "sequential"]
-# Module that a decoder comes in, and how to get it.
+# Name of a decoder -> its module, and how to install it.
 DECODERS = {
     "decord": ("decord", "pip install decord==0.6.0 (Linux x86-64 and Windows only)"),
     "torchcodec": ("torchcodec", "pip install torchcodec==0.17.0 and FFmpeg's libraries (apt-get install ffmpeg)"),
@@ -16,33 +20,33 @@ DECODERS = {
 }
 
 
-class UnreadableError(FewtokensError):
-    """A file whose frames cannot be had; `path` and `reason` say which and why."""
+class Video(NamedTuple):
+    """A listed video, or a section of one.
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(
-            "A video file can be decoded",
-            expected="frames",
-            got=f"{path}: {reason}",
-            fix="get this file again or leave it out; python -m fewtokens.data.prepare finds all such files beforehand",
-        )
-        self.path, self.reason = path, reason
+    Attributes:
+        path: Path of the file, relative to the root or absolute; in official annotations, first the id of the video.
+        labels: Class numbers, or class names that are not numbered yet.
+        start: Second of the file at which the section starts; None for the beginning of the file.
+        end: Second of the file at which the section ends; None for the end of the file.
+    """
 
-    def __reduce__(self) -> tuple:
-        return UnreadableError, (self.path, self.reason)
+    path: str
+    labels: tuple[int | str, ...]
+    start: float | None = None
+    end: float | None = None
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What there is to know of a file before its frames are read.
+    """Properties of a video file that are known before its frames are decoded.
 
     Attributes:
-        frames: Frames that can be decoded: those that an edit list cuts off do not count.
-        width: In pixels, as displayed (after rotation).
-        height: The same.
-        fps: Frames per second, on average.
-        seconds: From the first frame to the end of the last.
-        access: Who can be asked for frames by number.
+        frames: Number of frames that can be decoded, without those that an edit list cuts off.
+        width: Width in pixels as displayed, that is, after rotation.
+        height: Height in pixels as displayed.
+        fps: Average number of frames per second.
+        seconds: Time from the first frame to the end of the last one.
+        access: Which decoders find a frame by its number.
     """
 
     frames: int
@@ -53,28 +57,55 @@ class VideoInfo:
     access: Access
 
     def size(self, short_side: int | None) -> tuple[int, int]:
-        """Width and height after scaling the shorter side; the longer one is rounded down."""
+        """Return width and height after scaling the shorter side to `short_side`; the longer side is rounded down."""
         if short_side is None:
             return self.width, self.height
         shorter = min(self.width, self.height)
         return self.width * short_side // shorter, self.height * short_side // shorter
 
 
-def require(decoder: str) -> None:
-    """Raises a FewtokensError unless the decoder is known and installed, and PyAV, which counts the frames for all."""
-    if decoder not in DECODERS:
-        raise FewtokensError(
-            "Unknown data.decoder", expected=" or ".join(DECODERS), got=decoder, fix="set data.decoder=decord"
+class Skipped(NamedTuple):
+    """A listed video that was not used.
+
+    Attributes:
+        part: Part of the data set that lists it: "train", "val" or "test".
+        path: Path as listed.
+        reason: Why it was not used.
+    """
+
+    part: str
+    path: str
+    reason: str
+
+
+class UnreadableError(FewtokensError):
+    """A video file that cannot be decoded. `path` and `reason` say which file and why."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(
+            f"Cannot decode {path}: {reason}. Replace the file or remove it from the list; "
+            "`python -m fewtokens.data.prepare` finds all such files of a data set."
         )
-    for name in ("pyav", decoder):
-        if find_spec(DECODERS[name][0]) is None:
-            raise missing(name, "no such package")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple:
+        return UnreadableError, (self.path, self.reason)
 
 
-def missing(decoder: str, reason: str) -> FewtokensError:
-    """The error for a decoder that cannot be loaded."""
-    module, remedy = DECODERS[decoder]
-    other = "" if decoder == "pyav" else ", or set data.decoder=pyav"
-    return FewtokensError(
-        f"data.decoder={decoder} needs its package", expected=f"the package {module}", got=reason, fix=remedy + other
-    )
+def require_decoder(name: str) -> None:
+    """Check that a decoder exists and is installed, and PyAV as well, which counts the frames for all decoders.
+
+    Raises:
+        FewtokensError: The decoder is unknown or not installed.
+    """
+    check_choice("data.decoder", name, DECODERS)
+    for needed in ("pyav", name):
+        if find_spec(DECODERS[needed][0]) is None:
+            raise decoder_error(needed, "it is not installed")
+
+
+def decoder_error(name: str, reason: str) -> FewtokensError:
+    """Return the error for a decoder that cannot be loaded."""
+    module, remedy = DECODERS[name]
+    other = "" if name == "pyav" else ", or set data.decoder=pyav"
+    return FewtokensError(f"`data.decoder={name}` needs the package {module}: {reason}. Run {remedy}{other}.")

@@ -81,16 +81,16 @@ class RandomClip:
         _check_fits(side, smallest)
         self.frames, self.stride, self.side, self.short_side, self.jitter = frames, stride, side, short_side, jitter
 
-    def plan(self, facts: VideoInfo, draws: torch.Generator) -> Plan:
+    def plan(self, info: VideoInfo, draws: torch.Generator) -> Plan:
         """Draws offset, factor and place."""
         offset, scale, top, left = torch.rand(4, generator=draws, dtype=torch.float64).tolist()
-        start = int(offset * max(1, facts.frames - (self.frames - 1) * self.stride))
+        start = int(offset * max(1, info.frames - (self.frames - 1) * self.stride))
         low, high = self.jitter
         short = None if self.short_side is None else round(self.short_side * (low + scale * (high - low)))
-        width, height = facts.size(short)
+        width, height = info.size(short)
         _check_window(self.side, width, height)
         corner = (int(top * (height - self.side + 1)), int(left * (width - self.side + 1)))
-        return Plan([_window(start, facts.frames, self.frames, self.stride)], short, [corner], self.side)
+        return Plan([_window(start, info.frames, self.frames, self.stride)], short, [corner], self.side)
 
 
 class FixedViews:
@@ -119,12 +119,12 @@ class FixedViews:
         self.frames, self.stride, self.side, self.short_side = frames, stride, side, short_side
         self.clips, self.crops, self.views = clips, crops, clips * crops
 
-    def plan(self, facts: VideoInfo, draws: torch.Generator) -> Plan:
+    def plan(self, info: VideoInfo, draws: torch.Generator) -> Plan:
         """The same for every call; draws nothing."""
-        width, height = facts.size(self.short_side)
+        width, height = info.size(self.short_side)
         _check_window(self.side, width, height)
-        starts = offsets(facts.frames, self.frames * self.stride, self.clips)
-        windows = [_window(start, facts.frames, self.frames, self.stride) for start in starts]
+        starts = offsets(info.frames, self.frames * self.stride, self.clips)
+        windows = [_window(start, info.frames, self.frames, self.stride) for start in starts]
         return Plan(windows, self.short_side, corners(height, width, self.side, self.crops), self.side)
 
 

@@ -32,11 +32,11 @@ Allocate = Callable[[tuple[int, ...]], UInt8[np.ndarray, "..."]]
 Functions = dict[str, Callable[..., Any]]
 
 
-class GivenUp(Exception):  # noqa: N818  # what was asked for may be right, so this is no error yet
+class CallAborted(Exception):  # noqa: N818  # what was asked for may be right, so this is no error yet
     """The process ended in the middle of a call; the text says why."""
 
 
-class Watched:
+class WatchedProcess:
     """Calls functions in another process, started at the first call, and anew in every process that has a copy.
 
     Args:
@@ -62,7 +62,7 @@ class Watched:
         """The result of a function.
 
         Raises:
-            GivenUp: It took too long, or crashed.
+            CallAborted: It took too long, or crashed.
             FewtokensError: As raised there.
         """
         if self._process is None or self._owner != os.getpid():  # a forked copy must not talk on the same line
@@ -74,7 +74,7 @@ class Watched:
                 raise EOFError
             answer = json.loads(self._line.recv_bytes())
         except (EOFError, OSError):
-            raise GivenUp(self._end()) from None
+            raise CallAborted(self._end()) from None
         except BaseException:  # interrupted: the answer is still to come, and must not be taken for the next one
             self._end()
             raise
@@ -93,7 +93,7 @@ class Watched:
             self._end()
 
     def interrupt(self) -> None:
-        """Ends the process from another thread: a call that is waited for raises GivenUp there."""
+        """Ends the process from another thread: a call that is waited for raises CallAborted there."""
         if (process := self._process) is not None:
             process.kill()
 
@@ -137,7 +137,7 @@ class Watched:
             process.kill()
             code = -signal.SIGALRM
         if code == -signal.SIGALRM:
-            return f"given up after {self.limit:g} s"
+            return f"timed out after {self.limit:g} s"
         return f"the decoder crashed ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
 
