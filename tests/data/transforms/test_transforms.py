@@ -1,4 +1,4 @@
-"""Batched transforms: own draws, determinism, edge values, and parity with the libraries they follow."""
+"""Batched transforms: independent draws, determinism, edge values, and parity with the libraries they follow."""
 
 import colorsys
 from typing import Any
@@ -75,7 +75,7 @@ def test_pipeline_takes_clips() -> None:
     assert out.is_contiguous()
 
 
-def colours(clip: Tensor, shift: float, contrast: float, saturation: float, hue: float, grey: bool) -> Tensor:
+def jittered(clip: Tensor, shift: float, contrast: float, saturation: float, hue: float, gray: bool) -> Tensor:
     """One clip (T, 3, H, W) step by step, pixel by pixel, with the standard library's YIQ."""
     pixels = (clip.double().permute(0, 2, 3, 1).reshape(-1, 3) + 255 * shift).tolist()
     changed = []
@@ -83,20 +83,20 @@ def colours(clip: Tensor, shift: float, contrast: float, saturation: float, hue:
         luma = 0.299 * red + 0.587 * green + 0.114 * blue
         y, i, q = colorsys.rgb_to_yiq(*(luma + saturation * (x - luma) for x in (red, green, blue)))
         turned = complex(i, q) * np.exp(2j * np.pi * hue)
-        # colorsys clips what it gives back, and rounds its matrix: the inverse is solved for instead.
+        # colorsys.yiq_to_rgb clips its result and rounds its matrix, so the equations are solved instead.
         matrix = np.array([colorsys.rgb_to_yiq(*unit) for unit in np.eye(3)]).T
         changed.append(np.linalg.solve(matrix, [y, turned.real, turned.imag]))
     array = np.array(changed)
     array = array.mean(0) + contrast * (array - array.mean(0))
-    if grey:
+    if gray:
         array = np.repeat(array @ np.array([0.299, 0.587, 0.114])[:, None], 3, 1)
     t, _, h, w = clip.shape
     return torch.from_numpy(array.round().clip(0, 255)).view(t, h, w, 3).permute(0, 3, 1, 2)
 
 
-def test_colour_jitter_is_what_its_steps_are_one_by_one() -> None:
+def test_color_jitter_equals_its_steps_one_by_one() -> None:
     clips = torch.randint(256, (8, 2, 3, 5, 4), dtype=torch.uint8, generator=generator(3))
-    out = ColorJitter(0.1, 0.4, 0.3, 0.2, p=0.7, grey=0.4)(clips, generator(11))
+    out = ColorJitter(0.1, 0.4, 0.3, 0.2, p=0.7, gray=0.4)(clips, generator(11))
     rand = torch.rand(6, 8, generator=generator(11)).double()
     changed = rand[4] < 0.7
     assert 0 < changed.sum() < 8
@@ -104,19 +104,19 @@ def test_colour_jitter_is_what_its_steps_are_one_by_one() -> None:
         shift, contrast, saturation, hue = (
             float((2 * rand[i, index] - 1) * s * changed[index]) for i, s in enumerate((0.1, 0.4, 0.3, 0.2))
         )
-        grey = bool(rand[5, index] < 0.4)
-        expected = colours(clip, shift, 1 + contrast, 1 + saturation, hue, grey)
+        gray = bool(rand[5, index] < 0.4)
+        expected = jittered(clip, shift, 1 + contrast, 1 + saturation, hue, gray)
         assert (out[index] - expected).abs().max() <= 3  # the library rounds its matrix to two digits
-        if not changed[index] and not grey:
+        if not changed[index] and not gray:
             assert torch.equal(out[index], clip)
 
 
-def test_colour_jitter_draws_per_clip_and_can_do_nothing() -> None:
+def test_color_jitter_draws_per_clip_and_can_do_nothing() -> None:
     batch = images(1).expand(64, -1, -1, -1)
     assert len(ColorJitter(p=1.0)(batch, generator(0)).flatten(1).unique(dim=0)) == 64
-    assert torch.equal(ColorJitter(p=0.0, grey=0.0)(batch, generator(0)), batch)
-    grey = ColorJitter(p=0.0, grey=1.0)(batch, generator(0))
-    assert torch.equal(grey, grey[:, :1].expand_as(grey))
+    assert torch.equal(ColorJitter(p=0.0, gray=0.0)(batch, generator(0)), batch)
+    gray = ColorJitter(p=0.0, gray=1.0)(batch, generator(0))
+    assert torch.equal(gray, gray[:, :1].expand_as(gray))
 
 
 def test_crops_equal_slices() -> None:
@@ -169,7 +169,7 @@ def test_per_batch_crop_takes_one_place() -> None:
     assert not (each == each[:1]).all()
 
 
-def test_resize_has_half_pixel_centres_and_no_antialiasing() -> None:
+def test_resize_has_half_pixel_centers_and_no_antialiasing() -> None:
     ramp = torch.arange(4.0).repeat(1, 1, 4, 1)
     out = transforms.Resize(8)(ramp, generator(0))  # tf.image.resize of 0 1 2 3 to 8
     assert out[0, 0, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
@@ -184,7 +184,7 @@ def test_keras_pipeline_is_a_list_of_transforms() -> None:
     assert 0.9 < out.max() <= 1
 
 
-def test_pipeline_normalises_like_torchvision_and_back() -> None:
+def test_pipeline_normalizes_like_torchvision_and_back() -> None:
     mean, std = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
     pipeline = Pipeline([], mean, std)
     batch = images()
@@ -225,7 +225,7 @@ def test_randaugment_draws_per_image() -> None:
 
 
 @pytest.mark.parametrize("fill", ["zero", "noise"])
-def test_random_erasing_follows_timms_law(fill: str) -> None:
+def test_random_erasing_follows_timms_distribution(fill: str) -> None:
     batch = torch.full((2000, 1, 32, 32), 9.0)
     out = RandomErasing(0.25, fill=fill)(batch, generator(5))
     erased = (out != 9.0)[:, 0]
@@ -242,7 +242,7 @@ def test_random_erasing_follows_timms_law(fill: str) -> None:
     assert abs(float((height / width).log().mean())) < 0.15
 
 
-def test_erasing_comes_after_normalising() -> None:
+def test_erasing_comes_after_normalizing() -> None:
     out = Pipeline([RandomErasing(1.0), transforms.RandomFlip()], [0.5], [0.1])(images(4), generator(0))
     assert (out == 0).flatten(1).any(1).all()
 
@@ -256,20 +256,26 @@ def test_seeds_depend_on_every_number_and_their_order() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: transforms.PadCrop(-1), "padding >= 0"),
-        (lambda: transforms.PadCrop(1, mode="wrap"), "constant or reflect"),  # type: ignore[arg-type]
-        (lambda: transforms.Resize(8, "lanczos"), "bilinear, bicubic"),
-        (lambda: randaugment.RandAugment(2, 31), "magnitude < 31"),
+        (lambda: transforms.PadCrop(-1), r"`PadCrop\.padding` must be an int >= 0"),
+        (lambda: transforms.PadCrop(1, mode="wrap"), r"`PadCrop\.mode` must be 'constant' or 'reflect'"),
+        (lambda: transforms.Resize(8, "lanczos"), r"`Resize\.interpolation` must be 'bilinear' or 'bicubic'"),
+        (lambda: randaugment.RandAugment(2, 31), r"`RandAugment\.magnitude` must be an int from 0 to 30, got 31"),
+        (lambda: randaugment.RandAugment(-1), r"`RandAugment\.num_ops` must be an int >= 0"),
         (lambda: randaugment.RandAugment()(images().float(), generator(0)), "before Resize"),
-        (lambda: RandomErasing(1.5), "0 <= p <= 1"),
-        (lambda: ColorJitter(contrast=1.5), "0 to 1, and a hue"),
-        (lambda: ColorJitter()(images(2, 1), generator(0)), "3 channels"),
-        (lambda: transforms.RandomCrop(33)(images(), generator(0)), "from 1 to 32"),
-        (lambda: transforms.CenterCrop(33)(images(), generator(0)), "from 1 to 32"),
-        (lambda: Pipeline([], [0.5], [0.0]), "positive standard deviation"),
-        (lambda: Pipeline([], [0.5], [0.1, 0.2]), "one number per channel"),
+        (lambda: RandomErasing(1.5), r"`RandomErasing\.p` must be a float in \[0, 1\]"),
+        (lambda: RandomErasing(1.0, min_area=0.5), r"`RandomErasing\.min_area` must be a float in \(0, max_area=0.333"),
+        (lambda: RandomErasing(1.0, max_area=2.0), r"`RandomErasing\.max_area` must be a float in \(0, 1\]"),
+        (lambda: RandomErasing(1.0, min_aspect=2.0), r"`RandomErasing\.min_aspect` must be a float in \(0, 1\]"),
+        (lambda: RandomErasing(1.0, fill="mean"), r"`RandomErasing\.fill` must be 'zero' or 'noise'"),
+        (lambda: ColorJitter(contrast=1.5), r"`ColorJitter\.contrast` must be a float in \[0, 1\]"),
+        (lambda: ColorJitter(hue=0.6), r"`ColorJitter\.hue` must be a float in \[0, 0.5\]"),
+        (lambda: ColorJitter()(images(2, 1), generator(0)), "needs 3 channels, got 1"),
+        (lambda: transforms.RandomCrop(33)(images(), generator(0)), r"`RandomCrop\.size` must be an int from 1 to 32"),
+        (lambda: transforms.CenterCrop(33)(images(), generator(0)), r"`CenterCrop\.size` must be an int from 1 to 32"),
+        (lambda: Pipeline([], [0.5], [0.0]), r"`data\.std` must be numbers > 0"),
+        (lambda: Pipeline([], [0.5], [0.1, 0.2]), r"`data\.std` must be one number per channel, 1 as in `data\.mean`"),
     ],
 )
-def test_what_cannot_be_is_refused(make, match: str) -> None:
+def test_invalid_settings_are_refused(make, match: str) -> None:
     with pytest.raises(FewtokensError, match=match):
         make()

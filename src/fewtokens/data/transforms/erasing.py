@@ -1,4 +1,4 @@
-"""Random erasing (Zhong et al., arXiv:1708.04896), by the law of timm's `RandomErasing`, for whole batches."""
+"""Random erasing (Zhong et al., arXiv:1708.04896) for whole batches, distributed as timm's `RandomErasing`."""
 
 import math
 from typing import ClassVar
@@ -7,41 +7,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import check, check_choice
 
-_ATTEMPTS = 10  # as in timm: an image whose ten rectangles were all too large stays as it is
+_ATTEMPTS = 10  # as in timm: an image whose ten rectangles are all too large stays as it is
 
 
 class RandomErasing:
-    """Overwrites a random rectangle of normalised images.
+    """Overwrites a random rectangle of normalized images.
 
     Args:
         p: Probability per image.
         min_area: Smallest share of the image that is overwritten.
         max_area: Largest share.
         min_aspect: Smallest height / width; the largest is its inverse.
-        fill: "zero", the mean colour of the data, or "noise", a standard normal draw per pixel and channel.
+        fill: "zero", the mean color of the data, or "noise", standard normal numbers per pixel and channel.
 
     Raises:
-        FewtokensError: If a number is out of range or the fill unknown.
+        FewtokensError: A setting is out of range.
     """
 
-    on_normalised: ClassVar[bool] = True
+    on_normalized: ClassVar[bool] = True
 
     def __init__(
         self, p: float, *, min_area: float = 0.02, max_area: float = 1 / 3, min_aspect: float = 0.3, fill: str = "zero"
     ) -> None:
-        if not (0 <= p <= 1 and 0 < min_area <= max_area <= 1 and 0 < min_aspect <= 1 and fill in ("zero", "noise")):
-            raise FewtokensError(
-                "RandomErasing needs a probability, shares of the image and a fill",
-                expected="0 <= p <= 1, 0 < min_area <= max_area <= 1, 0 < min_aspect <= 1, fill zero or noise",
-                got=f"p={p}, min_area={min_area}, max_area={max_area}, min_aspect={min_aspect}, fill={fill}",
-                fix="change the RandomErasing node in data.train_transforms",
-            )
+        check(0 <= p <= 1, "RandomErasing.p", "a float in [0, 1]", p)
+        check(0 < max_area <= 1, "RandomErasing.max_area", "a float in (0, 1]", max_area)
+        check(0 < min_area <= max_area, "RandomErasing.min_area", f"a float in (0, max_area={max_area:g}]", min_area)
+        check(0 < min_aspect <= 1, "RandomErasing.min_aspect", "a float in (0, 1]", min_aspect)
+        check_choice("RandomErasing.fill", fill, ("zero", "noise"))
         self.p, self.area, self.log_aspect, self.fill = p, (min_area, max_area), -math.log(min_aspect), fill
 
     def __call__(self, images: Float[Tensor, "b *t c h w"], generator: torch.Generator) -> Float[Tensor, "b *t c h w"]:
-        """Overwrites one rectangle in each drawn image, or the same in all frames of a drawn clip."""
+        """Overwrite one rectangle in each chosen image, or the same one in all frames of a chosen clip."""
         b, *_, h, w = images.shape
         rand = torch.rand(b, _ATTEMPTS, 5, generator=generator, device=images.device)
         height, width = self._sides(rand[..., 0], rand[..., 1], h * w)
@@ -53,7 +51,7 @@ class RandomErasing:
         y, x = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
         inside = ((y >= top) & (y < top + height))[:, :, None] & ((x >= left) & (x < left + width))[:, None, :]
         inside &= (fits.any(1) & (chosen[:, 0] < self.p))[:, None, None]
-        one = [1] * (images.ndim - 4)  # frames of a clip have the same place and the same noise
+        one = [1] * (images.ndim - 4)  # the frames of a clip share the rectangle and the noise
         inside = inside.view(b, *one, 1, h, w)
         if self.fill == "zero":
             return images.masked_fill(inside, 0.0)
