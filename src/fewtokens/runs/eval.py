@@ -5,9 +5,8 @@ import logging
 from omegaconf import DictConfig
 from torch import nn
 
-from fewtokens.runs import checkpoints, job
+from fewtokens.runs import checkpoints, job, skipped_videos
 from fewtokens.runs import config as saved
-from fewtokens.runs import skipped_videos
 from fewtokens.runs.distributed import one_job, override
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,8 @@ from omegaconf import DictConfig
 
 from fewtokens.callbacks.loggers import CsvLogger
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import checkpoints, job
+from fewtokens.runs import checkpoints, job, skipped_videos
 from fewtokens.runs import config as saved
-from fewtokens.runs import skipped_videos
 from fewtokens.runs.distributed import one_job, override
 from fewtokens.runs.targets import instantiate
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fewtokens.data import seeding
 from fewtokens.data.image.digits import Digits
-from fewtokens.data.video import container, moving_digits
-from fewtokens.data.video import decoders
+from fewtokens.data.video import container, decoders, moving_digits
 from fewtokens.data.video.moving_digits import MOTIONS, SIDE, Recipe, render, sample_phases, write_once
 from fewtokens.errors import FewtokensError
 
