@@ -39,7 +39,7 @@ class Select(Tokenizer):
     def forward(self, tokens, block):
         tokens, _ = block.attend(tokens)
         index = torch.arange(tokens.num_patches // 3, tokens.num_patches).expand(len(tokens.x), -1)
-        return block.feed(tokens.select(index))
+        return block.feed_forward(tokens.select(index))
 
 
 class Adaptive(Tokenizer):
@@ -49,7 +49,7 @@ class Adaptive(Tokenizer):
         tokens, _ = block.attend(tokens)
         keep = tokens.patches.sum(dim=2) > 0
         keep[:, 0] = True
-        return block.feed(tokens.select(torch.arange(tokens.num_patches).expand_as(keep), keep))
+        return block.feed_forward(tokens.select(torch.arange(tokens.num_patches).expand_as(keep), keep))
 
 
 class Merge(Tokenizer):
@@ -60,7 +60,7 @@ class Merge(Tokenizer):
         weights = torch.eye(tokens.num_patches)[:-1].clone()
         weights[-1, -2:] = 0.5
         weights = weights.expand(len(tokens.x), -1, -1)
-        return block.feed(tokens.resample(weights @ tokens.patches, weights))
+        return block.feed_forward(tokens.resample(weights @ tokens.patches, weights))
 
 
 def small(build=Tokenizer, at=(), channels=3, size=(8, 12), **settings) -> ViT:

@@ -20,9 +20,9 @@ from fewtokens.tasks.classification import Classifier
 METHODS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml"))
 REDUCING = [name for name in METHODS if name != "none"]
 # The setting of a key with which a method leaves every patch as it is.
-NOTHING_DROPPED = {"budget": "all", "r": 0, "keep": 1.0}
+NOTHING_DROPPED = {"budget": "all", "r": 0, "keep_rate": 1.0}
 # In evaluation each place in a batch has a draw of its own.
-DRAWN_BY_PLACE = {"random_drop"}
+DRAWN_BY_CONTEXT = {"random_drop"}
 HOOKED = hasattr(vit, "__wrapped__")  # pytest's jaxtyping hook, whose checks torch.compile cannot trace
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -58,7 +58,7 @@ def random_parameters(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAWN_BY_PLACE])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAWN_BY_CONTEXT])
 def test_an_image_alone_gets_the_logits_it_gets_in_a_batch(method: str) -> None:
     model = model_with(method).eval()
     alone = torch.cat([model(image[None]) for image in IMAGES])
@@ -70,7 +70,7 @@ def test_an_image_alone_gets_the_logits_it_gets_in_a_batch(method: str) -> None:
 def test_where_nothing_is_dropped_it_is_the_plain_model(method: str) -> None:
     model = model_with(method, **neutral(method)).eval()
     found = model(IMAGES)
-    with model.encoder.dense():
+    with model.encoder.without_reduction():
         assert torch.equal(found, model(IMAGES))
 
 
@@ -79,7 +79,7 @@ def test_where_nothing_is_dropped_it_is_the_plain_model(method: str) -> None:
 def test_it_computes_less_and_says_what_became_of_every_patch(method: str) -> None:
     model = model_with(method).eval()
     cost = macs(model, IMAGES[:1])
-    with model.encoder.dense():
+    with model.encoder.without_reduction():
         assert cost < macs(model, IMAGES[:1])
     for record in model.trace(IMAGES):
         origin = record.origin

@@ -63,7 +63,7 @@ def test_update_changes_the_features_alone() -> None:
 
 
 def test_lattice_of_an_intact_clip() -> None:
-    assert clip().lattice("X") == (H, W)
+    assert clip().require_grid("X") == (H, W)
 
 
 @pytest.mark.parametrize("broken", [{"grid": None}, {"mask": full_mask()}], ids=["no grid", "padding"])
@@ -73,7 +73,7 @@ def test_lattice_is_refused_once_broken(broken: dict) -> None:
         r"Found: 24 patch tokens .*To do: place it before every tokenizer that drops or merges"
     )
     with pytest.raises(FewtokensError, match=said):
-        clip(**broken).lattice("X")
+        clip(**broken).require_grid("X")
 
 
 def test_resample_replaces_the_patches_and_keeps_the_prefix() -> None:

@@ -18,12 +18,12 @@ sweep() {  # name, then overrides
 sweep none tokenizer=none
 sweep ats tokenizer=ats tokenizer.build.budget=512,256,128,1.0,0.6,0.35,0.2
 sweep tome tokenizer=tome tokenizer.build.r=2,3,5
-sweep evit tokenizer=evit tokenizer.build.keep=0.75,0.6,0.4
-sweep top_k tokenizer=top_k tokenizer.build.keep=0.9,0.75,0.6,0.4
-sweep dpc_knn tokenizer=dpc_knn tokenizer.build.keep=0.75,0.6,0.4
-sweep k_medoids tokenizer=k_medoids tokenizer.build.keep=0.75,0.6,0.4
-sweep random_drop tokenizer=random_drop 'tokenizer.at=[3,6,9]' tokenizer.build.keep=0.75,0.6,0.4
-sweep fixed_pattern tokenizer=fixed_pattern tokenizer.at=0.25 tokenizer.build.keep=0.7,0.5,0.3
+sweep evit tokenizer=evit tokenizer.build.keep_rate=0.75,0.6,0.4
+sweep top_k tokenizer=top_k tokenizer.build.keep_rate=0.9,0.75,0.6,0.4
+sweep dpc_knn tokenizer=dpc_knn tokenizer.build.keep_rate=0.75,0.6,0.4
+sweep k_medoids tokenizer=k_medoids tokenizer.build.keep_rate=0.75,0.6,0.4
+sweep random_drop tokenizer=random_drop 'tokenizer.at=[3,6,9]' tokenizer.build.keep_rate=0.75,0.6,0.4
+sweep fixed_pattern tokenizer=fixed_pattern tokenizer.at=0.25 tokenizer.build.keep_rate=0.7,0.5,0.3
 
 # The table in this folder was made with --cost-only: its runs were timed while the machine did other work.
 "$python" -m fewtokens.benchmarks.pareto "$out" --write docs/results/off_the_shelf \

@@ -18,9 +18,9 @@ sweep() {  # name, then overrides
 sweep none tokenizer=none
 sweep ats tokenizer=ats 'tokenizer.at="1:"' tokenizer.build.budget=all,1.0,0.5,0.25,0.12
 sweep tome tokenizer=tome tokenizer.build.r=4,8,12,16
-sweep evit tokenizer=evit 'tokenizer.at=[1,2]' tokenizer.build.keep=0.8,0.6,0.4
-sweep top_k tokenizer=top_k 'tokenizer.at=[1,2]' tokenizer.build.keep=0.8,0.6,0.4
-sweep random_drop tokenizer=random_drop 'tokenizer.at=[1,2]' tokenizer.build.keep=0.8,0.6,0.4
+sweep evit tokenizer=evit 'tokenizer.at=[1,2]' tokenizer.build.keep_rate=0.8,0.6,0.4
+sweep top_k tokenizer=top_k 'tokenizer.at=[1,2]' tokenizer.build.keep_rate=0.8,0.6,0.4
+sweep random_drop tokenizer=random_drop 'tokenizer.at=[1,2]' tokenizer.build.keep_rate=0.8,0.6,0.4
 
 "$python" -m fewtokens.benchmarks.pareto "$out/sweeps" --write docs/results/off_the_shelf_video --cost-only \
   --title "Reduction off the shelf: moving_digits, a dense mini ViViT (model 1)"

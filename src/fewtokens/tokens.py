@@ -1,29 +1,37 @@
-"""Tokens: the one record that flows through every backbone."""
+"""The record of tokens that every backbone passes from layer to layer."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils import _pytree
 
 from fewtokens.errors import FewtokensError
 
 
-@dataclass(frozen=True)
+@dataclass(
+    frozen=True, eq=False
+)  # Two records are equal only if they are the same object: tensors have no truth value.
 class Tokens:
-    """A batch of token sequences and what is known of them. An image is a clip of one frame.
+    """A batch of token sequences, with what is known about each token. An image is a clip with one frame.
+
+    The record is immutable: every method returns a new one. It is a registered pytree, so that module hooks,
+    `torch.utils.checkpoint` and FSDP see the tensors in it.
 
     Args:
-        x: Features (B, P+N, C): class and register tokens first, then patches, frame by frame.
-        prefix: P, the leading tokens that no tokenizer may touch.
-        frames: T, the frames in which the N patches are laid out; N is a multiple of T.
-        grid: (H, W), the lattice within a frame, row-major; None once it is broken.
-        size: How many patches each token stands for (B, P+N); None where every token stands for one.
-        mask: False where a slot is padding (B, P+N); None where there is none.
-        origin: Share of every input patch in every patch token (B, N, patches); None unless it was asked for.
-        keep: 1 where a token stays and 0 where it goes (B, P+N), with a gradient: the decisions of a method that learns
-            them (DynamicViT), in training alone, where all tokens stay in the batch; else None.
-        trace: Collects the record after every block; None unless it was asked for.
+        x: Features (B, P+N, C): the class and register tokens, then the patch tokens, frame by frame.
+        prefix: Number P of leading tokens (class, distillation, register) that no tokenizer may change.
+        frames: Number T of time steps in which the N patch tokens are laid out; N is a multiple of T.
+        grid: Height and width (H, W) of the grid of patches within a frame, in row-major order; None once tokens were
+            dropped or merged.
+        size: Number of patches that each token represents (B, P+N); None if every token represents one.
+        mask: False where a token is padding (B, P+N); None if there is no padding.
+        origin: Share of every input patch in every patch token (B, N, patches); None unless it is traced.
+        keep_mask: 1 where a token is kept and 0 where it is dropped (B, P+N), with a gradient. Set only in training, by
+            methods that learn the decision (DynamicViT) and leave all tokens in the batch; otherwise None.
+        trace: List that collects the record after every block; None unless it is traced.
     """
 
     x: Float[Tensor, "b n c"]
@@ -33,44 +41,45 @@ class Tokens:
     size: Float[Tensor, "b n"] | None = None
     mask: Bool[Tensor, "b n"] | None = None
     origin: Float[Tensor, "b m patches"] | None = None
-    keep: Float[Tensor, "b n"] | None = None
+    keep_mask: Float[Tensor, "b n"] | None = None
     trace: "list[Tokens] | None" = None
 
     @property
     def patches(self) -> Float[Tensor, "b m c"]:
-        """The tokens without the prefix (B, N, C)."""
+        """Return the patch tokens (B, N, C)."""
         return self.x[:, self.prefix :] if self.prefix else self.x
 
     @property
     def num_patches(self) -> int:
-        """N, the tokens without the prefix, all frames together, padding included."""
+        """Return the number N of patch tokens, over all frames and including padding."""
         return self.x.shape[1] - self.prefix
 
     @property
     def per_frame(self) -> Float[Tensor, "bt m c"]:
-        """The patches with every frame as a sample of its own (B*T, N/T, C)."""
+        """Return the patch tokens with the frames in the batch dimension (B*T, N/T, C)."""
         return self.patches.reshape(self.x.shape[0] * self.frames, -1, self.x.shape[2])
 
-    def lattice(self, asked_by: str) -> tuple[int, int]:
-        """The grid (H, W) of a frame, for methods that cannot do without.
+    def require_grid(self, method: str) -> tuple[int, int]:
+        """Return the grid (H, W) of a frame.
+
+        Args:
+            method: Name of the method that cannot work without a grid, for the error message.
 
         Raises:
-            FewtokensError: The lattice is broken or has padding, so that neighbours are no longer known.
+            FewtokensError: An earlier tokenizer dropped or merged tokens, so that neighbors are unknown.
         """
         if self.grid is None or self.mask is not None:
             raise FewtokensError(
-                f"{asked_by} needs patches on a lattice",
-                expected="an intact (height, width) grid of patches",
-                got=f"{self.num_patches} patch tokens whose lattice an earlier tokenizer broke",
-                fix="place it before every tokenizer that drops or merges tokens, or use token_learner_v11",
+                f"{method} needs patch tokens on a complete (height, width) grid, but an earlier tokenizer dropped or "
+                f"merged some and left {self.num_patches}. Place it before that tokenizer, or use token_learner_v11."
             )
         return self.grid
 
     def update(self, x: Float[Tensor, "b n c"]) -> "Tokens":
-        """The same tokens with new features."""
-        # Spelt out: `replace` takes several times as long, and this is called twice in every block.
+        """Return the same tokens with new features."""
+        # Not dataclasses.replace, which takes several times as long: this is called twice in every block.
         return Tokens(
-            x, self.prefix, self.frames, self.grid, self.size, self.mask, self.origin, keep=self.keep, trace=self.trace
+            x, self.prefix, self.frames, self.grid, self.size, self.mask, self.origin, self.keep_mask, self.trace
         )
 
     def resample(
@@ -79,48 +88,48 @@ class Tokens:
         weights: Float[Tensor, "b s m"] | None,
         grid: tuple[int, int] | None = None,
     ) -> "Tokens":
-        """New patch tokens in place of the old, each a mixture of them; the prefix stays as it is.
+        """Replace the patch tokens by mixtures of them and leave the prefix as it is.
 
         Args:
             patches: The new tokens (B, S, C), frame by frame.
-            weights: What of every old patch token went into each new one (B, S, N); read only for `origin`,
-                which is lost where it is None.
-            grid: The lattice of the new tokens within a frame, if they have one.
+            weights: Share of every old patch token in each new one (B, S, N). It is read only to update `origin`, which
+                becomes None if the weights are None.
+            grid: The grid of the new tokens within a frame, if they form one.
         """
-        patches = patches.to(self.x.dtype)  # autocast may hand in bfloat16; the residual stream stays as it is
+        patches = patches.to(self.x.dtype)  # Under autocast they may be bfloat16; the residual stream keeps its type.
         x = torch.cat([self.x[:, : self.prefix], patches], dim=1) if self.prefix else patches
         origin = (
             None if self.origin is None or weights is None else weights.detach().to(self.origin.dtype) @ self.origin
         )
         size = None if self.size is None else torch.ones_like(x[..., 0])
-        return replace(self, x=x, grid=grid, size=size, mask=None, origin=origin, keep=None)
+        return replace(self, x=x, grid=grid, size=size, mask=None, origin=origin, keep_mask=None)
 
     def resample_per_frame(
         self, patches: Float[Tensor, "bt s c"], weights: Float[Tensor, "bt s m"], grid: tuple[int, int] | None = None
     ) -> "Tokens":
-        """`resample` with every frame as a sample of its own, as `per_frame` gave them (B*T, S, C)."""
+        """Like `resample`, for tokens (B*T, S, C) and weights (B*T, S, N/T) in the layout of `per_frame`."""
         batch = self.x.shape[0]
         if self.origin is None:
             return self.resample(patches.reshape(batch, -1, patches.shape[2]), None, grid)
         if self.frames > 1:
-            # A frame's tokens hold nothing of the other frames: the weights are blocks on a diagonal.
+            # A token has no share in the patches of other frames: the weights are block-diagonal.
             blocks = weights.unflatten(0, (batch, self.frames))
             eye = torch.eye(self.frames, dtype=weights.dtype, device=weights.device)
             weights = torch.einsum("btsm,tu->btsum", blocks, eye).flatten(3).flatten(1, 2)
         return self.resample(patches.reshape(batch, -1, patches.shape[2]), weights, grid)
 
     def select(self, index: Int[Tensor, "b k"], mask: Bool[Tensor, "b k"] | None = None) -> "Tokens":
-        """Keep some patch tokens, in the order given; the prefix stays. The lattice and the frames are lost.
+        """Keep some patch tokens, in the given order, and the prefix. The result has no grid and a single frame.
 
         Args:
             index: Positions among the patch tokens (B, K).
-            mask: False where a slot of `index` is padding; None where all are real.
+            mask: False where an entry of `index` is padding (B, K); None if none is.
         """
         batch, prefix = self.x.shape[0], self.prefix
         rows = self.rows(index)
         x = take(self.x, rows)
         size = None if self.size is None else self.size.gather(1, rows)
-        keep = None if self.keep is None else self.keep.gather(1, rows)
+        keep_mask = None if self.keep_mask is None else self.keep_mask.gather(1, rows)
         kept = None if self.mask is None else self.mask.gather(1, rows)
         if mask is not None:
             whole = torch.cat([mask.new_ones(batch, prefix), mask], dim=1)
@@ -129,22 +138,22 @@ class Tokens:
         if origin is not None:
             origin = take(origin, index)
             origin = origin if mask is None else origin * mask[..., None]
-        return replace(self, x=x, frames=1, grid=None, size=size, mask=kept, origin=origin, keep=keep)
+        return replace(self, x=x, frames=1, grid=None, size=size, mask=kept, origin=origin, keep_mask=keep_mask)
 
     def rows(self, index: Int[Tensor, "b k"]) -> Int[Tensor, "b p_k"]:
-        """Positions among all tokens (B, P+K): the prefix, then the patches that `index` names (B, K)."""
+        """Return the positions among all tokens (B, P+K) of the prefix and of the patch tokens at `index` (B, K)."""
         lead = torch.arange(self.prefix, device=index.device).expand(index.shape[0], -1)
         return torch.cat([lead, index + self.prefix], dim=1)
 
     def merge(self, keep: Int[Tensor, "b k"], source: Int[Tensor, "b r"], target: Int[Tensor, "b r"]) -> "Tokens":
-        """Merge patch tokens into others: means in which sizes count, and the sizes add up; the prefix stays.
+        """Merge patch tokens into others: features become means weighted by size, and sizes add up.
 
-        The lattice and the frames are lost. Padding must not take part: a token without a size of 1 or more is none.
+        The prefix stays. The result has no grid and a single frame. The tokens must not contain padding.
 
         Args:
             keep: Positions among the patch tokens that stay, in their new order (B, K).
-            source: Positions that go (B, R); with `keep` every position once.
-            target: For each of them the slot in `keep` (B, R) that it goes to; several may go to one.
+            source: Positions that are merged away (B, R). `keep` and `source` together hold every position once.
+            target: Index into `keep` of the token that each source is merged into (B, R). Several may share one.
         """
         rows, gone, into = self.rows(keep), source + self.prefix, target + self.prefix
         every = torch.ones_like(self.x[..., 0], dtype=torch.float32) if self.size is None else self.size
@@ -153,12 +162,12 @@ class Tokens:
         share = (weight / size.gather(1, into))[..., None]
 
         def means(all_: Tensor, kept: Tensor, left: Tensor, slots: Tensor) -> Tensor:
-            # From what was there to the mean, in the few slots that change. In float32 at least: bfloat16 cannot count
-            # a token of 257 patches.
+            # Only the few slots that change are touched: each moves from its value to the mean. At least float32 is
+            # needed, since bfloat16 cannot represent a size of 257.
             stays = take(all_, kept)
             wide = stays.to(torch.promote_types(stays.dtype, torch.float32))
             change = (take(all_, left).to(wide.dtype) - take(wide, slots)) * share.to(wide.dtype)
-            wide.flatten(0, 1).index_add_(0, _flat(wide, slots), change.flatten(0, 1))  # fresh from `take`
+            wide.flatten(0, 1).index_add_(0, _flat(wide, slots), change.flatten(0, 1))  # `take` returned a copy
             return wide.to(stays.dtype)
 
         x = means(self.x, rows, gone, into)
@@ -166,9 +175,10 @@ class Tokens:
         return replace(self, x=x, frames=1, grid=None, size=size, origin=origin)
 
     def join(self, other: "Tokens") -> "Tokens":
-        """The patch tokens of another record of the same samples after the own; the prefix is the own.
+        """Append the patch tokens of another record of the same samples; the prefix of the other is dropped.
 
-        Both records have sizes, or neither, and both have an origin, or neither. The lattice and the frames are lost.
+        `size`, `origin` and `keep_mask` must be set in both records or in neither. The result has no grid and a single
+        frame.
         """
         start = other.prefix
 
@@ -189,25 +199,26 @@ class Tokens:
             size=both(self.size, other.size, start),
             mask=mask,
             origin=both(self.origin, other.origin, 0),
-            keep=both(self.keep, other.keep, start),
+            keep_mask=both(self.keep_mask, other.keep_mask, start),
         )
 
     @property
     def uniform(self) -> bool:
-        """Whether all tokens count alike: no sizes, no padding, nothing on its way out."""
-        return self.size is None and self.mask is None and self.keep is None
+        """Return whether all tokens count equally: no sizes, no padding, and no keep mask."""
+        return self.size is None and self.mask is None and self.keep_mask is None
 
-    def decided(self) -> "Tokens":
-        """The record with what is on its way out as padding, for what can only leave out or not."""
-        if self.keep is None:
+    def hardened(self) -> "Tokens":
+        """Return the record with dropped tokens as padding, for operations that know only a mask and no keep mask."""
+        if self.keep_mask is None:
             return self
-        kept = self.keep.detach() > 0
-        return replace(self, mask=kept if self.mask is None else kept & self.mask, keep=None)
+        kept = self.keep_mask.detach() > 0
+        return replace(self, mask=kept if self.mask is None else kept & self.mask, keep_mask=None)
 
     def bias(self) -> Float[Tensor, "b 1 1 n"] | None:
-        """Sizes and padding as one additive attention term; None when there is nothing to add.
+        """Return the additive attention bias of sizes and padding (B, 1, 1, P+N); None if it is zero.
 
-        None keeps the fused attention kernel without mask available. log(size) is ToMe's proportional attention.
+        log(size) is ToMe's proportional attention (Bolya et al. 2023, section 3). With None, attention can use
+        fused kernels that accept no mask.
         """
         if self.size is None and self.mask is None:
             return None
@@ -217,24 +228,38 @@ class Tokens:
         return bias[:, None, None, :]
 
     def mean(self) -> Float[Tensor, "b c"]:
-        """Mean of the patch tokens (B, C), in which sizes count and padding does not."""
+        """Return the mean of the patch tokens (B, C), weighted by size and without padding."""
         if self.uniform:
             return self.patches.mean(dim=1)
         weight = torch.ones_like(self.x[..., 0]) if self.size is None else self.size.to(self.x.dtype)
         weight = weight if self.mask is None else weight * self.mask
-        weight = weight if self.keep is None else weight * self.keep
+        weight = weight if self.keep_mask is None else weight * self.keep_mask
         weight = weight[:, self.prefix :, None]
         return (self.patches * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def take(x: Float[Tensor, "b n c"], rows: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
-    """Of every sample of x (B, N, C) the rows that it names (B, K), in that order: (B, K, C).
+    """Gather rows of x (B, N, C) at positions (B, K) and return them as (B, K, C).
 
-    Whole rows of one long matrix: measured 3 times faster on a CPU than gather, which takes numbers one by one.
+    index_select on the flattened matrix copies whole rows: measured 3 times faster on a CPU than gather.
     """
     return x.flatten(0, 1).index_select(0, _flat(x, rows)).unflatten(0, (x.shape[0], -1))
 
 
 def _flat(x: Float[Tensor, "b n c"], rows: Int[Tensor, "b k"]) -> Int[Tensor, "bk"]:
-    """Positions among the rows of all samples, one sample after the other."""
+    """Return the positions (B*K,) of the rows in `x.flatten(0, 1)`."""
     return (rows + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]).flatten()
+
+
+def _flatten(tokens: Tokens) -> tuple[list[Any], Any]:
+    tensors = [tokens.x, tokens.size, tokens.mask, tokens.origin, tokens.keep_mask]
+    return tensors, (tokens.prefix, tokens.frames, tokens.grid, tokens.trace)
+
+
+def _unflatten(tensors: Any, context: Any) -> Tokens:
+    x, size, mask, origin, keep_mask = tensors
+    prefix, frames, grid, trace = context  # The trace is passed on as the same list, which collects the records.
+    return Tokens(x, prefix, frames, grid, size, mask, origin, keep_mask, trace)
+
+
+_pytree.register_pytree_node(Tokens, _flatten, _unflatten, serialized_type_name="fewtokens.tokens.Tokens")

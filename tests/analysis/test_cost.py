@@ -156,7 +156,7 @@ def test_tokens_after_every_block(make, methods):
 def test_measure(make, measured, tmp_path):
     model = make(partial(TokenLearnerV11, num_tokens=4), at=[1])
     task, data = measured(model)
-    model.trunk.pos_embed.requires_grad_(False)
+    model.vit.pos_embed.requires_grad_(False)
     measure = Cost(num_images=2)
     found = measure(task, data, tmp_path)
     params = sum(p.numel() for p in model.parameters())

@@ -60,21 +60,21 @@ def test_measure_leaves_the_model_as_it_was(make, measured, tmp_path, precision)
     model = make(partial(TokenLearnerV11, num_tokens=4), at=[1]).train()
     reducing = model.encoder.tokenizers
     seen = []
-    model.trunk.head.register_forward_hook(
+    model.vit.head.register_forward_hook(
         lambda module, args, out: seen.append((out.dtype, module.training, len(out)))
     )
     found = Throughput(seconds=0.05, batch_size=5, precision=precision)(*measured(model), tmp_path)
     assert found.keys() == {f"throughput/{key}" for key in KEYS}
     assert found["throughput/batch_size"] == 5
     assert set(seen) == {(torch.bfloat16 if precision == "bf16-mixed" else torch.float32, False, 5)}
-    assert model.encoder.tokenizers is reducing
+    assert model.encoder.tokenizers == reducing
     assert all(module.training for module in model.modules())
 
 
 def test_measure_times_the_tokenizer_and_the_dense_model(make, measured, tmp_path):
     tokens = set()
     model = make(partial(TokenLearnerV11, num_tokens=4), at=[1])
-    model.trunk.norm.register_forward_hook(lambda module, args, out: tokens.add(out.shape[1]))
+    model.vit.norm.register_forward_hook(lambda module, args, out: tokens.add(out.shape[1]))
     Throughput(seconds=0.02, batch_size=2)(*measured(model), tmp_path)
     assert tokens == {5, 25}
 
@@ -84,13 +84,13 @@ def test_measure_restores_the_tokenizer_after_an_error(make, measured, tmp_path)
     reducing = model.encoder.tokenizers
     with pytest.raises(FewtokensError):
         Throughput(seconds=0.02)(*measured(model, size=(4, 4)), tmp_path)
-    assert model.encoder.tokenizers is reducing
+    assert model.encoder.tokenizers == reducing
 
 
 def test_precision_of_the_trainer(make, measured, tmp_path):
     model, seen = make(), set()
     task, data = measured(model)
     task._trainer = SimpleNamespace(precision="bf16-mixed")
-    model.trunk.head.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    model.vit.head.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
     Throughput(seconds=0.02)(task, data, tmp_path)
     assert seen == {torch.bfloat16}

@@ -76,8 +76,8 @@ def test_speed_of_clips(tmp_path: Any) -> None:
 def test_tokens_of_a_clip_are_those_of_all_its_time_steps() -> None:
     assert tokens_per_block(build(), clips()) == [73, 73, 73]
     assert tokens_per_block(build("factorised_encoder"), clips()) == [75, 75, 75]
-    assert tokens_per_block(build("factorised_encoder", partial(TopK, keep=0.5)), clips()) == [75, 39, 21]
-    assert tokens_per_block(build(tokenizer=partial(TopK, keep=0.5)), clips()) == [73, 37, 19]
+    assert tokens_per_block(build("factorised_encoder", partial(TopK, keep_rate=0.5)), clips()) == [75, 39, 21]
+    assert tokens_per_block(build(tokenizer=partial(TopK, keep_rate=0.5)), clips()) == [73, 37, 19]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -104,7 +104,7 @@ def test_the_first_column_shows_the_middle_frame_of_every_step() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS[:2])
-@pytest.mark.parametrize("method", [partial(TopK, keep=0.5), partial(EViT, keep=0.5), partial(ToMe, r=6)])
+@pytest.mark.parametrize("method", [partial(TopK, keep_rate=0.5), partial(EViT, keep_rate=0.5), partial(ToMe, r=6)])
 def test_a_column_per_stage_with_the_tokens_of_every_step(model: Model, method: Any) -> None:
     net = build(model, method)
     columns = token_columns(net, clips())
@@ -126,5 +126,5 @@ def test_origins_by_step_are_the_parts_of_those_of_the_clip() -> None:
         for step in range(3):
             part = whole[clip, 4 * step : 4 * step + 4, 24 * step : 24 * step + 24]
             assert torch.equal(by_step[3 * clip + step], part)
-    tokens = build(tokenizer=partial(TopK, keep=0.5)).eval().trace(clips())[1]
+    tokens = build(tokenizer=partial(TopK, keep_rate=0.5)).eval().trace(clips())[1]
     assert torch.equal(origin_by_step(tokens, 3)[4], tokens.origin[1, :, 24:48])

@@ -12,18 +12,18 @@ from fewtokens.backbones.encoder import At, Encoder, block_indices
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place, Tokenizer
+from fewtokens.tokenizers.base import LayerContext, Tokenizer
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearner, TokenLearnerV11, TokenLearnerV11Grouped
 from fewtokens.tokens import Tokens
 
-PLACE = Place(dim=16, heads=2, block=0, depth=4, prefix=1, class_token=True, frames=2, grid=(3, 4))
+CONTEXT = LayerContext(dim=16, heads=2, block=0, depth=4, prefix=1, class_token=True, frames=2, grid=(3, 4))
 
 
 def encoder(build: object, at: At, depth: int = 4) -> Encoder:
     torch.manual_seed(0)
     blocks = [Block(16, 2, attn_layer=Attention) for _ in range(depth)]
-    return Encoder(blocks, build, at, PLACE).eval()
+    return Encoder(blocks, build, at, CONTEXT).eval()
 
 
 def clip() -> Tokens:
@@ -93,11 +93,11 @@ def test_a_block_named_twice_is_refused(at: Sequence[float], indices: str) -> No
 
 
 def test_every_tokenizer_is_told_its_place() -> None:
-    seen: list[Place] = []
+    seen: list[LayerContext] = []
 
-    def build(place: Place) -> Tokenizer:
-        seen.append(place)
-        return Tokenizer(place)
+    def build(context: LayerContext) -> Tokenizer:
+        seen.append(context)
+        return Tokenizer(context)
 
     encoder(build, [3, 1])
     assert [(p.block, p.stage, p.stages, p.depth) for p in seen] == [(1, 0, 2, 4), (3, 1, 2, 4)]
@@ -105,7 +105,7 @@ def test_every_tokenizer_is_told_its_place() -> None:
 
 
 def test_the_place_counts_the_blocks_that_are_there() -> None:
-    assert {tokenizer.place.depth for tokenizer in encoder(Tokenizer, 0, depth=3).tokenizers} == {3}
+    assert {tokenizer.context.depth for tokenizer in encoder(Tokenizer, 0, depth=3).tokenizers} == {3}
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def test_tokenizers_carry_the_tokens_through_the_blocks_in_order() -> None:
 
 @torch.no_grad()
 def test_token_learners_can_stand_in_a_row() -> None:
-    build = lambda place: TokenLearnerV11(place, num_tokens=6 - 2 * place.stage)  # noqa: E731
+    build = lambda context: TokenLearnerV11(context, num_tokens=6 - 2 * context.stage)  # noqa: E731
     assert encoder(build, [1, 3])(clip()).num_patches == 2 * 4
 
 
@@ -145,18 +145,18 @@ def test_no_two_places_share_parameters(build: object) -> None:
 @torch.no_grad()
 def test_dense_runs_the_same_weights_as_the_plain_transformer() -> None:
     model, tokens = encoder(partial(TokenLearnerV11, num_tokens=3), "1:"), clip()
-    plain = Encoder(list(model.blocks), Tokenizer, [], PLACE)
+    plain = Encoder(list(model.blocks), Tokenizer, [], CONTEXT)
     reduced, reducing = model(tokens), model.tokenizers
-    with model.dense():
+    with model.without_reduction():
         assert torch.equal(model(tokens).x, plain(tokens).x)
-    assert model.tokenizers is reducing
+    assert model.tokenizers == reducing
     assert torch.equal(model(tokens).x, reduced.x)
 
 
 def test_dense_ends_when_an_error_leaves_it() -> None:
     model = encoder(partial(TokenLearnerV11, num_tokens=3), 1)
     names = set(model.state_dict())
-    with pytest.raises(ZeroDivisionError), model.dense():
+    with pytest.raises(ZeroDivisionError), model.without_reduction():
         raise ZeroDivisionError
     assert set(model.state_dict()) == names
     assert isinstance(model.tokenizers, nn.ModuleList)

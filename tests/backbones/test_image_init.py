@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from fewtokens.backbones.image_init import FromImage, from_image_model
+from fewtokens.backbones.image_init import FromImage, init_from_image
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.backbones.vivit import Model, ViViT, vivit
 from fewtokens.errors import FewtokensError
@@ -72,7 +72,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tubelet", [1, 2, 3])
 def test_model_1_of_a_still_clip_of_one_tubelet(kernel: str, pool: str, tubelet: int) -> None:
     image, video = image_model(pool), video_model(frames=tubelet, tubelet=tubelet, pool=pool)
-    from_image_model(video, image.state_dict(), kernel=kernel)
+    init_from_image(video, image.state_dict(), kernel=kernel)
     close(video(still(tubelet)), image(still(1)[:, :, 0]))
 
 
@@ -80,7 +80,7 @@ def test_model_1_of_a_still_clip_of_one_tubelet(kernel: str, pool: str, tubelet:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_model_1_with_mean_pooling_of_a_still_clip_of_any_length(kernel: str) -> None:
     image, video = image_model("avg"), video_model(pool="avg")
-    from_image_model(video, image.state_dict(), kernel=kernel)
+    init_from_image(video, image.state_dict(), kernel=kernel)
     close(video(still(6)), image(still(1)[:, :, 0]))
 
 
@@ -88,7 +88,7 @@ def test_model_1_with_mean_pooling_of_a_still_clip_of_any_length(kernel: str) ->
 def test_model_1_with_a_class_token_is_not_the_image_model_over_several_steps() -> None:
     """Its own key is one among more patches; the docstring says so."""
     image, video = image_model(), video_model()
-    from_image_model(video, image.state_dict())
+    init_from_image(video, image.state_dict())
     assert (video(still(6)) - image(still(1)[:, :, 0])).abs().max() > 1e-3
 
 
@@ -105,7 +105,7 @@ def test_model_1_with_a_class_token_is_not_the_image_model_over_several_steps() 
 )
 def test_models_2_and_3_are_the_mean_over_the_central_frames_of_any_clip(model: Model, pool: str, tubelet: int) -> None:
     image, video = image_model(pool), video_model(model, tubelet=tubelet, pool=pool, temporal_depth=0)
-    from_image_model(video, image.state_dict())
+    init_from_image(video, image.state_dict())
     frames = clips()[:, :, tubelet // 2 :: tubelet].transpose(1, 2)
     close(video(clips()), torch.stack([image(clip) for clip in frames]).mean(dim=1))
 
@@ -113,7 +113,7 @@ def test_models_2_and_3_are_the_mean_over_the_central_frames_of_any_clip(model: 
 @torch.no_grad()
 def test_filter_inflation_sees_the_mean_of_the_frames() -> None:
     image, video = image_model("avg"), video_model("factorised_self_attention", tubelet=3)
-    from_image_model(video, image.state_dict(), kernel="filter_inflation")
+    init_from_image(video, image.state_dict(), kernel="filter_inflation")
     frames = clips().unflatten(2, (2, 3)).mean(dim=3).transpose(1, 2)
     close(video(clips()), torch.stack([image(clip) for clip in frames]).mean(dim=1))
 
@@ -123,13 +123,13 @@ def test_filter_inflation_sees_the_mean_of_the_frames() -> None:
 def test_models_that_are_not_the_image_model_at_first(model: Model) -> None:
     """Half of the heads see one position only; the temporal encoder is random."""
     image, video = image_model("avg"), video_model(model, pool="avg")
-    from_image_model(video, image.state_dict())
+    init_from_image(video, image.state_dict())
     assert (video(still(6)) - image(still(1)[:, :, 0])).abs().max() > 1e-3
 
 
 def test_temporal_attention_learns_though_it_adds_nothing_at_first() -> None:
     video = video_model("factorised_self_attention")
-    from_image_model(video, image_model("avg").state_dict())
+    init_from_image(video, image_model("avg").state_dict())
     block: Any = video.encoder.blocks[0]
     for source, twin in ((block.attn.qkv, block.attn_time.qkv), (block.norm1, block.norm_time)):
         assert torch.equal(source.weight, twin.weight)
@@ -153,12 +153,12 @@ def test_every_model_from_either_pooling_reports_what_starts_anew(model: Model) 
     for pool in ("token", "avg"):
         video = video_model(model)
         before = {name: value.clone() for name, value in video.state_dict().items()}
-        started = from_image_model(video, image_model(pool).state_dict())
+        started = init_from_image(video, image_model(pool).state_dict())
         assert not set(started.loaded) & set(started.missing)
         assert set(started.loaded) | set(started.missing) == set(before)
         assert all(torch.equal(before[name], video.state_dict()[name]) for name in started.missing)
         lattice = model not in ("spatio_temporal", "factorised_encoder")
-        assert started.unexpected == (["trunk.cls_token"] if lattice and pool == "token" else [])
+        assert started.unexpected == (["vit.cls_token"] if lattice and pool == "token" else [])
         new = {name.split(".")[1] for name in started.missing if not name.startswith("temporal.")}
         assert new == ({"cls_token"} if not lattice and pool == "avg" else set())
         assert any(n.startswith("temporal.encoder") for n in started.missing) == (model == "factorised_encoder")
@@ -169,17 +169,17 @@ def test_every_model_from_either_pooling_reports_what_starts_anew(model: Model) 
 @torch.no_grad()
 def test_model_2_gets_the_class_token_too() -> None:
     image, video = image_model(), video_model("factorised_encoder")
-    from_image_model(video, image.state_dict())
-    assert torch.equal(video.trunk.cls_token, image.trunk.cls_token)
-    assert torch.equal(video.trunk.pos_embed, image.trunk.pos_embed)
-    assert torch.equal(video.temporal.trunk.head.weight, image.trunk.head.weight)
+    init_from_image(video, image.state_dict())
+    assert torch.equal(video.vit.cls_token, image.vit.cls_token)
+    assert torch.equal(video.vit.pos_embed, image.vit.pos_embed)
+    assert torch.equal(video.temporal.vit.head.weight, image.vit.head.weight)
 
 
 @torch.no_grad()
 def test_positions_are_tiled_and_the_class_token_keeps_its_own() -> None:
     image, video = image_model(), video_model()
-    from_image_model(video, image.state_dict())
-    table, tiled = image.trunk.pos_embed[0], video.trunk.pos_embed[0]
+    init_from_image(video, image.state_dict())
+    table, tiled = image.vit.pos_embed[0], video.vit.pos_embed[0]
     assert torch.equal(tiled[0], table[0])
     assert torch.equal(tiled[1:].reshape(3, 6, 16), table[1:].expand(3, -1, -1))
 
@@ -188,18 +188,18 @@ def test_positions_are_tiled_and_the_class_token_keeps_its_own() -> None:
 @pytest.mark.parametrize(("size", "grid"), [(16, None), ((4, 12), (1, 3))])
 def test_positions_of_another_grid_are_resampled_as_timm_does(size: Any, grid: tuple[int, int] | None) -> None:
     image, video = image_model(image_size=size), video_model()
-    from_image_model(video, image.state_dict(), positions="resize", grid=grid)
+    init_from_image(video, image.state_dict(), positions="resize", grid=grid)
     old = grid or (4, 4)
-    expected = resample_abs_pos_embed(image.trunk.pos_embed, [2, 3], list(old), num_prefix_tokens=1)[0]
-    assert torch.equal(video.trunk.pos_embed[0, :1], expected[:1])
-    close(video.trunk.pos_embed[0, 1:].reshape(3, 6, 16), expected[1:].expand(3, -1, -1))
+    expected = resample_abs_pos_embed(image.vit.pos_embed, [2, 3], list(old), num_prefix_tokens=1)[0]
+    assert torch.equal(video.vit.pos_embed[0, :1], expected[:1])
+    close(video.vit.pos_embed[0, 1:].reshape(3, 6, 16), expected[1:].expand(3, -1, -1))
 
 
 @torch.no_grad()
 def test_a_head_of_another_size_starts_anew() -> None:
     video = video_model()
-    started = from_image_model(video, image_model(num_classes=7).state_dict())
-    heads = ["trunk.head.bias", "trunk.head.weight"]
+    started = init_from_image(video, image_model(num_classes=7).state_dict())
+    heads = ["vit.head.bias", "vit.head.weight"]
     assert started.missing == started.unexpected == heads
 
 
@@ -207,21 +207,21 @@ def test_a_head_of_another_size_starts_anew() -> None:
 def test_a_norm_after_the_pooling_becomes_the_one_before_it() -> None:
     image = image_model("avg", options={"fc_norm": True})
     video = video_model("factorised_self_attention")
-    assert not from_image_model(video, image.state_dict()).missing
-    assert torch.equal(video.trunk.norm.weight, image.trunk.fc_norm.weight)
+    assert not init_from_image(video, image.state_dict()).missing
+    assert torch.equal(video.vit.norm.weight, image.vit.fc_norm.weight)
     other = video_model("factorised_self_attention", options={"fc_norm": True})
-    from_image_model(other, image.state_dict())
-    assert torch.equal(other.trunk.fc_norm.bias, image.trunk.fc_norm.bias)
+    init_from_image(other, image.state_dict())
+    assert torch.equal(other.vit.fc_norm.bias, image.vit.fc_norm.bias)
 
 
 @torch.no_grad()
 def test_tokenizers_of_the_same_shapes_come_along() -> None:
     learner = {"at": 1, "build": partial(TokenLearnerV11, num_tokens=2)}
     image = image_model(tokenizer=learner)
-    started = from_image_model(video_model(), image.state_dict())
-    assert all(name.startswith("encoder.tokenizers.1.") for name in started.unexpected)
+    started = init_from_image(video_model(), image.state_dict())
+    assert all(name.startswith("encoder.layers.1.tokenizer.") for name in started.unexpected)
     video = random(vivit(tubelets=Tubelets(6, SIDES, frames=2, height=4, width=4), tokenizer=learner, **SIZES))
-    started = from_image_model(video, image.state_dict())
+    started = init_from_image(video, image.state_dict())
     assert started.missing == started.unexpected == []
 
 
@@ -234,12 +234,12 @@ def test_weights_in_timms_names(name: str) -> None:
     cut = Tubelets(clip_frames=2, image_size=32, frames=2, height=16, width=16)
     pool = "avg" if "gap" in name else "token"
     video = random(vivit(tubelets=cut, tokenizer=NONE, pool=pool, **SIZES))
-    started = from_image_model(video, reference.state_dict())
+    started = init_from_image(video, reference.state_dict())
     images = torch.randn(2, 3, 32, 32)
     if "distilled" in name:
-        extra = ["trunk.dist_token", "trunk.head_dist.bias", "trunk.head_dist.weight"]
+        extra = ["vit.dist_token", "vit.head_dist.bias", "vit.head_dist.weight"]
         assert (started.missing, started.unexpected) == ([], extra)
-        assert torch.equal(video.trunk.pos_embed[0], reference.pos_embed[0, [0, 2, 3, 4, 5]])
+        assert torch.equal(video.vit.pos_embed[0], reference.pos_embed[0, [0, 2, 3, 4, 5]])
     else:
         assert started.missing == started.unexpected == []
         close(video(images[:, :, None].expand(-1, -1, 2, -1, -1)), reference(images))
@@ -248,12 +248,12 @@ def test_weights_in_timms_names(name: str) -> None:
 @torch.no_grad()
 def test_register_tokens_come_along_where_there_are_as_many() -> None:
     image, video = image_model(options={"reg_tokens": 2}), video_model(options={"reg_tokens": 2})
-    assert not from_image_model(video, image.state_dict()).missing
-    assert torch.equal(video.trunk.pos_embed[0, :3], image.trunk.pos_embed[0, :3])
+    assert not init_from_image(video, image.state_dict()).missing
+    assert torch.equal(video.vit.pos_embed[0, :3], image.vit.pos_embed[0, :3])
     fewer = video_model(options={"reg_tokens": 1})
-    before = fewer.trunk.pos_embed[0, 1].clone()
-    assert from_image_model(fewer, image.state_dict()).missing == ["trunk.reg_token"]
-    assert torch.equal(fewer.trunk.pos_embed[0, :2], torch.stack([image.trunk.pos_embed[0, 0], before]))
+    before = fewer.vit.pos_embed[0, 1].clone()
+    assert init_from_image(fewer, image.state_dict()).missing == ["vit.reg_token"]
+    assert torch.equal(fewer.vit.pos_embed[0, :2], torch.stack([image.vit.pos_embed[0, 0], before]))
 
 
 # --- from files
@@ -268,7 +268,7 @@ def test_a_run_a_checkpoint_or_a_file_of_weights(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "checkpoints" / "last.ckpt")
     save_file(image.state_dict(), tmp_path / "weights.safetensors")
     expected = video_model()
-    from_image_model(expected, image.state_dict())
+    init_from_image(expected, image.state_dict())
     for path in (tmp_path, tmp_path / "checkpoints" / "last.ckpt", tmp_path / "weights.safetensors"):
         video = video_model()
         assert FromImage(str(path))(video).unexpected == []
@@ -288,7 +288,7 @@ def test_a_name_of_timms_is_asked_of_timm(monkeypatch: pytest.MonkeyPatch) -> No
     cut = Tubelets(clip_frames=2, image_size=32, frames=2, height=16, width=16)
     video = vivit(tubelets=cut, tokenizer=NONE, num_classes=5, dim=192, depth=12, heads=3)
     started = FromImage("timm:vit_tiny_patch16_224.augreg_in21k")(video)
-    assert started.missing == ["trunk.head.bias", "trunk.head.weight"]
+    assert started.missing == ["vit.head.bias", "vit.head.weight"]
     assert True in asked
 
 
@@ -303,16 +303,16 @@ def changed(**changes: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        (partial(changed, dim=32), r"of another shape \['trunk\.pos_embed', .* and 29 in all"),
+        (partial(changed, dim=32), r"of another shape \['vit\.pos_embed', .* and 29 in all"),
         (partial(changed, depth=3), r"unexpected \['encoder\.blocks\.2\."),
         (partial(changed, depth=1), r"missing \['encoder\.blocks\.1\."),
-        (partial(changed, patch_size=2, image_size=(4, 6)), r"of another shape \['trunk\.patch_embed\.proj\.weight'\]"),
-        (partial(changed, channels=1), r"of another shape \['trunk\.patch_embed\.proj\.weight'\]"),
+        (partial(changed, patch_size=2, image_size=(4, 6)), r"of another shape \['vit\.patch_embed\.proj\.weight'\]"),
+        (partial(changed, channels=1), r"of another shape \['vit\.patch_embed\.proj\.weight'\]"),
         (partial(changed, options={"init_values": 0.1}), r"unexpected \['encoder\.blocks\.0\.ls1\.gamma'"),
         (partial(changed, options={"qk_norm": True}), r"unexpected \['encoder\.blocks\.0\.attn\.k_norm"),
-        (partial(changed, options={"pos_embed": "none"}), r"missing \['trunk\.pos_embed'\]"),
+        (partial(changed, options={"pos_embed": "none"}), r"missing \['vit\.pos_embed'\]"),
         (dict, r"missing \['encoder\.blocks"),
-        (lambda: timm.create_model("resnet18").state_dict(), r"unexpected \['trunk\.bn1"),
+        (lambda: timm.create_model("resnet18").state_dict(), r"unexpected \['vit\.bn1"),
         (lambda: video_model().state_dict(), r"^The kernel of an image model .* Found: \(16, 3, 2, 4, 4\)"),
         (partial(changed, image_size=16), r"^Positions are tiled over time.* Found: 'tile' with a grid of \(4, 4\)"),
         (partial(changed, image_size=(4, 28)), r"^The image model's positions lie on a grid\. .* a table of 8 rows"),
@@ -324,7 +324,7 @@ def test_image_models_that_do_not_fit_are_refused_and_nothing_changes(state: Any
         video = video_model(model)
         before = {name: value.clone() for name, value in video.state_dict().items()}
         with pytest.raises(FewtokensError, match=said):
-            from_image_model(video, state())
+            init_from_image(video, state())
         assert all(torch.equal(value, before[name]) for name, value in video.state_dict().items())
 
 
@@ -339,7 +339,7 @@ def test_image_models_that_do_not_fit_are_refused_and_nothing_changes(state: Any
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(FewtokensError, match=said):
-        from_image_model(video_model(), image_model().state_dict(), **settings)
+        init_from_image(video_model(), image_model().state_dict(), **settings)
 
 
 def test_weights_that_are_not_there_and_models_of_images(tmp_path: Path) -> None:

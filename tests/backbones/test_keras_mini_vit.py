@@ -39,15 +39,15 @@ def test_as_many_trainable_parameters_as_keras_counts(build: object, depth: int,
     model = example(build, depth=depth)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
     frozen = {name: p.shape for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {"trunk.pos_embed": (1, 64, 128)}  # the only thing that Keras leaves out
+    assert frozen == {"vit.pos_embed": (1, 64, 128)}  # the only thing that Keras leaves out
 
 
 def test_positions_stay_as_they_were_drawn() -> None:
     model = example()
-    positions = model.trunk.pos_embed.clone()
+    positions = model.vit.pos_embed.clone()
     model(torch.rand(2, 3, 48, 48)).square().sum().backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
-    assert torch.equal(model.trunk.pos_embed, positions)
+    assert torch.equal(model.vit.pos_embed, positions)
     assert 0.049 < positions.abs().max().item() <= 0.05
     assert positions.std().item() == pytest.approx(0.05 / 3**0.5, rel=0.02)
 
@@ -60,12 +60,12 @@ def test_kernels_start_glorot_uniform_with_kerass_fans_and_biases_at_zero() -> N
     model = example(partial(V10, num_tokens=8))
     block, learner = model.encoder.blocks[0], model.encoder.tokenizers[3]
     expected = {
-        model.trunk.patch_embed.proj: 36 * (3 + 128),
+        model.vit.patch_embed.proj: 36 * (3 + 128),
         block.attn.qkv: 128 * (4 + 128),  # (width, heads, head width): Keras takes the width for a window
         block.attn.proj: 4 * (128 + 128),
         block.mlp.fc1: 128 + 256,
         block.mlp.fc2: 256 + 128,
-        model.trunk.head: 128 + 10,
+        model.vit.head: 128 + 10,
         learner.convs[0]: 9 * (128 + 8),
         learner.convs[1]: 9 * (8 + 8),
     }
@@ -95,7 +95,7 @@ def test_heads_are_as_wide_as_the_model_and_the_mlp_ends_in_a_gelu() -> None:
 
 def test_dropout_is_everywhere_but_on_the_output_of_the_attention() -> None:
     model = example()
-    assert model.trunk.pos_drop.p == 0.1
+    assert model.vit.pos_drop.p == 0.1
     for block in model.encoder.blocks:
         assert (block.attn.attn_drop.p, block.attn.proj_drop.p) == (0.1, 0)
         assert (block.mlp.drop1.p, block.mlp.drop2.p) == (0.1, 0.1)
@@ -106,7 +106,7 @@ def test_the_head_is_norm_mean_dense() -> None:
     model, images = example(partial(V10, num_tokens=8)), torch.rand(2, 3, 48, 48)
     tokens = model.encoder(model.embed(images))
     assert (tokens.prefix, tokens.num_patches) == (0, 8)
-    assert torch.equal(model(images), model.trunk.head(model.trunk.norm(tokens.x).mean(dim=1)))
+    assert torch.equal(model(images), model.vit.head(model.vit.norm(tokens.x).mean(dim=1)))
 
 
 def test_sizes_are_checked_as_for_every_vit() -> None:

@@ -41,7 +41,11 @@ def random_images(size: int, channels: int = 3) -> Tensor:
 
 
 def as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{'encoder' if name.startswith('blocks.') else 'trunk'}.{name}": value for name, value in state.items()}
+    def ours(name: str) -> str:
+        block, parameter = name.removeprefix("blocks.").partition(".")[::2]
+        return f"encoder.layers.{block}.block.{parameter}" if name.startswith("blocks.") else f"vit.{name}"
+
+    return {ours(name): value for name, value in state.items()}
 
 
 @torch.no_grad()
@@ -121,7 +125,7 @@ def test_a_head_of_another_size_starts_anew_and_it_is_said(
         model = ours(name, classes=5, weights=saved(reference.state_dict(), tmp_path / "weights.pth"))
     assert len(caplog.messages) == 2 * heads
     assert "head.weight is (9, 192), the model's is (5, 192); it starts anew" in caplog.messages[0]
-    features = model.trunk.norm(model.encoder(model.embed(random_images(32))).x)
+    features = model.vit.norm(model.encoder(model.embed(random_images(32))).x)
     assert torch.equal(features, reference.forward_features(random_images(32)))
     assert model(random_images(32)).shape == (2, 5)
 
@@ -137,7 +141,7 @@ def test_a_head_that_the_file_lacks_or_the_model_lacks(tmp_path: Path) -> None:
         ours(weights=saved(state, tmp_path / "weights.pth"), classes=0),
     ]
     for model in models:
-        assert torch.equal(model.trunk.norm(model.encoder(model.embed(random_images(32))).x), expected)
+        assert torch.equal(model.vit.norm(model.encoder(model.embed(random_images(32))).x), expected)
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,10 @@ def test_sizes_may_be_pairs_and_patches_oblong() -> None:
 
 
 def test_places_know_the_backbone() -> None:
-    place = build(options={"reg_tokens": 2}).encoder.tokenizers[1].place
-    assert (place.dim, place.heads, place.block, place.depth) == (16, 2, 1, 2)
-    assert (place.prefix, place.class_token, place.frames, place.grid) == (3, True, 1, (2, 4))
-    assert not build(pool="avg").encoder.tokenizers[0].place.class_token
+    context = build(options={"reg_tokens": 2}).encoder.tokenizers[1].context
+    assert (context.dim, context.heads, context.block, context.depth) == (16, 2, 1, 2)
+    assert (context.prefix, context.class_token, context.frames, context.grid) == (3, True, 1, (2, 4))
+    assert not build(pool="avg").encoder.tokenizers[0].context.class_token
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def test_padding_does_not_reach_the_logits(pool: str, include_prefix: bool) -> N
     model, tokens = pooled(pool, pool_include_prefix=include_prefix)
     padded = torch.cat([tokens.x, 100 * torch.randn(2, 3, 16)], dim=1)
     mask = torch.tensor([True] * 7 + [False] * 3).expand(2, -1)
-    expected = model.trunk.forward_head(model.trunk.norm(tokens.x))
+    expected = model.vit.forward_head(model.vit.norm(tokens.x))
     torch.testing.assert_close(model.classify(Tokens(padded, prefix=1, mask=mask)), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -137,7 +137,7 @@ def test_padding_does_not_reach_the_logits(pool: str, include_prefix: bool) -> N
 def test_a_token_of_size_three_counts_as_three(pool: str, include_prefix: bool) -> None:
     model, tokens = pooled(pool, pool_include_prefix=include_prefix)
     copies = torch.tensor([1, 1, 3, 1, 1, 2, 1])
-    repeated = model.trunk.forward_head(model.trunk.norm(tokens.x.repeat_interleave(copies, dim=1)))
+    repeated = model.vit.forward_head(model.vit.norm(tokens.x.repeat_interleave(copies, dim=1)))
     sized = replace(tokens, size=copies.float().expand(2, -1))
     torch.testing.assert_close(model.classify(sized), repeated, rtol=1e-5, atol=1e-6)
 
@@ -145,7 +145,7 @@ def test_a_token_of_size_three_counts_as_three(pool: str, include_prefix: bool) 
 def test_no_weight_decay_names_positions_class_and_register_tokens() -> None:
     model = build(options={"reg_tokens": 2})
     named = {name for name, _ in model.named_parameters()}
-    assert model.no_weight_decay() & named == {"trunk.pos_embed", "trunk.cls_token", "trunk.reg_token"}
+    assert model.no_weight_decay() & named == {"vit.pos_embed", "vit.cls_token", "vit.reg_token"}
 
 
 # --- refusals

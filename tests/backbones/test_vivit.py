@@ -119,7 +119,7 @@ def test_models_share_encoder_blocks_and_names(model: Model, kind: type, block: 
     assert type(net) is kind
     assert all(type(b) is block for b in net.encoder.blocks)
     image = vit(image_size=(8, 12), patch_size=4, num_classes=5, dim=16, depth=3, heads=2, tokenizer=NONE)
-    names = {name for name in image.state_dict() if not name.startswith(("trunk.head", "trunk.cls"))}
+    names = {name for name in image.state_dict() if not name.startswith(("vit.head", "vit.cls"))}
     assert names <= set(net.state_dict())
     norms = [layer for layer in net.modules() if isinstance(layer, nn.LayerNorm)]
     assert {layer.eps for layer in norms} == {1e-6}
@@ -138,10 +138,10 @@ def test_the_two_orders_of_model_3_differ_in_nothing_else() -> None:
 
 def test_places_know_the_time_steps() -> None:
     for model in MODELS:
-        place = build(model).encoder.tokenizers[1].place
-        assert (place.frames, place.grid) == (1 if model == "factorised_encoder" else 3, (2, 3))
-        assert place.class_token == (model in MODELS[:2])
-        assert (place.dim, place.heads, place.block, place.depth) == (16, 2, 1, 3)
+        context = build(model).encoder.tokenizers[1].context
+        assert (context.frames, context.grid) == (1 if model == "factorised_encoder" else 3, (2, 3))
+        assert context.class_token == (model in MODELS[:2])
+        assert (context.dim, context.heads, context.block, context.depth) == (16, 2, 1, 3)
 
 
 @torch.no_grad()
@@ -170,7 +170,7 @@ def test_model_1_of_one_frame_is_the_vit(pool: str) -> None:
     sizes = {"num_classes": 5, "dim": 16, "depth": 3, "heads": 2}
     image = vit(image_size=8, patch_size=4, tokenizer=NONE, pool=pool, options={"fc_norm": False}, **sizes).eval()
     state = net.state_dict()
-    state["trunk.patch_embed.proj.weight"] = state["trunk.patch_embed.proj.weight"][:, :, 0]
+    state["vit.patch_embed.proj.weight"] = state["vit.patch_embed.proj.weight"][:, :, 0]
     image.load_state_dict(state)
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(net(images), image(images))
@@ -217,8 +217,8 @@ def test_settings_reach_both_encoders_of_model_2() -> None:
     for encoder, rates in ((net.encoder, [0.0, 0.1, 0.2]), (net.temporal.encoder, [0.0, 0.2])):
         found = [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.blocks]
         assert found == pytest.approx(rates)
-    assert (net.trunk.head_drop.p, net.temporal.trunk.head_drop.p) == (0.0, 0.3)
-    assert isinstance(net.temporal.trunk.patch_drop, nn.Identity)  # all time steps stay
+    assert (net.vit.head_drop.p, net.temporal.vit.head_drop.p) == (0.0, 0.3)
+    assert isinstance(net.temporal.vit.patch_drop, nn.Identity)  # all time steps stay
     assert net.train().embed(clips()).x.shape == (6, 1 + 3, 16)
     assert net(clips()).shape == (2, 5)
 
@@ -281,7 +281,7 @@ def test_a_fuser_gives_every_time_step_its_lattice_back(model: Model) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", ON_A_LATTICE)
-@pytest.mark.parametrize("kept", [partial(FixedPattern, keep=0.5), partial(Pool, window=(1, 3))], ids=["fixed", "pool"])
+@pytest.mark.parametrize("kept", [partial(FixedPattern, keep_rate=0.5), partial(Pool, window=(1, 3))], ids=["fixed", "pool"])
 def test_reducing_every_time_step_alike_leaves_attention_over_time(model: Model, kept: Callable) -> None:
     tokens = record(model, kept)
     assert (tokens.frames, tokens.num_patches) == (3, 3 * (3 if kept.func is FixedPattern else 2))
@@ -289,10 +289,10 @@ def test_reducing_every_time_step_alike_leaves_attention_over_time(model: Model,
 
 DROPPING = {
     "ats": partial(ATS, budget=0.5),
-    "top_k": partial(TopK, keep=0.5),
-    "evit": partial(EViT, keep=0.5),
+    "top_k": partial(TopK, keep_rate=0.5),
+    "evit": partial(EViT, keep_rate=0.5),
     "tome": partial(ToMe, r=2),
-    "random": partial(RandomDrop, keep=0.5),
+    "random": partial(RandomDrop, keep_rate=0.5),
 }
 
 
@@ -316,7 +316,7 @@ def test_model_2_works_on_every_time_step_as_a_vit_on_an_image(name: str) -> Non
     sizes = {"num_classes": 5, "dim": 16, "depth": 3, "heads": 2}
     image = vit(image_size=(8, 12), patch_size=4, tokenizer=tokenizer, **sizes).eval()
     state = net.state_dict()
-    state["trunk.patch_embed.proj.weight"] = state["trunk.patch_embed.proj.weight"][:, :, 0]
+    state["vit.patch_embed.proj.weight"] = state["vit.patch_embed.proj.weight"][:, :, 0]
     image.load_state_dict(state)
     frames = clips(2, cut).transpose(1, 2).flatten(0, 1)
     torch.testing.assert_close(net(clips(2, cut)), image(frames).reshape(2, 3, 5).mean(dim=1))
@@ -325,7 +325,7 @@ def test_model_2_works_on_every_time_step_as_a_vit_on_an_image(name: str) -> Non
 @torch.no_grad()
 @pytest.mark.parametrize("model", MODELS[:2])
 @pytest.mark.parametrize(
-    "all_kept", [partial(ATS, budget="all"), partial(TopK, keep=1.0), partial(EViT, keep=1.0), partial(ToMe, r=0)]
+    "all_kept", [partial(ATS, budget="all"), partial(TopK, keep_rate=1.0), partial(EViT, keep_rate=1.0), partial(ToMe, r=0)]
 )
 def test_nothing_dropped_is_the_plain_model(model: Model, all_kept: Callable) -> None:
     assert torch.equal(build(model, tokenizer={"at": "0:", "build": all_kept})(clips()), build(model)(clips()))

@@ -40,7 +40,7 @@ def test_timms_own_forward_shares_the_weights_and_gives_the_same_numbers(make, p
     ids=str,
 )
 def test_records_of_a_comparison(make, setting):
-    dense, fewer = make(pool="token"), make(partial(TopK, keep=0.5), at=[1], pool="token")
+    dense, fewer = make(pool="token"), make(partial(TopK, keep_rate=0.5), at=[1], pool="token")
     fewer.load_state_dict(dense.state_dict(), assign=True)
     before = {name: p.clone() for name, p in dense.state_dict().items()}
     records = compare({"none": dense, "top_k": fewer}, images(4), setting, 0.1)

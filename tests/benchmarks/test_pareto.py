@@ -52,13 +52,13 @@ def test_settings_that_are_words_make_another_method(tmp_path: Path) -> None:
         numbers,
         "tokenizer=evit",
         "tokenizer.build.normalize=true",
-        "tokenizer.build.keep=0.5",
+        "tokenizer.build.keep_rate=0.5",
     )
     run(tmp_path / "b", "x.ATS", numbers, "tokenizer.build.budget=all", "'tokenizer.at=[3,6]'")
     points, _ = read_points([tmp_path], "test/top1")
     assert [(p.method, p.setting) for p in points] == [
         ("ATS", "budget=all at=[3,6]"),
-        ("EViT (normalize=true)", "keep=0.5"),
+        ("EViT (normalize=true)", "keep_rate=0.5"),
     ]
 
 

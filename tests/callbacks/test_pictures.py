@@ -119,7 +119,7 @@ def test_an_average_of_the_weights_is_what_is_drawn(composed, tmp_path: Path, mo
     training.run(composed(*RUN, *options))
     content = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     averaged, current = content["state_dict"], content["current_model_state"]
-    head = "trunk.head.weight"
+    head = "vit.head.weight"
     assert torch.equal(seen[0][head], averaged[f"model.{head}"])
     assert not torch.equal(seen[0][head], current[f"model.{head}"])
 

@@ -13,7 +13,7 @@ from fewtokens.backbones.vit import ViT, vit
 from fewtokens.backbones.vivit import ViViT, vivit
 from fewtokens.layers.block import Block
 from fewtokens.layers.embedding import Tubelets
-from fewtokens.tokenizers.base import Place, Tokenizer
+from fewtokens.tokenizers.base import LayerContext, Tokenizer
 from fewtokens.tokenizers.token_fuser import Fuse, TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearner, TokenLearnerV11
 from fewtokens.tokens import Tokens
@@ -21,7 +21,7 @@ from fewtokens.tokens import Tokens
 HERE = Path(__file__).parent
 Golden = dict[str, Tensor]
 State = dict[str, Tensor]
-PLACE = Place(dim=24, heads=3, block=0, depth=1)
+CONTEXT = LayerContext(dim=24, heads=3, block=0, depth=1)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
 closer = partial(torch.testing.assert_close, rtol=1e-5, atol=5e-6)
 
@@ -31,7 +31,7 @@ def golden(name: str) -> Golden:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def lattice(x: Tensor) -> Tokens:
+def on_grid(x: Tensor) -> Tokens:
     """(B, H, W, C) as a record."""
     return Tokens(x.flatten(1, 2), grid=(x.shape[1], x.shape[2]))
 
@@ -96,14 +96,14 @@ def scenic_encoder(g: Golden) -> State:
     """Everything but the tokenizers."""
     t = "p.Transformer"
     state = {
-        "trunk.patch_embed.proj.weight": conv(g["p.embedding.kernel"]),
-        "trunk.patch_embed.proj.bias": g["p.embedding.bias"],
-        "trunk.pos_embed": g[f"{t}.posembed_input.pos_embedding"],
-        **norm(g, f"{t}.encoder_norm", "trunk.norm"),
-        **dense(g, "p.output_projection", "trunk.head"),
+        "vit.patch_embed.proj.weight": conv(g["p.embedding.kernel"]),
+        "vit.patch_embed.proj.bias": g["p.embedding.bias"],
+        "vit.pos_embed": g[f"{t}.posembed_input.pos_embedding"],
+        **norm(g, f"{t}.encoder_norm", "vit.norm"),
+        **dense(g, "p.output_projection", "vit.head"),
     }
     for i in range(3):
-        state |= scenic_block(g, f"{t}.encoderblock_{i}", f"encoder.blocks.{i}")
+        state |= scenic_block(g, f"{t}.encoderblock_{i}", f"encoder.layers.{i}.block")
     return state
 
 
@@ -143,15 +143,15 @@ def scenic_vivit(g: Golden, model: str, state: State, **settings) -> ViViT:
     )
     kernel = g["p.embedding.kernel"].permute(4, 3, 0, 1, 2)  # THWIO to OITHW
     net.load_state_dict(
-        {"trunk.patch_embed.proj.weight": kernel, "trunk.patch_embed.proj.bias": g["p.embedding.bias"], **state}
+        {"vit.patch_embed.proj.weight": kernel, "vit.patch_embed.proj.bias": g["p.embedding.bias"], **state}
     )
     return net.eval()
 
 
-def scenic_sequence(g: Golden, encoder: str, trunk: str) -> State:
+def scenic_sequence(g: Golden, encoder: str, vit: str) -> State:
     """Positions and final norm of an encoder."""
-    positions = {f"{trunk}.pos_embed": g[f"p.{encoder}.posembed_input.pos_embedding"]}
-    return positions | norm(g, f"p.{encoder}.encoder_norm", f"{trunk}.norm")
+    positions = {f"{vit}.pos_embed": g[f"p.{encoder}.posembed_input.pos_embedding"]}
+    return positions | norm(g, f"p.{encoder}.encoder_norm", f"{vit}.norm")
 
 
 def clips(g: Golden) -> Tensor:
@@ -160,7 +160,7 @@ def clips(g: Golden) -> Tensor:
 
 
 def token_learner(g: Golden, pooling: str) -> TokenLearner:
-    tokenizer = TokenLearner(PLACE, 8, pooling=pooling)
+    tokenizer = TokenLearner(CONTEXT, 8, pooling=pooling)
     convs = {f"convs.{i}.weight": conv(g[f"p.Conv_{i}.kernel"]) for i in range(4)}
     tokenizer.load_state_dict({**norm(g, "p.LayerNorm_0", "norm"), **convs})
     return tokenizer
@@ -172,7 +172,7 @@ def test_token_learner_10_map_logits() -> None:
     tokenizer = token_learner(g, "sum")
     seen: list[Tensor] = []
     tokenizer.convs[-1].register_forward_hook(lambda _, __, out: seen.append(out))
-    tokenizer.pool(lattice(g["x"]))
+    tokenizer.pool(on_grid(g["x"]))
     close(seen[0].permute(0, 2, 3, 1), g["map_logits"])
 
 
@@ -189,26 +189,26 @@ def test_token_learner_10_map_logits() -> None:
 )
 def test_token_learner_10(pooling: str, x: str, out: str, compare: partial) -> None:
     g = golden("tokenlearner_v10")
-    compare(token_learner(g, pooling).pool(lattice(g[x])).x, g[out])
+    compare(token_learner(g, pooling).pool(on_grid(g[x])).x, g[out])
 
 
 @torch.no_grad()
 def test_token_learner_11() -> None:
     g = golden("tokenlearner_v11")
-    tokenizer = TokenLearnerV11(PLACE, 8)
+    tokenizer = TokenLearnerV11(CONTEXT, 8)
     tokenizer.load_state_dict(mask_mlp(g, "p", ""))
     close(tokenizer.mlp(tokenizer.norm(g["x"].flatten(1, 2))), g["map_logits"])
-    close(tokenizer.pool(lattice(g["x"])).x, g["out"])
-    close(tokenizer.pool(lattice(g["x_rect"])).x, g["out_rect"])
+    close(tokenizer.pool(on_grid(g["x"])).x, g["out"])
+    close(tokenizer.pool(on_grid(g["x_rect"])).x, g["out_rect"])
 
 
 @torch.no_grad()
 def test_token_learner_of_the_keras_example() -> None:
     g = golden("keras_tokenlearner_v10")
-    tokenizer = TokenLearner(PLACE, 8, pooling="mean", gelu="none")
+    tokenizer = TokenLearner(CONTEXT, 8, pooling="mean", gelu="none")
     convs = {f"convs.{i}.weight": conv(g[f"conv{i}"]) for i in range(4)}
     tokenizer.load_state_dict({"norm.weight": g["ln_gamma"], "norm.bias": g["ln_beta"], **convs})
-    closer(tokenizer.pool(lattice(g["x"])).x, g["out"])
+    closer(tokenizer.pool(on_grid(g["x"])).x, g["out"])
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def test_image_encoder_with_token_learner() -> None:
     g = golden("tlvit_v11")
     t = "p.Transformer"
     tokenizer = {"at": 1, "build": partial(TokenLearnerV11, num_tokens=4)}
-    learner = mask_mlp(g, f"{t}.TokenLearnerModuleV11_0", "encoder.tokenizers.1.")
+    learner = mask_mlp(g, f"{t}.TokenLearnerModuleV11_0", "encoder.layers.1.tokenizer.")
     check_scenic(scenic_vit(tokenizer, scenic_encoder(g) | learner), g)
 
 
@@ -246,7 +246,7 @@ def test_image_encoder_with_token_fuser() -> None:
     tokenizer = {"at": "1:", "build": partial(TokenFuser, inner=inner, init="official")}
     state = scenic_encoder(g)
     for i in (0, 1):
-        place = f"encoder.tokenizers.{i + 1}"
+        place = f"encoder.layers.{i + 1}.tokenizer"
         state |= mask_mlp(g, f"{t}.TokenLearnerModuleV11_{i}", f"{place}.inner.")
         state |= fuse(g, f"{t}.TokenFuser_{i}", f"{place}.fuse.")
     check_scenic(scenic_vit(tokenizer, state), g)
@@ -256,7 +256,7 @@ def check_scenic(model: ViT, g: Golden) -> None:
     images = g["x"].permute(0, 3, 1, 2)
     for i, record in enumerate(model.trace(images)):  # recorded by the block itself, before the fuser
         close(record.x, g[f"block{i}_out"])
-    close(model.trunk.norm(model.encoder(model.embed(images)).x), g["encoded"])
+    close(model.vit.norm(model.encoder(model.embed(images)).x), g["encoded"])
     close(model(images), g["logits"])
 
 
@@ -275,16 +275,16 @@ def test_mini_vit_of_the_keras_example() -> None:
         tokenizer={"at": 2, "build": build},  # the example says "after block 1"
     )
     state = {
-        "trunk.patch_embed.proj.weight": conv(g["patch.kernel"]),
-        "trunk.patch_embed.proj.bias": g["patch.bias"],
-        "trunk.pos_embed": g["pos_embed"][None],
-        **norm(g, "head.norm", "trunk.norm"),
-        **dense(g, "head.fc", "trunk.head"),
-        **norm(g, "tl.norm", "encoder.tokenizers.2.norm"),
-        **{f"encoder.tokenizers.2.convs.{i}.weight": conv(g[f"tl.conv{i}"]) for i in range(4)},
+        "vit.patch_embed.proj.weight": conv(g["patch.kernel"]),
+        "vit.patch_embed.proj.bias": g["patch.bias"],
+        "vit.pos_embed": g["pos_embed"][None],
+        **norm(g, "head.norm", "vit.norm"),
+        **dense(g, "head.fc", "vit.head"),
+        **norm(g, "tl.norm", "encoder.layers.2.tokenizer.norm"),
+        **{f"encoder.layers.2.tokenizer.convs.{i}.weight": conv(g[f"tl.conv{i}"]) for i in range(4)},
     }
     for i in range(3):
-        theirs, ours = f"block{i}", f"encoder.blocks.{i}"
+        theirs, ours = f"block{i}", f"encoder.layers.{i}.block"
         names = [f"{theirs}.attn.{part}" for part in ("query", "key", "value")]
         state |= attention(g, names, f"{theirs}.attn.attention_output", "_", f"{ours}.attn")
         for part in (1, 2):
@@ -303,7 +303,7 @@ def test_token_learner_takes_the_time_steps_of_a_clip_one_by_one() -> None:
     close(few.x, g["out_sum"].reshape(1, 2 * 8, 24))
     assert few.frames == 2
     g = golden("tokenlearner_v11")
-    tokenizer = TokenLearnerV11(PLACE, 8)
+    tokenizer = TokenLearnerV11(CONTEXT, 8)
     tokenizer.load_state_dict(mask_mlp(g, "p", ""))
     steps = Tokens(g["x"].flatten(1, 2).reshape(1, 2 * 49, 24), frames=2, grid=(7, 7))
     close(tokenizer.pool(steps).x, g["out"].reshape(1, 2 * 8, 24))
@@ -319,31 +319,31 @@ def test_token_learner_takes_the_time_steps_of_a_clip_one_by_one() -> None:
 )
 def test_vivit_models_1_and_4(name: str, model: str, pool: str) -> None:
     g = golden(name)
-    state = scenic_sequence(g, "Transformer", "trunk") | dense(g, "p.output_projection", "trunk.head")
+    state = scenic_sequence(g, "Transformer", "vit") | dense(g, "p.output_projection", "vit.head")
     for i in range(2):
-        state |= scenic_block(g, f"p.Transformer.encoderblock_{i}", f"encoder.blocks.{i}")
+        state |= scenic_block(g, f"p.Transformer.encoderblock_{i}", f"encoder.layers.{i}.block")
     if pool == "token":
-        state["trunk.cls_token"] = g["p.cls"]
+        state["vit.cls_token"] = g["p.cls"]
     close(scenic_vivit(g, model, state, pool=pool)(clips(g)), g["logits"])
 
 
 @torch.no_grad()
 def test_vivit_model_2() -> None:
     g = golden("vivit_m2_factorized_encoder_cls")
-    state = dense(g, "p.output_projection", "temporal.trunk.head")
+    state = dense(g, "p.output_projection", "temporal.vit.head")
     for encoder, ours, depth in (("SpatialTransformer", "", 2), ("TemporalTransformer", "temporal.", 1)):
-        state |= scenic_sequence(g, encoder, f"{ours}trunk") | {f"{ours}trunk.cls_token": g[f"p.cls_{encoder}"]}
+        state |= scenic_sequence(g, encoder, f"{ours}vit") | {f"{ours}vit.cls_token": g[f"p.cls_{encoder}"]}
         for i in range(depth):
-            state |= scenic_block(g, f"p.{encoder}.encoderblock_{i}", f"{ours}encoder.blocks.{i}")
+            state |= scenic_block(g, f"p.{encoder}.encoderblock_{i}", f"{ours}encoder.layers.{i}.block")
     close(scenic_vivit(g, "factorised_encoder", state, temporal_depth=1)(clips(g)), g["logits"])
 
 
 @torch.no_grad()
 def test_vivit_model_3() -> None:
     g = golden("vivit_m3_factorized_self_attention_gap")
-    state = scenic_sequence(g, "Transformer", "trunk") | dense(g, "p.output_projection", "trunk.head")
+    state = scenic_sequence(g, "Transformer", "vit") | dense(g, "p.output_projection", "vit.head")
     for i in range(2):
-        theirs, ours = f"p.Transformer.encoderblock_{i}", f"encoder.blocks.{i}"
+        theirs, ours = f"p.Transformer.encoderblock_{i}", f"encoder.layers.{i}.block"
         state |= scenic_block(g, theirs, ours, ("_space", "_space", "_mlp"))
         over_time = scenic_block(g, theirs, ours, ("_time", "_time", "_mlp"))
         for part, twin in ((".attn.", ".attn_time."), (".norm1.", ".norm_time.")):
@@ -361,7 +361,7 @@ def test_every_layer_norm_has_the_epsilon_of_flax_and_keras() -> None:
     modules = [
         vit(tokenizer=tokenizer, **sizes),
         keras_mini_vit(tokenizer=tokenizer, key_dim=8, **sizes),
-        TokenLearnerV11(PLACE),
+        TokenLearnerV11(CONTEXT),
     ]
     norms = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.LayerNorm)]
     assert len(norms) == 2 * (2 * 2 + 2 * 4 + 1) + 1

@@ -1,4 +1,4 @@
-"""Attention and Block: timm's numbers, what the evidence says, and that padding touches nothing."""
+"""Attention and Block: timm's numbers, what the state says, and that padding touches nothing."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
-from fewtokens.layers.attention import Attention, Evidence
+from fewtokens.layers.attention import Attention, AttentionState
 from fewtokens.layers.block import Block
 from fewtokens.tokens import Tokens
 
@@ -25,14 +25,14 @@ def block(**settings: Any) -> Block:
     return Block(24, 3, qkv_bias=True, norm_layer=norm_layer, attn_layer=Attention, **settings)
 
 
-def explicit_attention(evidence: Evidence) -> Tensor:
+def explicit_attention(state: AttentionState) -> Tensor:
     """Softmax of q k^T / sqrt(D) + bias, one query at a time in float64."""
-    query, key = evidence.query.double(), evidence.key.double()
+    query, key = state.query.double(), state.key.double()
     rows = []
     for n in range(query.shape[2]):
         logits = (query[:, :, n, None] * key).sum(dim=-1) / query.shape[3] ** 0.5
-        if evidence.bias is not None:
-            logits = logits + evidence.bias[:, :, 0].double()
+        if state.bias is not None:
+            logits = logits + state.bias[:, :, 0].double()
         weights = (logits - logits.max(dim=-1, keepdim=True).values).exp()
         rows.append(weights / weights.sum(dim=-1, keepdim=True))
     return torch.stack(rows, dim=2)
@@ -46,7 +46,7 @@ def test_attention_is_timms_to_the_bit(settings: dict[str, bool]) -> None:
     theirs = TimmAttention(24, 3, qkv_bias=True, norm_layer=nn.LayerNorm, **settings)
     theirs.load_state_dict(ours.state_dict())
     x = randn(2, 7, 24)
-    assert torch.equal(ours.mix(ours.observe(x, None), x), theirs(x))
+    assert torch.equal(ours.attend(ours.project_qkv(x, None), x), theirs(x))
 
 
 @pytest.mark.parametrize("settings", [{}, {"init_values": 0.1}, {"drop_path": 0.5}, {"proj_drop": 0.3}], ids=str)
@@ -69,20 +69,20 @@ def test_rows_of_the_evidence_are_the_softmax_that_mixed_the_values(qk_norm: boo
     size, mask = torch.rand(2, 6) + 0.5, torch.ones(2, 6, dtype=torch.bool)
     mask[1, 4:] = False
     tokens = Tokens(randn(2, 6, 24), size=size, mask=mask) if biased else Tokens(randn(2, 6, 24))
-    attended, evidence = layer.attend(tokens)
-    weights = explicit_attention(evidence)
+    attended, state = layer.attend(tokens)
+    weights = explicit_attention(state)
     for n in (1, 2, 6):
-        rows = evidence.rows(n)
+        rows = state.attention_rows(n)
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows, weights[:, :, :n].float())
-    mixed = (evidence.rows(6) @ evidence.value).transpose(1, 2).flatten(2)
+    mixed = (state.attention_rows(6) @ state.value).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attended.x, tokens.x + layer.attn.proj(mixed), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_rows_are_float32_for_half_precision_evidence() -> None:
     query, key, value = (randn(1, 2, 5, 4, seed=i).bfloat16() for i in range(3))
-    rows = Evidence(query, key, value, None, scale=0.5).rows(1)
+    rows = AttentionState(query, key, value, None, scale=0.5).attention_rows(1)
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows.sum(dim=-1), torch.ones(1, 2, 1))
 
@@ -90,10 +90,10 @@ def test_rows_are_float32_for_half_precision_evidence() -> None:
 @torch.no_grad()
 def test_rows_are_float32_under_autocast() -> None:
     query, key, value = (randn(1, 2, 5, 4, seed=i).bfloat16() for i in range(3))
-    evidence = Evidence(query, key, value, None, scale=0.5)
+    state = AttentionState(query, key, value, None, scale=0.5)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = evidence.rows(2)
-    assert torch.equal(inside, evidence.rows(2))
+        inside = state.attention_rows(2)
+    assert torch.equal(inside, state.attention_rows(2))
 
 
 @torch.no_grad()
@@ -104,13 +104,13 @@ def test_choosing_first_gives_what_choosing_afterwards_gives(padded: bool) -> No
     mask[1, 5:] = False
     tokens = Tokens(randn(2, 7, 24), prefix=2, size=randn(2, 7).abs() + 0.5, mask=mask if padded else None)
     index, kept = torch.tensor([[4, 0, 1], [2, 0, 1]]), torch.tensor([[True, True, True], [True, True, False]])
-    seen: list[Evidence] = []
-    first, evidence = layer.attend(tokens, lambda e: seen.append(e) or (index, kept))
+    seen: list[AttentionState] = []
+    first, state = layer.attend(tokens, lambda e: seen.append(e) or (index, kept))
     after, whole = layer.attend(tokens)
-    assert seen == [evidence]
-    torch.testing.assert_close(evidence.query, whole.query[:, :, :2])  # of the prefix alone
-    torch.testing.assert_close(evidence.key, whole.key)
-    torch.testing.assert_close(evidence.value, whole.value)
+    assert seen == [state]
+    torch.testing.assert_close(state.query, whole.query[:, :, :2])  # of the prefix alone
+    torch.testing.assert_close(state.key, whole.key)
+    torch.testing.assert_close(state.value, whole.value)
     after = after.select(index, kept)
     torch.testing.assert_close(first.x, after.x)
     assert torch.equal(first.mask, after.mask)
@@ -123,9 +123,9 @@ def test_forward_is_attend_then_feed() -> None:
     layer, tokens = block(init_values=0.1), Tokens(randn(2, 5, 24))
     attended, _ = layer.attend(tokens)
     normed = layer.norm1(tokens.x)
-    assert torch.equal(attended.x, tokens.x + layer.ls1(layer.attn.mix(layer.attn.observe(normed, None), normed)))
-    assert torch.equal(layer.feed(attended).x, attended.x + layer.ls2(layer.mlp(layer.norm2(attended.x))))
-    assert torch.equal(layer(tokens).x, layer.feed(attended).x)
+    assert torch.equal(attended.x, tokens.x + layer.ls1(layer.attn.attend(layer.attn.project_qkv(normed, None), normed)))
+    assert torch.equal(layer.feed_forward(attended).x, attended.x + layer.ls2(layer.mlp(layer.norm2(attended.x))))
+    assert torch.equal(layer(tokens).x, layer.feed_forward(attended).x)
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def test_an_image_is_a_clip_of_one_frame() -> None:
 def test_a_time_step_shows_its_middle_frame(frames: int, sampled: int | None, shown: list[int]) -> None:
     clips = torch.arange(4.0)[None, None, :, None, None].expand(2, 3, -1, 2, 2)
     cut = Tubelets(4, 2, frames=frames, height=2, width=2, sampled_frames=sampled)
-    assert cut.centres(clips)[0, 0, :, 0, 0].tolist() == shown
+    assert cut.central_frames(clips)[0, 0, :, 0, 0].tolist() == shown
 
 
 @pytest.mark.parametrize(

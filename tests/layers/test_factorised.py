@@ -116,8 +116,8 @@ def test_half_precision(kind: type) -> None:
 @torch.no_grad()
 def test_the_evidence_of_model_3_is_that_of_space() -> None:
     layer, tokens = build(SelfAttentionBlock, 3), clip(3, 4)
-    _, evidence = layer.attend(tokens)
-    assert evidence.rows(1).shape == (2 * 3, HEADS, 1, 4)
+    _, state = layer.attend(tokens)
+    assert state.attention_rows(1).shape == (2 * 3, HEADS, 1, 4)
 
 
 @pytest.mark.parametrize("kind", [SelfAttentionBlock, DotProductBlock])
@@ -128,7 +128,7 @@ def test_the_evidence_of_model_3_is_that_of_space() -> None:
         {"prefix": 3},
         {"mask": torch.ones(2, 12, dtype=torch.bool)},
         {"size": torch.ones(2, 12, dtype=torch.float64)},
-        {"keep": torch.ones(2, 12, dtype=torch.float64)},  # decisions that this attention would not heed
+        {"keep_mask": torch.ones(2, 12, dtype=torch.float64)},  # decisions that this attention would not heed
     ],
     ids=lambda c: next(iter(c)),
 )
@@ -139,7 +139,7 @@ def test_tokens_that_are_not_the_same_in_every_time_step_are_refused(kind: type,
 
 def test_choosing_inside_is_refused() -> None:
     with pytest.raises(FewtokensError, match="the same tokens in every time step"):
-        build(SelfAttentionBlock, 3).attend(clip(3, 4), lambda evidence: (torch.zeros(2, 1).long(), None))
+        build(SelfAttentionBlock, 3).attend(clip(3, 4), lambda state: (torch.zeros(2, 1).long(), None))
 
 
 def test_an_odd_number_of_heads_cannot_be_halved() -> None:

@@ -111,7 +111,7 @@ def test_the_weights_of_a_dense_run_fit_every_method_without_parameters(
     torch.save({"state_dict": dense.state_dict()}, tmp_path / "a.ckpt")
     at = [] if tokenizer == "none" else 1
     task = instantiate(composed(*TINY, "backbone.pool=token", f"tokenizer={tokenizer}", f"tokenizer.at={at}").task)
-    if any(True for _ in task.model.encoder.tokenizers.parameters()):
+    if any(list(tokenizer.parameters()) for tokenizer in task.model.encoder.tokenizers):
         with pytest.raises(FewtokensError, match="a method with parameters must be trained first"):
             checkpoints.load_model(task, tmp_path / "a.ckpt")
     else:
@@ -141,12 +141,12 @@ def test_another_lattice_and_other_classes_start_from_the_same_weights(
     task = instantiate(composed(*few).task)
     torch.save({"state_dict": task.state_dict()}, tmp_path / "a.ckpt")
     larger = instantiate(composed(*few, "data.image_size=12", "data.num_classes=3").task)
-    head = larger.model.trunk.head.weight.clone()
+    head = larger.model.vit.head.weight.clone()
     counts = checkpoints.start_from(larger, tmp_path / "a.ckpt")
     assert counts["init/missing"] == 2
-    assert "model.trunk.head.weight" in caplog.text
-    assert torch.equal(larger.model.trunk.head.weight, head)
-    table, resampled = task.model.trunk.pos_embed, larger.model.trunk.pos_embed
+    assert "model.vit.head.weight" in caplog.text
+    assert torch.equal(larger.model.vit.head.weight, head)
+    table, resampled = task.model.vit.pos_embed, larger.model.vit.pos_embed
     assert resampled.shape == (1, 1 + 36, 16)
     assert torch.equal(resampled[:, 0], table[:, 0])
     assert (resampled[:, 1] - table[:, 1]).abs().max() < (table[:, 1] - table[:, -1]).abs().max()

@@ -171,7 +171,7 @@ class Bessel(Tokenizer):
 @pytest.mark.parametrize(("method", "words"), [(Counts, "static-shape.*Counts"), (Draws, "Draws.*second time")])
 def test_what_cannot_be_traced_is_refused_with_a_sentence(composed, method: type[Tokenizer], words: str) -> None:
     model = model_with(composed, "tokenizer=none")
-    model.encoder.tokenizers[1] = method(model.encoder.tokenizers[1].place)
+    model.encoder.layers[1].tokenizer = method(model.encoder.tokenizers[1].context)
     with pytest.raises(FewtokensError, match=words) as caught:
         exported.trace(model, images(2), any_batch=True)
     assert "To do:" in str(caught.value)
@@ -179,7 +179,7 @@ def test_what_cannot_be_traced_is_refused_with_a_sentence(composed, method: type
 
 def test_what_onnx_lacks_is_named(composed, tmp_path: Path) -> None:
     model = model_with(composed, "tokenizer=none")
-    model.encoder.tokenizers[1] = Bessel(model.encoder.tokenizers[1].place)
+    model.encoder.layers[1].tokenizer = Bessel(model.encoder.tokenizers[1].context)
     program = exported.trace(model, images(2), any_batch=True)
     exported.write(program, tmp_path / "model.pt2")
     with pytest.raises(FewtokensError, match=r"bessel_j0.*torch_export"):
@@ -221,7 +221,7 @@ def test_a_trained_run_under_another_tokenizer(composed, tmp_path: Path, capsys)
     assert "test images by 1, 7, 32" in " ".join(shown.split())
     assert "100.0%" in shown
     assert '"status": "finished"' in (tmp_path / "export" / "run.json").read_text()
-    weights = torch.load(checkpoint, weights_only=True)["state_dict"]["model.trunk.head.bias"]
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]["model.vit.head.bias"]
     program = torch.export.load(files[1])
     assert any(torch.equal(value, weights) for value in program.state_dict.values()), "the run's weights"
     with pytest.raises(FewtokensError, match="must be trained first"):

@@ -20,8 +20,8 @@ def test_matrices_decay_and_the_rest_does_not() -> None:
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim >= 2 for p in decayed["params"])
     ids = {id(p) for p in free["params"]}
-    assert id(net.trunk.pos_embed) in ids
-    assert id(net.trunk.cls_token) in ids
+    assert id(net.vit.pos_embed) in ids
+    assert id(net.vit.cls_token) in ids
     assert id(net.encoder.tokenizers[1].convs[0].weight) not in ids
     count = len(decayed["params"]) + len(free["params"])
     assert count == len(list(net.parameters()))
@@ -29,7 +29,7 @@ def test_matrices_decay_and_the_rest_does_not() -> None:
 
 def test_all_decay_and_frozen_ones_are_left_out() -> None:
     net = model()
-    net.trunk.pos_embed.requires_grad_(False)
+    net.vit.pos_embed.requires_grad_(False)
     (group,) = parameter_groups(net, 0.1, "all")
     assert len(group["params"]) == len(list(net.parameters())) - 1
     with pytest.raises(FewtokensError, match="decay"):

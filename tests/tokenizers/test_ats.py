@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from fewtokens.analysis.cost import macs
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.attention import Attention, Evidence
+from fewtokens.layers.attention import Attention, AttentionState
 from fewtokens.layers.block import Block
 from fewtokens.tokenizers.ats import ATS, inverse_transform, nearest, pack, pick_nearest, significance
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokens import Tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-PLACE = Place(dim=16, heads=2, block=0, depth=2, prefix=1, class_token=True, grid=(4, 4))
+CONTEXT = LayerContext(dim=16, heads=2, block=0, depth=2, prefix=1, class_token=True, grid=(4, 4))
 RULES = [nearest, inverse_transform]
 NAMES = ["nearest", "inverse_transform"]
 HOOKED = hasattr(vit, "__wrapped__")  # pytest's jaxtyping hook, whose checks torch.compile cannot trace
@@ -60,9 +60,9 @@ def case_scores(g: dict[str, Tensor], case: str) -> tuple[Tensor, Tensor]:
     n, dim = attn.shape[2], max(attn.shape[2], v.shape[3])
     query = nn.functional.pad(attn.clamp_min(1e-38).log(), (0, dim - n))
     key = torch.eye(n, dim).expand(*attn.shape[:3], dim)
-    evidence = Evidence(query, key, nn.functional.pad(v, (0, dim - v.shape[3])), None, 1.0)
+    state = AttentionState(query, key, nn.functional.pad(v, (0, dim - v.shape[3])), None, 1.0)
     valid = g.get(f"{case}.policy_in", torch.ones(attn.shape[:3:2]))[:, 1:].bool()
-    return significance(evidence)[:, 1:], valid
+    return significance(state)[:, 1:], valid
 
 
 CASES = ["n17", "n17_flat", "n17_peaked", "n9_ref17", "n17_ref9", "n17_masked", "n4", "n4_ref17", "n3", "n9_ties"]
@@ -150,7 +150,7 @@ def golden_blocks(g: dict[str, Tensor]) -> list[Block]:
 def test_two_official_blocks(static: bool) -> None:
     """All of the first; of the second every class token, and all tokens of the sample that has no padding there."""
     g = golden("ats_blocks")
-    ats, blocks, mode = ATS(PLACE, static=static), golden_blocks(g), "keep" if static else "drop"
+    ats, blocks, mode = ATS(CONTEXT, static=static), golden_blocks(g), "keep" if static else "drop"
     first = ats(Tokens(g["x"], prefix=1), blocks[0])
     second = ats(first, blocks[1])
     for tokens, i in ((first, 0), (second, 1)):
@@ -220,7 +220,7 @@ def test_scores_against_numpy(heads: int, n: int, biased: bool, seed: int) -> No
     generator = torch.Generator().manual_seed(seed)
     query, key, value = torch.randn(3, 2, heads, n, 8 // heads, generator=generator).double()
     bias = torch.rand(2, 1, 1, n, generator=generator).double() if biased else None
-    found = significance(Evidence(query, key, value, bias, 0.5)).numpy()
+    found = significance(AttentionState(query, key, value, bias, 0.5)).numpy()
     for b in range(2):
         total = np.zeros(n)
         for h in range(heads):
@@ -344,9 +344,9 @@ def test_an_image_has_the_same_logits_alone_and_in_any_batch(pool: str, rule: st
 def test_budget_all_is_the_plain_transformer() -> None:
     model, batch = model_with(budget="all"), images(2)
     found = model(batch)
-    with model.encoder.dense():
+    with model.encoder.without_reduction():
         assert torch.equal(found, model(batch))
-    with model_with().encoder.dense():
+    with model_with().encoder.without_reduction():
         assert not torch.equal(found, model_with()(batch))
 
 
@@ -379,7 +379,7 @@ def test_what_it_saves_to_the_last_multiply_add() -> None:
     score: no N x N matrix is made."""
     model, image, n, c, heads = model_with(at=3, budget=9), images(2)[1:], 37, 16, 2
     dropped = n - model.trace(image)[-1].x.shape[1]
-    with model.encoder.dense():
+    with model.encoder.without_reduction():
         dense = macs(model, image)
     assert dropped > 0
     assert dense - macs(model, image) == dropped * (c * c + 2 * n * c + c * c + 8 * c * c) - heads * n * c - c * c
@@ -395,9 +395,9 @@ def test_only_survivors_attend() -> None:
     out = model.encoder.tokenizers[1](tokens, block)
     assert seen == [out.x.shape[1]]
     assert out.x.shape[1] <= 7
-    attended, evidence = block.attend(tokens)
-    index, mask = model.encoder.tokenizers[1].choose(tokens, evidence)
-    torch.testing.assert_close(out.x, block.feed(attended.select(index, mask)).x, rtol=1e-5, atol=1e-5)
+    attended, state = block.attend(tokens)
+    index, mask = model.encoder.tokenizers[1].choose(tokens, state)
+    torch.testing.assert_close(out.x, block.feed_forward(attended.select(index, mask)).x, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -405,10 +405,10 @@ def test_gated_attention_takes_the_rows_of_the_survivors() -> None:
     torch.manual_seed(0)
     block = Block(16, 2, attn_layer=Attention).eval()
     block.attn = Attention(16, 2, qkv_bias=True, gated=True).eval()
-    tokens, ats = Tokens(torch.randn(2, 17, 16), prefix=1), ATS(PLACE, budget=5)
-    attended, evidence = block.attend(tokens)
-    index, mask = ats.choose(tokens, evidence)
-    expected = block.feed(attended.select(index, mask)).x
+    tokens, ats = Tokens(torch.randn(2, 17, 16), prefix=1), ATS(CONTEXT, budget=5)
+    attended, state = block.attend(tokens)
+    index, mask = ats.choose(tokens, state)
+    expected = block.feed_forward(attended.select(index, mask)).x
     torch.testing.assert_close(ats(tokens, block).x, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -434,7 +434,7 @@ def test_sizes_of_merged_tokens_count_in_the_scores_and_go_along() -> None:
     block = Block(16, 2, qkv_bias=True, attn_layer=Attention).eval()
     x, size = torch.randn(1, 17, 16, generator=torch.Generator().manual_seed(0)), torch.ones(1, 17)
     size[0, 5] = 1e4
-    out = ATS(PLACE, budget=3)(Tokens(x, prefix=1, size=size), block)
+    out = ATS(CONTEXT, budget=3)(Tokens(x, prefix=1, size=size), block)
     assert 1e4 in out.size[0].tolist()
 
 
@@ -453,7 +453,7 @@ def test_dropped_patches_have_gradients_as_values_and_the_choice_has_none() -> N
     block = Block(16, 2, qkv_bias=True, attn_layer=Attention)
     x = torch.randn(1, 17, 16, requires_grad=True)
     tokens = Tokens(x, prefix=1)
-    ats = ATS(PLACE, budget=3)
+    ats = ATS(CONTEXT, budget=3)
     ats(tokens, block).x.square().sum().backward()
     assert (x.grad.abs().sum(dim=2) > 0).all()
     order = ats.choose(tokens, block.attend(tokens)[1])[0]
@@ -470,11 +470,11 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert {tokens.x.dtype for tokens in trace} == {torch.float32}
     block = model.encoder.blocks[1]
     with torch.autocast("cpu", dtype):
-        evidence = block.attend(model.embed(batch))[1]
-        scores = significance(evidence)
-        assert evidence.query.dtype == dtype
+        state = block.attend(model.embed(batch))[1]
+        scores = significance(state)
+        assert state.query.dtype == dtype
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, significance(evidence), rtol=0, atol=0)  # the same without autocast
+    torch.testing.assert_close(scores, significance(state), rtol=0, atol=0)  # the same without autocast
     assert torch.isfinite(model.to(dtype)(batch.to(dtype))).all()
 
 
@@ -529,23 +529,23 @@ def test_compiled_equals_eager_in_a_process_without_type_checks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "arguments", "said"),
+    ("context", "arguments", "said"),
     [
-        (replace(PLACE, class_token=False), {}, r"^ATS scores .* class token\. .*To do: set backbone\.pool=token"),
-        (PLACE, {"rule": "gumbel"}, r"one of two rules\. Expected: 'nearest' or 'inverse_transform'\. Found: 'gumbel'"),
+        (replace(CONTEXT, class_token=False), {}, r"^ATS scores .* class token\. .*To do: set backbone\.pool=token"),
+        (CONTEXT, {"rule": "gumbel"}, r"one of two rules\. Expected: 'nearest' or 'inverse_transform'\. Found: 'gumbel'"),
         *[
-            (PLACE, {"budget": budget}, r"number of patches or a share .*To do: set tokenizer\.build\.budget=0\.5")
+            (CONTEXT, {"budget": budget}, r"number of patches or a share .*To do: set tokenizer\.build\.budget=0\.5")
             for budget in (0, -1, 0.0, 1.5, True, "most", float("nan"))
         ],
     ],
 )
-def test_refusals(place: Place, arguments: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(context: LayerContext, arguments: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would refuse the types first
     with pytest.raises(FewtokensError, match=said):
-        ATS(place, **arguments)
+        ATS(context, **arguments)
 
 
 def test_probes_by_budget() -> None:
-    clip = replace(PLACE, frames=2, prefix=5)
+    clip = replace(CONTEXT, frames=2, prefix=5)
     found = [ATS(clip, budget=budget).probes for budget in (None, 1.0, 0.5, 0.001, 1, 7, 100, "all")]
     assert found == [32, 32, 16, 1, 1, 7, 100, None]

@@ -15,12 +15,12 @@ from fewtokens.analysis.cost import macs, tokens_per_block
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
 from fewtokens.tokenizers.ats import ATS
-from fewtokens.tokenizers.base import Place, share
+from fewtokens.tokenizers.base import LayerContext, share
 from fewtokens.tokenizers.dpc_knn import DPCKNN, density_peaks, squared_distances
 from fewtokens.tokens import Tokens
 
 N, P, DIM = 15, 3, 16
-PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True, grid=(3, 5))
+CONTEXT = LayerContext(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True, grid=(3, 5))
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 with np.load(Path(__file__).parents[1] / "golden" / "token_reduction.npz") as file:
     GOLDEN = {key: torch.from_numpy(file[key]) for key in file.files if key.startswith("d")}
@@ -68,7 +68,7 @@ def test_centres_clusters_and_means_are_the_official_ones(case: str) -> None:
     found = density_peaks(g["x"], keep, int(g["neighbours"]))
     assert torch.equal(found.centres, g["centres"].gather(1, order))
     assert torch.equal(found.centres.gather(1, found.slot), g["centres"].gather(1, g["slot"]))
-    few = DPCKNN(PLACE, keep, int(g["neighbours"]), sizes=False).merge(Tokens(g["x"]))
+    few = DPCKNN(CONTEXT, keep, int(g["neighbours"]), sizes=False).merge(Tokens(g["x"]))
     assert few.size is None
     close(few.x, g["merged"].gather(1, order[..., None].expand_as(g["merged"])))
 
@@ -139,7 +139,7 @@ def test_every_cluster_becomes_its_mean_and_two_stages_keep_count(sizes: bool, m
     tokens, few = make_images(), make_images()
     few = tokens
     for keep in (0.6, 0.4):
-        few = DPCKNN(PLACE, keep, sizes=sizes).merge(few)
+        few = DPCKNN(CONTEXT, keep, sizes=sizes).merge(few)
     assert (few.num_patches, few.prefix, few.grid, few.mask, few.frames) == (4, P, None, None, 1)
     assert torch.equal(few.x[:, :P], tokens.x[:, :P])
     assert few.origin is not None
@@ -162,7 +162,7 @@ def test_every_cluster_becomes_its_mean_and_two_stages_keep_count(sizes: bool, m
 def test_sizes_that_are_there_weigh_and_add_up(sizes: bool, make_images) -> None:
     size = torch.randint(1, 5, (4, P + N)).float()
     tokens = make_images(size=size)
-    few = DPCKNN(PLACE, 0.3, sizes=sizes).merge(tokens)
+    few = DPCKNN(CONTEXT, 0.3, sizes=sizes).merge(tokens)
     assert few.origin is not None
     assert few.size is not None
     weights = (few.origin > 0) * size[:, None, P:]
@@ -174,11 +174,11 @@ def test_sizes_that_are_there_weigh_and_add_up(sizes: bool, make_images) -> None
 @pytest.mark.parametrize("keep", [0.2, 0.5])
 def test_frames_are_clustered_one_by_one_and_stay(keep: float) -> None:
     tokens = Tokens(torch.randn(2, 2 + 3 * 8, 6), 2, 3, (2, 4), origin=torch.eye(24).expand(2, -1, -1))
-    few = DPCKNN(PLACE, keep).merge(tokens)
+    few = DPCKNN(CONTEXT, keep).merge(tokens)
     count = share(8, keep)
     assert (few.frames, few.num_patches, few.grid) == (3, 3 * count, None)
     for frame in range(3):
-        alone = DPCKNN(PLACE, keep).merge(Tokens(tokens.patches[:, 8 * frame : 8 * frame + 8]))
+        alone = DPCKNN(CONTEXT, keep).merge(Tokens(tokens.patches[:, 8 * frame : 8 * frame + 8]))
         assert alone.size is not None
         own = slice(2 + count * frame, 2 + count * frame + count)
         close(few.x[:, own], alone.x)
@@ -197,13 +197,13 @@ def test_padding_takes_no_part_and_changes_nothing(make_images) -> None:
     mask[:, : P + 1] = True
     mask[2, P + 1 :] = False
     padded = replace(tokens, mask=mask, x=tokens.x.masked_fill(~mask[..., None], 1e3))
-    out = DPCKNN(PLACE, 0.5).merge(padded)
+    out = DPCKNN(CONTEXT, 0.5).merge(padded)
     assert out.mask is not None
     assert out.size is not None
     assert torch.isfinite(out.x).all()
     for i in range(4):
         real = mask[i]
-        alone = DPCKNN(PLACE, 0.5).merge(Tokens(tokens.x[i : i + 1, real], P, size=tokens.size[i : i + 1, real]))
+        alone = DPCKNN(CONTEXT, 0.5).merge(Tokens(tokens.x[i : i + 1, real], P, size=tokens.size[i : i + 1, real]))
         close(out.x[i][out.mask[i]], alone.x[0])
         close(out.size[i][out.mask[i]], alone.size[0])
         assert (out.origin[i][~out.mask[i, P:]] == 0).all()
@@ -212,7 +212,7 @@ def test_padding_takes_no_part_and_changes_nothing(make_images) -> None:
 
 @torch.no_grad()
 def test_behind_ats_an_image_is_the_same_alone_and_in_a_batch(block: Block, make_images) -> None:
-    ats, dpc = ATS(PLACE, budget=8), DPCKNN(PLACE, 0.5)
+    ats, dpc = ATS(CONTEXT, budget=8), DPCKNN(CONTEXT, 0.5)
     tokens = replace(make_images(), origin=None)
     tokens = tokens.update(tokens.x * torch.linspace(0.1, 3, 4)[:, None, None])
     together = dpc(ats(tokens, block), block)
@@ -228,7 +228,7 @@ def test_behind_ats_an_image_is_the_same_alone_and_in_a_batch(block: Block, make
 
 @torch.no_grad()
 def test_it_acts_before_the_block(block: Block, make_images) -> None:
-    tokens, dpc = make_images(), DPCKNN(PLACE, 0.5)
+    tokens, dpc = make_images(), DPCKNN(CONTEXT, 0.5)
     assert torch.equal(dpc(tokens, block).x, block(dpc.merge(tokens)).x)
     assert list(dpc.parameters()) == []
 
@@ -236,13 +236,13 @@ def test_it_acts_before_the_block(block: Block, make_images) -> None:
 @torch.no_grad()
 def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(make_model) -> None:
     images = torch.randn(2, 3, 16, 16)
-    with (whole := make_model(partial(DPCKNN, keep=1.0))).encoder.dense():
+    with (whole := make_model(partial(DPCKNN, keep_rate=1.0))).encoder.without_reduction():
         expected = whole(images)
     assert torch.equal(whole(images), expected)
-    assert not torch.equal(make_model(partial(DPCKNN, keep=0.3))(images), expected)
-    few = make_model(partial(DPCKNN, keep=0.3))
+    assert not torch.equal(make_model(partial(DPCKNN, keep_rate=0.3))(images), expected)
+    few = make_model(partial(DPCKNN, keep_rate=0.3))
     assert tokens_per_block(few, images) == [P + 16, P + 5, P + 2]
-    costs = [macs(make_model(partial(DPCKNN, keep=keep)), images[:1]) for keep in (0.25, 0.5, 0.75)]
+    costs = [macs(make_model(partial(DPCKNN, keep_rate=keep)), images[:1]) for keep in (0.25, 0.5, 0.75)]
     assert costs == sorted(set(costs))
     close(few(images)[1], few(images[1:])[0])
 
@@ -252,7 +252,7 @@ def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(make_model) ->
 @pytest.mark.parametrize("keep", [0.01, 0.5, 1.0])
 def test_one_two_or_three_patches(count: int, keep: float) -> None:
     tokens = Tokens(torch.randn(2, P + count, DIM), P)
-    few = DPCKNN(PLACE, keep).merge(tokens)
+    few = DPCKNN(CONTEXT, keep).merge(tokens)
     assert few.num_patches == share(count, keep)
     if few.num_patches == 1:
         close(few.patches[:, 0], tokens.mean())
@@ -261,18 +261,18 @@ def test_one_two_or_three_patches(count: int, keep: float) -> None:
 def test_gradients_reach_every_patch_by_its_share_also_where_all_are_the_same() -> None:
     for x in (torch.randn(2, P + N, DIM), torch.ones(2, P + N, DIM)):
         x.requires_grad_()
-        few = DPCKNN(PLACE, 0.3).merge(Tokens(x, P, origin=torch.eye(N).expand(2, N, N)))
+        few = DPCKNN(CONTEXT, 0.3).merge(Tokens(x, P, origin=torch.eye(N).expand(2, N, N)))
         few.patches.sum().backward()
         assert few.origin is not None
         close(x.grad[:, P:, 0], few.origin.sum(dim=1))
 
 
 def test_it_is_finite_under_autocast_and_in_bfloat16_and_leaves_lone_patches_alone(make_model) -> None:
-    net, images = make_model(partial(DPCKNN, keep=0.5)).train(), torch.randn(2, 3, 16, 16)
+    net, images = make_model(partial(DPCKNN, keep_rate=0.5)).train(), torch.randn(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         loss = net(images).square().sum()
         tokens = Tokens(torch.randn(2, 10, DIM), origin=torch.eye(10).expand(2, 10, 10))
-        few = DPCKNN(PLACE, 0.9).merge(tokens)
+        few = DPCKNN(CONTEXT, 0.9).merge(tokens)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
@@ -284,6 +284,6 @@ def test_it_is_finite_under_autocast_and_in_bfloat16_and_leaves_lone_patches_alo
 
 def test_refusals() -> None:
     with pytest.raises(FewtokensError, match=r"takes a density over neighbours\. Expected: neighbours >= 1\. Found: 0"):
-        DPCKNN(PLACE, 0.5, 0)
-    with pytest.raises(FewtokensError, match=r"DPCKNN keeps a share of the patches\. Expected: 0 < keep <= 1"):
-        DPCKNN(PLACE, 1.5)
+        DPCKNN(CONTEXT, 0.5, 0)
+    with pytest.raises(FewtokensError, match=r"DPCKNN keeps a share of the patches\. Expected: 0 < keep_rate <= 1"):
+        DPCKNN(CONTEXT, 1.5)

@@ -10,14 +10,14 @@ from torch import Tensor
 from fewtokens.analysis.cost import macs
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.attention import EPS, Attention, softmax_over
+from fewtokens.layers.attention import EPS, Attention, masked_softmax
 from fewtokens.layers.block import Block
 from fewtokens.tasks.classification import Classifier
-from fewtokens.tokenizers.base import Place, Tokenizer
+from fewtokens.tokenizers.base import LayerContext, Tokenizer
 from fewtokens.tokenizers.dynamic_vit import DynamicViT, first_highest
 from fewtokens.tokens import Tokens
 
-Recipe = Callable[[Place], Tokenizer]
+Recipe = Callable[[LayerContext], Tokenizer]
 
 
 def model(build: Recipe, at: tuple[int, ...] = (1, 2), pool: str = "token") -> ViT:
@@ -30,42 +30,42 @@ def images(count: int = 4) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def place(**more: object) -> Place:
-    return Place(dim=8, heads=2, block=0, depth=4, prefix=1, grid=(14, 14), **more)
+def context(**more: object) -> LayerContext:
+    return LayerContext(dim=8, heads=2, block=0, depth=4, prefix=1, grid=(14, 14), **more)
 
 
 def test_the_masked_softmax_is_a_softmax_over_those_that_stay_and_oneself() -> None:
     logits = torch.randn(2, 2, 5, 5, dtype=torch.float64)
     keep = torch.tensor([[1.0, 0, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.float64)
-    found = softmax_over(logits, keep)
+    found = masked_softmax(logits, keep)
     for image in range(2):
         for row in range(5):
             seen = [column for column in range(5) if keep[image, column] or column == row]
             expected = torch.zeros(2, 5, dtype=torch.float64)
             expected[:, seen] = logits[image, :, row, seen].softmax(dim=-1)
             torch.testing.assert_close(found[image, :, row], expected, atol=100 * EPS, rtol=0)
-    assert softmax_over(logits + 1e4, torch.zeros(2, 5, dtype=torch.float64)).isfinite().all()
+    assert masked_softmax(logits + 1e4, torch.zeros(2, 5, dtype=torch.float64)).isfinite().all()
 
 
 def test_dropped_tokens_learn_what_keeping_them_would_do() -> None:
     keep = torch.tensor([[1.0, 0.0, 1.0]], requires_grad=True)
     value = torch.tensor([0.0, 5.0, 1.0])
-    (softmax_over(torch.zeros(1, 1, 1, 3), keep)[0, 0, 0] @ value).backward()
+    (masked_softmax(torch.zeros(1, 1, 1, 3), keep)[0, 0, 0] @ value).backward()
     assert keep.grad is not None
     assert keep.grad[0, 1] > 0.5
 
 
 @pytest.mark.parametrize(("stage", "count"), [(0, 137), (1, 96), (2, 67)])
 def test_stages_keep_powers_of_the_share_of_all_patches(stage: int, count: int) -> None:
-    tokenizer = DynamicViT(place(stage=stage, stages=3)).eval()
+    tokenizer = DynamicViT(context(stage=stage, stages=3)).eval()
     tokens = Tokens(torch.randn(2, 1 + 150, 8), 1)
     assert tokenizer.choose(tokens).num_patches == count
-    assert DynamicViT(place(stage=2), keep=0.001).count == 1
+    assert DynamicViT(context(stage=2), keep_rate=0.001).count == 1
 
 
 @torch.no_grad()
 def test_in_evaluation_the_highest_scores_go_on_in_their_order() -> None:
-    network = model(partial(DynamicViT, keep=0.4), at=(1,)).eval()
+    network = model(partial(DynamicViT, keep_rate=0.4), at=(1,)).eval()
     tokens, tokenizer = network.embed(images()), network.encoder.tokenizers[1]
     scores = tokenizer.predictor(tokens.patches, None)[..., 0]
     kept = tokenizer.choose(tokens)
@@ -78,28 +78,28 @@ def test_in_evaluation_the_highest_scores_go_on_in_their_order() -> None:
 
 @torch.no_grad()
 def test_keeping_all_is_the_plain_model() -> None:
-    network = model(partial(DynamicViT, keep=1.0)).eval()
+    network = model(partial(DynamicViT, keep_rate=1.0)).eval()
     found = network(images())
-    with network.encoder.dense():
+    with network.encoder.without_reduction():
         assert torch.equal(found, network(images()))
 
 
 @torch.no_grad()
 def test_it_costs_less_the_less_it_keeps() -> None:
-    costs = [macs(model(partial(DynamicViT, keep=keep)), images(1)) for keep in (0.25, 0.5, 0.75, 1.0)]
+    costs = [macs(model(partial(DynamicViT, keep_rate=keep)), images(1)) for keep in (0.25, 0.5, 0.75, 1.0)]
     assert costs == sorted(set(costs))
 
 
 def test_in_training_all_stay_and_what_was_dropped_stays_dropped() -> None:
-    tokenizers = [DynamicViT(place(stage=stage, stages=2)).train() for stage in range(2)]
+    tokenizers = [DynamicViT(context(stage=stage, stages=2)).train() for stage in range(2)]
     tokens = Tokens(torch.randn(3, 1 + 196, 8), 1)
     for tokenizer in tokenizers:
-        before, tokens = tokens.keep, tokenizer.decide(tokens)
+        before, tokens = tokens.keep_mask, tokenizer.decide(tokens)
         assert tokens.x.shape == (3, 197, 8)
-        assert tokens.keep is not None
-        assert set(tokens.keep.unique().tolist()) == {0.0, 1.0}
-        assert tokens.keep[:, 0].eq(1).all()
-        assert before is None or (tokens.keep <= before).all()
+        assert tokens.keep_mask is not None
+        assert set(tokens.keep_mask.unique().tolist()) == {0.0, 1.0}
+        assert tokens.keep_mask[:, 0].eq(1).all()
+        assert before is None or (tokens.keep_mask <= before).all()
 
 
 @pytest.mark.parametrize("pool", ["token", "avg", "max", "map"])
@@ -111,14 +111,14 @@ def test_what_is_dropped_is_not_seen_in_training(pool: str) -> None:
     changed = tokens.x.clone()
     changed[:, tokens.prefix + 3] = 7.0
     found = [
-        network.classify(network.encoder(Tokens(x, tokens.prefix, grid=(4, 4), keep=keep))) for x in (tokens.x, changed)
+        network.classify(network.encoder(Tokens(x, tokens.prefix, grid=(4, 4), keep_mask=keep))) for x in (tokens.x, changed)
     ]
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def test_the_loss_is_the_squared_distance_to_the_target_and_is_given_once() -> None:
-    tokenizer = DynamicViT(place(stage=1, stages=2), keep=0.5, ratio_weight=3.0).train()
-    kept = tokenizer.decide(Tokens(torch.randn(5, 197, 8), 1)).keep
+    tokenizer = DynamicViT(context(stage=1, stages=2), keep_rate=0.5, ratio_weight=3.0).train()
+    kept = tokenizer.decide(Tokens(torch.randn(5, 197, 8), 1)).keep_mask
     assert kept is not None
     expected = 3.0 / 2 * (kept[:, 1:].mean(dim=1) - 0.25).square().mean()
     torch.testing.assert_close(tokenizer.loss(), expected)
@@ -128,7 +128,7 @@ def test_the_loss_is_the_squared_distance_to_the_target_and_is_given_once() -> N
 
 
 def test_training_reaches_the_target_and_every_parameter() -> None:
-    network = model(partial(DynamicViT, keep=0.5, ratio_weight=20.0)).train()
+    network = model(partial(DynamicViT, keep_rate=0.5, ratio_weight=20.0)).train()
     task = Classifier(network, 5, optimizer=partial(torch.optim.AdamW, lr=3e-3))
     task.log = lambda *a, **k: None  # outside a trainer there is nowhere to log
     optimizer = task.optimizer(task.parameters())
@@ -138,26 +138,26 @@ def test_training_reaches_the_target_and_every_parameter() -> None:
         task.training_step(batch, 0).backward()
         optimizer.step()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    keep = network.encoder.tokenizers[1].decide(network.embed(images(64))).keep
+    keep = network.encoder.tokenizers[1].decide(network.embed(images(64))).keep_mask
     assert keep is not None
     assert keep[:, 1:].mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_bf16() -> None:
-    network = model(partial(DynamicViT, keep=0.5)).train()
+    network = model(partial(DynamicViT, keep_rate=0.5)).train()
     with torch.autocast("cpu", torch.bfloat16):
         network(images()).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
     assert network.bfloat16().eval()(images().bfloat16()).isfinite().all()
 
 
-@pytest.mark.parametrize("wrong", [{"keep": 0.0}, {"keep": 1.5}, {"ratio_weight": -1.0}])
+@pytest.mark.parametrize("wrong", [{"keep_rate": 0.0}, {"keep_rate": 1.5}, {"ratio_weight": -1.0}])
 def test_settings_that_are_none(wrong: dict[str, float]) -> None:
-    with pytest.raises(FewtokensError, match=r"tokenizer\.build\.keep"):
-        DynamicViT(place(), **wrong)
+    with pytest.raises(FewtokensError, match=r"tokenizer\.build\.keep_rate"):
+        DynamicViT(context(), **wrong)
 
 
 def test_padding_is_refused() -> None:
     tokens = Tokens(torch.randn(1, 5, 8), 1, mask=torch.ones(1, 5, dtype=torch.bool))
     with pytest.raises(FewtokensError, match="padding"):
-        DynamicViT(place())(tokens, Block(8, 2, attn_layer=Attention))
+        DynamicViT(context())(tokens, Block(8, 2, attn_layer=Attention))

@@ -10,13 +10,13 @@ import torch
 from fewtokens.analysis.cost import macs
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokenizers.evit import EViT, shares
 from fewtokens.tokenizers.top_k import TopK, class_attention
 from fewtokens.tokens import Tokens
 
 N, P, DIM = 15, 3, 16
-PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True)
+CONTEXT = LayerContext(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True)
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True)
 def test_kept_and_fused_tokens(normalize: bool, ties: bool, make_images) -> None:
     tokens = make_images()
     attention = torch.rand(4, N).mul(4).floor().add(1).div(100) if ties else torch.rand(4, N)
-    out = EViT(PLACE, 0.4, normalize=normalize).reorganize(tokens, attention)
+    out = EViT(CONTEXT, 0.4, normalize=normalize).reorganize(tokens, attention)
     assert out.origin is not None
     assert (out.x.shape, out.prefix, out.grid) == ((4, P + 7, DIM), P, None)
     assert torch.equal(out.x[:, :P], tokens.x[:, :P])
@@ -42,18 +42,18 @@ def test_kept_and_fused_tokens(normalize: bool, ties: bool, make_images) -> None
 
 @torch.no_grad()
 def test_it_acts_between_attention_and_mlp(block: Block, make_images) -> None:
-    tokens, evit = make_images(), EViT(PLACE, 0.4)
-    attended, evidence = block.attend(tokens)
-    expected = block.feed(evit.reorganize(attended, class_attention(evidence, P)))
+    tokens, evit = make_images(), EViT(CONTEXT, 0.4)
+    attended, state = block.attend(tokens)
+    expected = block.feed_forward(evit.reorganize(attended, class_attention(state, P)))
     assert torch.equal(evit(tokens, block).x, expected.x)
 
 
 @torch.no_grad()
 def test_the_fused_token_is_a_patch_like_any_other_to_the_next_stage(make_images) -> None:
-    once = EViT(PLACE, 0.4, normalize=True).reorganize(make_images(), torch.rand(4, N))
+    once = EViT(CONTEXT, 0.4, normalize=True).reorganize(make_images(), torch.rand(4, N))
     attention = torch.zeros(4, 7)
     attention[:, 6] = 1
-    twice = EViT(PLACE, 0.1, normalize=True).reorganize(once, attention)
+    twice = EViT(CONTEXT, 0.1, normalize=True).reorganize(once, attention)
     torch.testing.assert_close(twice.patches[:, 0], once.patches[:, 6])
     torch.testing.assert_close(twice.patches[:, 1], once.patches[:, :6].mean(dim=1))  # they got no attention at all
     assert twice.origin is not None
@@ -63,13 +63,13 @@ def test_the_fused_token_is_a_patch_like_any_other_to_the_next_stage(make_images
 @torch.no_grad()
 def test_without_fusion_it_is_top_k(block: Block, make_images) -> None:
     tokens = make_images()
-    assert torch.equal(EViT(PLACE, 0.4, fuse=False)(tokens, block).x, TopK(PLACE, 0.4)(tokens, block).x)
+    assert torch.equal(EViT(CONTEXT, 0.4, fuse=False)(tokens, block).x, TopK(CONTEXT, 0.4)(tokens, block).x)
 
 
 @torch.no_grad()
 def test_sizes_go_along_and_the_fused_token_counts_once(make_images) -> None:
     size = torch.rand(4, P + N) + 1
-    out = EViT(PLACE, 0.4).reorganize(make_images(size=size), torch.rand(4, N))
+    out = EViT(CONTEXT, 0.4).reorganize(make_images(size=size), torch.rand(4, N))
     assert out.size is not None
     assert out.origin is not None
     torch.testing.assert_close(out.size[:, P:-1], (out.origin[:, :-1] @ size[:, P:, None])[..., 0])
@@ -83,29 +83,29 @@ def test_padding_is_neither_kept_nor_fused(make_images) -> None:
     mask = torch.ones(4, P + N, dtype=torch.bool)
     mask[1, P + 10 :] = False
     mask[2, P + 1 :] = False
-    out = EViT(PLACE, 0.5).reorganize(replace(tokens, mask=mask), attention)
+    out = EViT(CONTEXT, 0.5).reorganize(replace(tokens, mask=mask), attention)
     assert out.mask is not None
     assert out.mask.sum(dim=1).tolist() == [P + 9, P + 6, P + 1, P + 9]
     assert torch.isfinite(out.x).all()
-    alone = EViT(PLACE, 0.5).reorganize(Tokens(tokens.x[1:2, : P + 10], P), attention[1:2, :10])
+    alone = EViT(CONTEXT, 0.5).reorganize(Tokens(tokens.x[1:2, : P + 10], P), attention[1:2, :10])
     torch.testing.assert_close(out.x[1][out.mask[1]], alone.x[0])
 
 
 @torch.no_grad()
 def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(make_model) -> None:
     images = torch.randn(2, 3, 16, 16)
-    with (whole := make_model(partial(EViT, keep=1.0))).encoder.dense():
+    with (whole := make_model(partial(EViT, keep_rate=1.0))).encoder.without_reduction():
         expected = whole(images)
     assert torch.equal(whole(images), expected)
-    assert not torch.equal(make_model(partial(EViT, keep=0.3))(images), expected)
-    costs = [macs(make_model(partial(EViT, keep=keep)), images[:1]) for keep in (0.25, 0.5, 0.75)]
+    assert not torch.equal(make_model(partial(EViT, keep_rate=0.3))(images), expected)
+    costs = [macs(make_model(partial(EViT, keep_rate=keep)), images[:1]) for keep in (0.25, 0.5, 0.75)]
     assert costs == sorted(set(costs))
 
 
 def test_gradients_reach_every_patch_and_the_attention(make_images) -> None:
     tokens, attention = make_images(), torch.rand(4, N, requires_grad=True)
     tokens.x.requires_grad_()
-    out = EViT(PLACE, 0.4).reorganize(tokens, attention)
+    out = EViT(CONTEXT, 0.4).reorganize(tokens, attention)
     out.patches.square().sum().backward()
     assert (tokens.x.grad[:, P:].abs().sum(dim=2) > 0).all()
     assert out.origin is not None
@@ -113,7 +113,7 @@ def test_gradients_reach_every_patch_and_the_attention(make_images) -> None:
 
 
 def test_it_is_finite_under_autocast(make_model) -> None:
-    net = make_model(partial(EViT, keep=0.5)).train()
+    net = make_model(partial(EViT, keep_rate=0.5)).train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = net(torch.randn(2, 3, 16, 16)).square().sum()
     loss.backward()
@@ -128,4 +128,4 @@ def test_shares_are_finite_where_nothing_is_attended_or_dropped() -> None:
 
 def test_without_a_class_token_it_is_refused_at_build() -> None:
     with pytest.raises(FewtokensError, match=r"EViT keeps what the class token attends to"):
-        EViT(replace(PLACE, class_token=False))
+        EViT(replace(CONTEXT, class_token=False))

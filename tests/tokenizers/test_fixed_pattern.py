@@ -13,11 +13,11 @@ from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokenizers.fixed_pattern import FixedPattern, distances
 from fewtokens.tokens import Tokens
 
-PLACE = Place(dim=8, heads=2, block=0, depth=1, prefix=2, grid=(4, 5))
+CONTEXT = LayerContext(dim=8, heads=2, block=0, depth=1, prefix=2, grid=(4, 5))
 ORDERS = {"l1": 1, "l2": 2, "linf": np.inf}
 
 
@@ -37,7 +37,7 @@ def clip(grid: tuple[int, int] = (4, 5), frames: int = 1) -> Tokens:
 
 
 def kept(tokens: Tokens, keep: float, distance: str) -> list[int]:
-    few = FixedPattern(PLACE, keep, distance)(tokens, Through())
+    few = FixedPattern(CONTEXT, keep, distance)(tokens, Through())
     assert few.origin is not None
     assert torch.equal(few.origin @ tokens.patches, few.patches)
     assert torch.equal(few.x[:, :2], tokens.x[:, :2])
@@ -49,7 +49,7 @@ def kept(tokens: Tokens, keep: float, distance: str) -> list[int]:
 def model(keep: float) -> ViT:
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 16, "depth": 2, "heads": 2}
-    return vit(**sizes, tokenizer={"at": 1, "build": partial(FixedPattern, keep=keep)}).eval()
+    return vit(**sizes, tokenizer={"at": 1, "build": partial(FixedPattern, keep_rate=keep)}).eval()
 
 
 @pytest.mark.parametrize("distance", ["l1", "l2", "linf"])
@@ -78,7 +78,7 @@ def test_every_frame_keeps_the_same() -> None:
 @torch.no_grad()
 def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper() -> None:
     images = torch.randn(2, 3, 16, 16)
-    with (whole := model(1.0)).encoder.dense():
+    with (whole := model(1.0)).encoder.without_reduction():
         expected = whole(images)
     assert torch.equal(whole(images), expected)
     costs = [macs(model(keep), images[:1]) for keep in (0.25, 0.5, 0.75, 1.0)]
@@ -88,7 +88,7 @@ def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper() -> None:
 def test_gradients_and_autocast() -> None:
     tokens = clip()
     tokens.x.requires_grad_()
-    FixedPattern(PLACE, 0.5)(tokens, Through()).patches.sum().backward()
+    FixedPattern(CONTEXT, 0.5)(tokens, Through()).patches.sum().backward()
     assert (tokens.x.grad[:, 2:, 0].sum(dim=1) == 10).all()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(model(0.5)(torch.randn(2, 3, 16, 16))).all()
@@ -96,9 +96,9 @@ def test_gradients_and_autocast() -> None:
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FewtokensError, match=r"FixedPattern needs patches on a lattice"):
-        FixedPattern(PLACE, 0.5)(replace(clip(), grid=None), Through())
+        FixedPattern(CONTEXT, 0.5)(replace(clip(), grid=None), Through())
     with pytest.raises(FewtokensError, match=r"FixedPattern keeps a share"):
-        FixedPattern(PLACE, 0.0)
+        FixedPattern(CONTEXT, 0.0)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(FewtokensError, match=r"measures a distance\. Expected: 'l1', 'l2' or 'linf'\. Found: 'l3'"):
-        FixedPattern(PLACE, 0.5, "l3")
+        FixedPattern(CONTEXT, 0.5, "l3")

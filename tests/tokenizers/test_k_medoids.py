@@ -13,13 +13,13 @@ from fewtokens.analysis.cost import macs, tokens_per_block
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
 from fewtokens.tokenizers.ats import ATS
-from fewtokens.tokenizers.base import Place, share
+from fewtokens.tokenizers.base import LayerContext, share
 from fewtokens.tokenizers.k_medoids import KMedoids, medoids
 from fewtokens.tokenizers.top_k import TopK, class_attention
 from fewtokens.tokens import Tokens
 
 N, P, DIM = 15, 3, 16
-PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True, grid=(3, 5))
+CONTEXT = LayerContext(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True, grid=(3, 5))
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
@@ -109,14 +109,14 @@ def test_weights_are_the_attention_that_patches_get(padded: bool, block: Block, 
     mask = torch.ones(4, P + N, dtype=torch.bool)
     mask[1, P + 4 :] = False
     tokens = make_images(mask=mask if padded else None)
-    evidence = block.attend(tokens)[1]
+    state = block.attend(tokens)[1]
     attention = attention_by_hand(block, tokens).mean(dim=1)
-    by_class = KMedoids(PLACE).weights(tokens, evidence)
-    by_all = KMedoids(PLACE, significance="all").weights(tokens, evidence)
+    by_class = KMedoids(CONTEXT).weights(tokens, state)
+    by_all = KMedoids(CONTEXT, significance="all").weights(tokens, state)
     close(by_class.double(), attention[:, 0, P:])
     close(by_all.double(), (attention * mask[..., None] if padded else attention).sum(dim=1)[:, P:])
-    without = KMedoids(replace(PLACE, class_token=False))
-    assert torch.equal(without.weights(tokens, evidence), by_all)
+    without = KMedoids(replace(CONTEXT, class_token=False))
+    assert torch.equal(without.weights(tokens, state), by_all)
     assert not padded or (by_all[1, 4:] == 0).all()
 
 
@@ -128,14 +128,14 @@ def test_weights_are_the_attention_that_patches_get(padded: bool, block: Block, 
 def test_it_acts_between_attention_and_mlp_and_medoids_stay_as_attention_left_them(
     significance: str, block: Block, make_images
 ) -> None:
-    tokens, method = make_images(), KMedoids(PLACE, 0.4, significance=significance)
-    attended, evidence = block.attend(tokens)
+    tokens, method = make_images(), KMedoids(CONTEXT, 0.4, significance=significance)
+    attended, state = block.attend(tokens)
     out = method(tokens, block)
-    assert torch.equal(out.x, block.feed(method.choose(attended, method.weights(attended, evidence))).x)
+    assert torch.equal(out.x, block.feed_forward(method.choose(attended, method.weights(attended, state))).x)
     assert out.origin is not None
     assert (out.origin.sum(dim=2) == 1).all()
     assert (out.origin.amax(dim=2) == 1).all()
-    expected = medoids(attended.patches, method.weights(attended, evidence), 0.4, 3).centres
+    expected = medoids(attended.patches, method.weights(attended, state), 0.4, 3).centres
     assert torch.equal(out.origin.argmax(dim=2), expected)
     rows = torch.cat([torch.arange(P).expand(4, P), expected + P], dim=1)
     whole = block(tokens).x  # the MLP sees one token at a time, so what stays equals the plain block's
@@ -146,8 +146,8 @@ def test_it_acts_between_attention_and_mlp_and_medoids_stay_as_attention_left_th
 
 @torch.no_grad()
 def test_without_iterations_it_is_top_k(block: Block, make_images) -> None:
-    tokens, method = make_images(), KMedoids(PLACE, 0.4, 0, sizes=False)
-    assert torch.equal(method(tokens, block).x, TopK(PLACE, 0.4)(tokens, block).x)
+    tokens, method = make_images(), KMedoids(CONTEXT, 0.4, 0, sizes=False)
+    assert torch.equal(method(tokens, block).x, TopK(CONTEXT, 0.4)(tokens, block).x)
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def test_without_iterations_it_is_top_k(block: Block, make_images) -> None:
 def test_a_medoid_counts_for_its_cluster(sizes: bool, make_images) -> None:
     tokens, weights, size = make_images(), torch.rand(4, N), torch.randint(1, 5, (4, P + N)).float()
     size[:, :P] = 1
-    method = KMedoids(PLACE, 0.3, sizes=sizes)
+    method = KMedoids(CONTEXT, 0.3, sizes=sizes)
     found = medoids(tokens.patches, weights, 0.3, 3)
     member = torch.nn.functional.one_hot(found.slot, 5).float()
     few = method.choose(tokens, weights)
@@ -173,7 +173,7 @@ def test_a_medoid_counts_for_its_cluster(sizes: bool, make_images) -> None:
 @torch.no_grad()
 def test_frames_are_clustered_one_by_one_and_stay() -> None:
     tokens = Tokens(torch.randn(2, 2 + 3 * 8, 6), 2, 3, (2, 4), origin=torch.eye(24).expand(2, -1, -1))
-    weights, method = torch.rand(2, 24), KMedoids(PLACE, 0.4)
+    weights, method = torch.rand(2, 24), KMedoids(CONTEXT, 0.4)
     few = method.choose(tokens, weights)
     assert (few.frames, few.num_patches, few.grid) == (3, 12, None)
     for frame in range(3):
@@ -194,7 +194,7 @@ def test_padding_takes_no_part_and_changes_nothing(significance: str, block: Blo
     mask = torch.rand(4, P + N) < 0.6
     mask[:, : P + 1] = True
     mask[2, P + 1 :] = False
-    method = KMedoids(PLACE, 0.5, significance=significance)
+    method = KMedoids(CONTEXT, 0.5, significance=significance)
     out = method(replace(tokens, mask=mask, x=tokens.x.masked_fill(~mask[..., None], 1e3)), block)
     assert out.mask is not None
     assert out.size is not None
@@ -211,7 +211,7 @@ def test_padding_takes_no_part_and_changes_nothing(significance: str, block: Blo
 @torch.no_grad()
 @pytest.mark.parametrize("significance", ["class", "all"])
 def test_behind_ats_an_image_is_the_same_alone_and_in_a_batch(significance: str, block: Block, make_images) -> None:
-    ats, method = ATS(PLACE, budget=8), KMedoids(PLACE, 0.5, significance=significance)
+    ats, method = ATS(CONTEXT, budget=8), KMedoids(CONTEXT, 0.5, significance=significance)
     tokens = replace(make_images(), origin=None)
     tokens = tokens.update(tokens.x * torch.linspace(0.1, 3, 4)[:, None, None])
     together = method(ats(tokens, block), block)
@@ -229,13 +229,13 @@ def test_behind_ats_an_image_is_the_same_alone_and_in_a_batch(significance: str,
 @pytest.mark.parametrize("significance", ["class", "all"])
 def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(significance: str, make_model) -> None:
     images, build = torch.randn(2, 3, 16, 16), partial(KMedoids, significance=significance)
-    with (whole := make_model(partial(build, keep=1.0))).encoder.dense():
+    with (whole := make_model(partial(build, keep_rate=1.0))).encoder.without_reduction():
         expected = whole(images)
     assert torch.equal(whole(images), expected)
-    few = make_model(partial(build, keep=0.3))
+    few = make_model(partial(build, keep_rate=0.3))
     assert not torch.equal(few(images), expected)
     assert tokens_per_block(few, images) == [P + 16, P + 5, P + 2]
-    costs = [macs(make_model(partial(build, keep=keep)), images[:1]) for keep in (0.25, 0.5, 0.75)]
+    costs = [macs(make_model(partial(build, keep_rate=keep)), images[:1]) for keep in (0.25, 0.5, 0.75)]
     assert costs == sorted(set(costs))
     close(few(images)[1], few(images[1:])[0])
 
@@ -244,7 +244,7 @@ def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(significance: 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("keep", [0.01, 0.5, 1.0])
 def test_one_two_or_three_patches(count: int, keep: float, block: Block) -> None:
-    out = KMedoids(PLACE, keep)(Tokens(torch.randn(2, P + count, DIM), P), block)
+    out = KMedoids(CONTEXT, keep)(Tokens(torch.randn(2, P + count, DIM), P), block)
     assert out.num_patches == share(count, keep)
     assert torch.isfinite(out.x).all()
 
@@ -253,14 +253,14 @@ def test_gradients_reach_what_stays_and_equal_patches_give_no_nan(make_images) -
     tokens, weights = make_images(), torch.rand(4, N)
     for x in (tokens.x, torch.ones_like(tokens.x)):
         x.requires_grad_()
-        few = KMedoids(PLACE, 0.3).choose(tokens.update(x), weights)
+        few = KMedoids(CONTEXT, 0.3).choose(tokens.update(x), weights)
         few.patches.sum().backward()
         assert few.origin is not None
         assert torch.equal(x.grad[:, P:, 0], few.origin.sum(dim=1))
 
 
 def test_it_is_finite_under_autocast_and_in_bfloat16(make_model) -> None:
-    net, images = make_model(partial(KMedoids, keep=0.5)).train(), torch.randn(2, 3, 16, 16)
+    net, images = make_model(partial(KMedoids, keep_rate=0.5)).train(), torch.randn(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         loss = net(images).square().sum()
     loss.backward()
@@ -274,16 +274,16 @@ def test_it_is_finite_under_autocast_and_in_bfloat16(make_model) -> None:
     [
         ({"iterations": -1}, r"a number of times\. Expected: iterations >= 0\. Found: -1"),
         ({"significance": "class"}, r"attention that they get\. Expected: from 'all' .*no class token\. To do: .*null"),
-        ({"keep": 0.0}, r"KMedoids keeps a share of the patches"),
+        ({"keep_rate": 0.0}, r"KMedoids keeps a share of the patches"),
     ],
 )
 def test_refusals(more: dict[str, object], said: str) -> None:
     with pytest.raises(FewtokensError, match=said):
-        KMedoids(replace(PLACE, class_token=False), **more)
+        KMedoids(replace(CONTEXT, class_token=False), **more)
 
 
 @torch.no_grad()
 def test_the_class_tokens_attention_is_what_evit_reads(block: Block, make_images) -> None:
     tokens = make_images()
-    evidence = block.attend(tokens)[1]
-    assert torch.equal(KMedoids(PLACE).weights(tokens, evidence), class_attention(evidence, P))
+    state = block.attend(tokens)[1]
+    assert torch.equal(KMedoids(CONTEXT).weights(tokens, state), class_attention(state, P))

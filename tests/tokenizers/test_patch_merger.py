@@ -10,12 +10,12 @@ import torch
 from fewtokens.analysis.cost import macs
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokenizers.patch_merger import PatchMerger
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokens import Tokens
 
-PLACE = Place(dim=8, heads=2, block=0, depth=1, prefix=2, grid=(3, 5))
+CONTEXT = LayerContext(dim=8, heads=2, block=0, depth=1, prefix=2, grid=(3, 5))
 
 
 def clip(frames: int = 1) -> Tokens:
@@ -24,7 +24,7 @@ def clip(frames: int = 1) -> Tokens:
 
 
 def merger(**more: object) -> PatchMerger:
-    tokenizer = PatchMerger(PLACE, 4, **more)
+    tokenizer = PatchMerger(CONTEXT, 4, **more)
     for parameter in tokenizer.norm.parameters():
         torch.nn.init.normal_(parameter)
     return tokenizer
@@ -86,6 +86,6 @@ def test_the_fuser_goes_around_it() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(FewtokensError, match=r"PatchMerger makes at least one token"):
-        PatchMerger(PLACE, 0)
+        PatchMerger(CONTEXT, 0)
     with pytest.raises(FewtokensError, match=r"PatchMerger mixes all patches, so none may be padding"):
         merger().pool(replace(clip(), mask=torch.ones(2, 17, dtype=torch.bool)))

@@ -10,14 +10,14 @@ import torch
 from fewtokens.analysis.cost import macs
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokenizers.pool import Pool, windows
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokens import Tokens
 
 
-def place(grid: tuple[int, int] = (4, 5)) -> Place:
-    return Place(dim=8, heads=2, block=0, depth=1, prefix=2, grid=grid)
+def context(grid: tuple[int, int] = (4, 5)) -> LayerContext:
+    return LayerContext(dim=8, heads=2, block=0, depth=1, prefix=2, grid=grid)
 
 
 def clip(grid: tuple[int, int] = (4, 5), frames: int = 1) -> Tokens:
@@ -37,7 +37,7 @@ def model(build: object, at: object = (1,)) -> ViT:
 @pytest.mark.parametrize("window", [1, 2, 4, 9, [1, 3], [3, 1]])
 def test_every_window_becomes_its_mean(window: int | list[int], grid: tuple[int, int], frames: int) -> None:
     tokens = clip(grid, frames)
-    few = Pool(place(grid), window).pool(tokens)
+    few = Pool(context(grid), window).pool(tokens)
     height, width = (window, window) if isinstance(window, int) else window
     maps = tokens.patches.reshape(2, frames, *grid, 8).double().numpy()
     expected = [
@@ -50,17 +50,17 @@ def test_every_window_becomes_its_mean(window: int | list[int], grid: tuple[int,
     assert few.grid == windows(grid, (height, width))
     assert (few.frames, few.prefix) == (frames, 2)
     assert torch.equal(few.x[:, :2], tokens.x[:, :2])
-    assert Pool(place(grid), window).num_tokens * frames == few.num_patches
+    assert Pool(context(grid), window).num_tokens * frames == few.num_patches
     assert few.origin is not None
     assert ((few.origin > 0).sum(dim=1) == 1).all()
     torch.testing.assert_close(few.origin @ tokens.patches, few.patches)
-    assert torch.equal(Pool(place(grid), window).pool(replace(tokens, origin=None)).x, few.x)
+    assert torch.equal(Pool(context(grid), window).pool(replace(tokens, origin=None)).x, few.x)
 
 
 @torch.no_grad()
 def test_windows_of_one_are_the_plain_transformer_and_wider_ones_are_cheaper() -> None:
     images = torch.randn(2, 3, 20, 20)
-    with (whole := model(partial(Pool, window=1))).encoder.dense():
+    with (whole := model(partial(Pool, window=1))).encoder.without_reduction():
         expected = whole(images)
     assert torch.equal(whole(images), expected)
     costs = [macs(model(partial(Pool, window=window)), images[:1]) for window in (5, 3, 2, 1)]
@@ -89,11 +89,11 @@ def test_gradients_under_autocast() -> None:
 @pytest.mark.parametrize("window", [0, [2], [2, 0], [1, 1, 1]])
 def test_windows_that_cannot_be(window: object) -> None:
     with pytest.raises(FewtokensError, match=r"means over windows of patches\. Expected: .*\. Found: .*\. To do: set"):
-        Pool(place(), window)
+        Pool(context(), window)
 
 
 def test_a_broken_lattice_and_padding_are_refused() -> None:
     with pytest.raises(FewtokensError, match=r"Pool needs patches on a lattice"):
-        Pool(place()).pool(replace(clip(), grid=None))
+        Pool(context()).pool(replace(clip(), grid=None))
     with pytest.raises(FewtokensError, match=r"Pool needs patches on a lattice"):
-        Pool(place()).pool(replace(clip(), mask=torch.ones(2, 22, dtype=torch.bool)))
+        Pool(context()).pool(replace(clip(), mask=torch.ones(2, 22, dtype=torch.bool)))

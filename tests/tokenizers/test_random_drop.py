@@ -11,12 +11,12 @@ from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place, Tokenizer, highest, share
+from fewtokens.tokenizers.base import LayerContext, Tokenizer, highest, share
 from fewtokens.tokenizers.random_drop import RandomDrop, draw
 from fewtokens.tokens import Tokens
 
 N = 15
-PLACE = Place(dim=16, heads=2, block=0, depth=1, prefix=2)
+CONTEXT = LayerContext(dim=16, heads=2, block=0, depth=1, prefix=2)
 
 
 class Through(Block):
@@ -37,11 +37,11 @@ def image(batch: int = 4) -> Tokens:
 def model(keep: float, at: object = (1, 2)) -> ViT:
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 16, "depth": 3, "heads": 2}
-    return vit(**sizes, tokenizer={"at": at, "build": partial(RandomDrop, keep=keep)}).eval()
+    return vit(**sizes, tokenizer={"at": at, "build": partial(RandomDrop, keep_rate=keep)}).eval()
 
 
 def dropped(tokens: Tokens, train: bool = False, keep: float = 0.5) -> Tokens:
-    return RandomDrop(PLACE, keep).train(train)(tokens, Through())
+    return RandomDrop(CONTEXT, keep).train(train)(tokens, Through())
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_padding_is_kept_last_and_stays_padding() -> None:
 @torch.no_grad()
 def test_keeping_all_is_the_plain_transformer() -> None:
     images = torch.randn(2, 3, 16, 16)
-    with (whole := model(1.0)).encoder.dense():
+    with (whole := model(1.0)).encoder.without_reduction():
         expected = whole(images)
     assert torch.equal(whole(images), expected)
     tokens, block = image(), Block(16, 2, attn_layer=Attention)
-    out = RandomDrop(PLACE, 1.0)(tokens, block)
-    assert torch.equal(out.x, Tokenizer(PLACE)(tokens, block).x)
+    out = RandomDrop(CONTEXT, 1.0)(tokens, block)
+    assert torch.equal(out.x, Tokenizer(CONTEXT)(tokens, block).x)
     assert out.grid == (3, 5)
 
 
@@ -156,5 +156,5 @@ def test_less_is_cheaper_and_autocast_is_finite() -> None:
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.5])
 def test_a_share_lies_between_nothing_and_all(keep: float) -> None:
-    with pytest.raises(FewtokensError, match=r"keeps a share of the patches\. Expected: 0 < keep <= 1\. Found: "):
-        RandomDrop(PLACE, keep)
+    with pytest.raises(FewtokensError, match=r"keeps a share of the patches\. Expected: 0 < keep_rate <= 1\. Found: "):
+        RandomDrop(CONTEXT, keep)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokenizers.token_fuser import Fuse, TokenFuser
 from fewtokens.tokenizers.token_learner import MapPooler, TokenLearner, TokenLearnerV11, TokenLearnerV11Grouped
 from fewtokens.tokens import Tokens
@@ -122,8 +122,8 @@ def random_tokens(shape: dict[str, int]) -> Tokens:
     return Tokens(x, prefix=shape["prefix"], frames=shape["frames"], grid=grid)
 
 
-def place(shape: dict[str, int]) -> Place:
-    return Place(dim=shape["dim"], heads=2, block=0, depth=1)
+def context(shape: dict[str, int]) -> LayerContext:
+    return LayerContext(dim=shape["dim"], heads=2, block=0, depth=1)
 
 
 @torch.no_grad()
@@ -150,21 +150,21 @@ def compare(tokenizer: MapPooler, tokens: Tokens, formula: object, *args: object
 @few_examples
 @given(shape=shapes, pooling=st.sampled_from(["sum", "mean"]), kind=st.sampled_from(["tanh", "none"]))
 def test_token_learner_10(shape: dict[str, int], pooling: str, kind: str) -> None:
-    tokenizer, p = randomized(TokenLearner(place(shape), shape["num_tokens"], pooling, kind))
+    tokenizer, p = randomized(TokenLearner(context(shape), shape["num_tokens"], pooling, kind))
     compare(tokenizer, random_tokens(shape), token_learner_10, p, pooling, kind)
 
 
 @few_examples
 @given(shape=shapes, hidden=st.integers(1, 9), kind=st.sampled_from(["tanh", "none"]))
 def test_token_learner_11(shape: dict[str, int], hidden: int, kind: str) -> None:
-    tokenizer, p = randomized(TokenLearnerV11(place(shape), shape["num_tokens"], hidden, gelu=kind))
+    tokenizer, p = randomized(TokenLearnerV11(context(shape), shape["num_tokens"], hidden, gelu=kind))
     compare(tokenizer, random_tokens(shape), token_learner_11, p, kind)
 
 
 @few_examples
 @given(shape=shapes, groups=st.sampled_from([1, 2, 4]))
 def test_token_learner_11_grouped(shape: dict[str, int], groups: int) -> None:
-    tokenizer, p = randomized(TokenLearnerV11Grouped(place(shape), shape["num_tokens"], groups))
+    tokenizer, p = randomized(TokenLearnerV11Grouped(context(shape), shape["num_tokens"], groups))
     compare(tokenizer, random_tokens(shape), token_learner_grouped, p, groups)
 
 
@@ -198,7 +198,7 @@ class Shift(Block):
 @few_examples
 @given(shape=shapes)
 def test_token_fuser_pools_runs_the_block_fuses_per_frame_and_adds_the_input(shape: dict[str, int]) -> None:
-    tokenizer, p = randomized(TokenFuser(place(shape), lambda at: TokenLearnerV11(at, shape["num_tokens"], 5)))
+    tokenizer, p = randomized(TokenFuser(context(shape), lambda at: TokenLearnerV11(at, shape["num_tokens"], 5)))
     inner = {name.removeprefix("inner."): value for name, value in p.items() if name.startswith("inner.")}
     outer = {name.removeprefix("fuse."): value for name, value in p.items() if name.startswith("fuse.")}
     tokens = random_tokens(shape)
@@ -219,7 +219,7 @@ def test_token_fuser_pools_runs_the_block_fuses_per_frame_and_adds_the_input(sha
 def test_frames_share_weights_and_do_not_mix(kind: type[MapPooler]) -> None:
     """A clip of three frames gives what its frames give one by one."""
     shape = {"batch": 2, "prefix": 1, "frames": 3, "height": 3, "width": 4, "dim": 8, "seed": 0}
-    tokenizer, _ = randomized(kind(place(shape), 2))
+    tokenizer, _ = randomized(kind(context(shape), 2))
     tokens = random_tokens(shape)
     few = tokenizer.pool(tokens)
     alone = [

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from fewtokens.analysis.cost import macs, tokens_per_block
 from fewtokens.errors import FewtokensError
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokenizers.sinkhorn import Sinkhorn, transport
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokens import Tokens
 
-PLACE = Place(dim=8, heads=2, block=0, depth=1, prefix=2, grid=(3, 5))
+CONTEXT = LayerContext(dim=8, heads=2, block=0, depth=1, prefix=2, grid=(3, 5))
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 with np.load(Path(__file__).parents[1] / "golden" / "token_reduction.npz") as file:
     GOLDEN = {key: torch.from_numpy(file[key]) for key in file.files if key.startswith("o")}
@@ -47,7 +47,7 @@ def by_hand(x: np.ndarray, centres: np.ndarray, mass: np.ndarray, epsilon: float
 def test_the_plan_is_the_official_one(case: str) -> None:
     """Up to the sums of its rows; the tokens are then the official ones too, were they made of unit patches."""
     g = {key.split(".")[1]: value for key, value in GOLDEN.items() if key.startswith(f"{case}.")}
-    tokenizer = Sinkhorn(PLACE, len(g["centres"]), int(g["iterations"]), float(g["epsilon"]))
+    tokenizer = Sinkhorn(CONTEXT, len(g["centres"]), int(g["iterations"]), float(g["epsilon"]))
     tokenizer.centres = torch.nn.Parameter(7 * g["centres"])  # their directions alone count
     rows = g["weights"].sum(dim=2, keepdim=True)
     close(tokenizer.maps(Tokens(g["x"])), g["weights"] / rows)
@@ -68,7 +68,7 @@ def test_tokens_against_numpy(
     frames: int, tokens: int, iterations: int, epsilon: float, sized: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    tokenizer = Sinkhorn(PLACE, tokens, iterations, epsilon).double()
+    tokenizer = Sinkhorn(CONTEXT, tokens, iterations, epsilon).double()
     size = torch.randint(1, 9, (2, 2 + 15 * frames)).float()
     record = clip(frames, size=size if sized else None)
     record = replace(record, x=record.x.double(), origin=record.origin.double())
@@ -103,7 +103,7 @@ def test_patches_are_shared_out_evenly() -> None:
 
 @torch.no_grad()
 def test_a_patch_of_three_counts_as_three_and_padding_not_at_all() -> None:
-    tokenizer, x = Sinkhorn(PLACE, 4), torch.randn(1, 7, 8)
+    tokenizer, x = Sinkhorn(CONTEXT, 4), torch.randn(1, 7, 8)
     mask = torch.tensor([[True, True, True, False, True, True, False]])
     size = torch.tensor([[1.0, 1, 3, 9, 1, 1, 9]])
     x[~mask] = 1e3
@@ -118,7 +118,7 @@ def test_a_patch_of_three_counts_as_three_and_padding_not_at_all() -> None:
 @torch.no_grad()
 def test_equal_patches_weigh_the_same_and_zeros_give_no_nan() -> None:
     for value in (1.0, 0.0):
-        few = Sinkhorn(PLACE, 4).pool(clip().update(torch.full((2, 17, 8), value)))
+        few = Sinkhorn(CONTEXT, 4).pool(clip().update(torch.full((2, 17, 8), value)))
         close(few.origin, torch.full((2, 4, 15), 1 / 15))
         close(few.patches, torch.full((2, 4, 8), value))
 
@@ -139,7 +139,7 @@ def test_gradients_under_autocast_and_cost(make_model) -> None:
 
 @torch.no_grad()
 def test_the_plan_is_made_in_float32_under_autocast() -> None:
-    tokenizer, tokens = Sinkhorn(PLACE, 4), clip()
+    tokenizer, tokens = Sinkhorn(CONTEXT, 4), clip()
     expected = tokenizer.maps(tokens)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tokenizer.maps(tokens), expected)
@@ -163,4 +163,4 @@ def test_the_fuser_goes_around_it_and_every_place_sees_the_whole_lattice(make_mo
 )
 def test_refusals(more: dict[str, object], said: str) -> None:
     with pytest.raises(FewtokensError, match=said):
-        Sinkhorn(PLACE, **more)
+        Sinkhorn(CONTEXT, **more)

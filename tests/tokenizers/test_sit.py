@@ -11,12 +11,12 @@ import torch
 
 from fewtokens.analysis.cost import macs, tokens_per_block
 from fewtokens.errors import FewtokensError
-from fewtokens.tokenizers.base import Place, tokens_made
+from fewtokens.tokenizers.base import LayerContext, tokens_made
 from fewtokens.tokenizers.sit import SiT
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokens import Tokens
 
-PLACE = Place(dim=8, heads=2, block=0, depth=1, prefix=2, grid=(3, 5))
+CONTEXT = LayerContext(dim=8, heads=2, block=0, depth=1, prefix=2, grid=(3, 5))
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 with np.load(Path(__file__).parents[1] / "golden" / "token_reduction.npz") as file:
     GOLDEN = {key: torch.from_numpy(file[key]) for key in file.files if key.startswith("t")}
@@ -28,7 +28,7 @@ def clip(frames: int = 1, **more: object) -> Tokens:
 
 
 def random(num_tokens: int | float = 4) -> SiT:
-    tokenizer = SiT(PLACE, num_tokens)
+    tokenizer = SiT(CONTEXT, num_tokens)
     for parameter in tokenizer.parameters():
         torch.nn.init.normal_(parameter)
     return tokenizer
@@ -40,7 +40,7 @@ def test_weights_and_tokens_are_the_official_ones(case: str) -> None:
     g = {key.removeprefix(f"{case}."): value for key, value in GOLDEN.items() if key.startswith(f"{case}.")}
     names = {"param.weight": "mlp", "param.scale": "scale"}
     state = {key.replace(old, new): g[key].squeeze() for old, new in names.items() for key in g if key.startswith(old)}
-    tokenizer = SiT(replace(PLACE, dim=g["x"].shape[2]), g["tokens"].shape[1])
+    tokenizer = SiT(replace(CONTEXT, dim=g["x"].shape[2]), g["tokens"].shape[1])
     tokenizer.load_state_dict(state)
     close(tokenizer.maps(Tokens(g["x"])), g["weights"])
     close(tokenizer.pool(Tokens(g["x"])).x, g["tokens"])
@@ -91,7 +91,7 @@ def test_the_order_of_the_patches_does_not_matter_and_equal_patches_weigh_the_sa
 
 
 def test_it_starts_almost_at_the_mean_as_the_official_one_does() -> None:
-    tokenizer = SiT(Place(dim=384, heads=6, block=0, depth=1, grid=(14, 14)))
+    tokenizer = SiT(LayerContext(dim=384, heads=6, block=0, depth=1, grid=(14, 14)))
     assert tokenizer.num_tokens == 98
     for layer in (tokenizer.mlp[1], tokenizer.mlp[3]):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -104,11 +104,11 @@ def test_it_starts_almost_at_the_mean_as_the_official_one_does() -> None:
 
 @pytest.mark.parametrize(("stage", "left"), [(0, 98), (1, 49), (2, 25)])
 def test_a_share_is_one_of_what_the_place_before_left(stage: int, left: int) -> None:
-    place = replace(PLACE, grid=(14, 14), stage=stage)
-    assert tokens_made(place, 0.5) == left
-    assert tokens_made(place, 1.0) == 196
-    assert tokens_made(place, 8) == 8
-    assert SiT(place, 0.5).num_tokens == left
+    context = replace(CONTEXT, grid=(14, 14), stage=stage)
+    assert tokens_made(context, 0.5) == left
+    assert tokens_made(context, 1.0) == 196
+    assert tokens_made(context, 8) == 8
+    assert SiT(context, 0.5).num_tokens == left
 
 
 def test_gradients_under_autocast_and_cost(make_model) -> None:
@@ -140,4 +140,4 @@ def test_the_fuser_goes_around_it(make_model) -> None:
 )
 def test_refusals(num_tokens: int | float, said: str) -> None:
     with pytest.raises(FewtokensError, match=said):
-        SiT(PLACE, num_tokens)
+        SiT(CONTEXT, num_tokens)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place, Pooler, Tokenizer
+from fewtokens.tokenizers.base import LayerContext, Pooler, Tokenizer
 from fewtokens.tokenizers.token_fuser import Fuse, TokenFuser
 from fewtokens.tokenizers.token_learner import (
     MapPooler,
@@ -25,14 +25,14 @@ from fewtokens.tokenizers.token_learner import (
 from fewtokens.tokens import Tokens
 
 DIM, GRID = 16, (3, 5)
-PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=1, grid=GRID)
+CONTEXT = LayerContext(dim=DIM, heads=2, block=0, depth=1, prefix=1, grid=GRID)
 POOLERS = [
     pytest.param(partial(TokenLearner, num_tokens=4), id="1.0 sum"),
     pytest.param(partial(TokenLearner, num_tokens=4, pooling="mean"), id="1.0 mean"),
     pytest.param(partial(TokenLearnerV11, num_tokens=4), id="1.1"),
     pytest.param(partial(TokenLearnerV11Grouped, num_tokens=4), id="1.1 grouped"),
 ]
-Recipe = Callable[[Place], Pooler]
+Recipe = Callable[[LayerContext], Pooler]
 
 
 def block() -> Block:
@@ -55,15 +55,15 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_the_plain_tokenizer_is_the_block() -> None:
     layer, tokens = block(), image()
-    assert torch.equal(Tokenizer(PLACE)(tokens, layer).x, layer(tokens).x)
-    assert list(Tokenizer(PLACE).parameters()) == []
+    assert torch.equal(Tokenizer(CONTEXT)(tokens, layer).x, layer(tokens).x)
+    assert list(Tokenizer(CONTEXT).parameters()) == []
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("build", POOLERS)
 def test_a_pooler_pools_and_then_runs_the_block(build: Recipe) -> None:
-    tokenizer, layer, tokens = build(PLACE), block(), image()
-    assert tokenizer.place is PLACE
+    tokenizer, layer, tokens = build(CONTEXT), block(), image()
+    assert tokenizer.context is CONTEXT
     out = tokenizer(tokens, layer)
     assert torch.equal(out.x, layer(tokenizer.pool(tokens)).x)
     assert out.x.shape == (2, 1 + 4, DIM)
@@ -71,15 +71,15 @@ def test_a_pooler_pools_and_then_runs_the_block(build: Recipe) -> None:
 
 def test_a_new_pooler_must_say_how() -> None:
     with pytest.raises(NotImplementedError):
-        Pooler(PLACE, 1).pool(image())
+        Pooler(CONTEXT, 1).pool(image())
     with pytest.raises(NotImplementedError):
-        MapPooler(PLACE, 1).pool(image())
+        MapPooler(CONTEXT, 1).pool(image())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("build", POOLERS)
 def test_the_origin_of_a_pooled_token_is_its_map(build: Recipe) -> None:
-    tokenizer, tokens = build(PLACE), replace(image(), origin=torch.eye(15).expand(2, 15, 15))
+    tokenizer, tokens = build(CONTEXT), replace(image(), origin=torch.eye(15).expand(2, 15, 15))
     few = tokenizer.pool(tokens)
     assert few.origin is not None
     assert few.origin.shape == (2, 4, 15)
@@ -91,7 +91,7 @@ def test_the_origin_of_a_pooled_token_is_its_map(build: Recipe) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [TokenLearnerV11, TokenLearnerV11Grouped])
 def test_forms_without_convolutions_need_no_lattice_and_no_order(kind: type[MapPooler]) -> None:
-    tokenizer, tokens = kind(PLACE, 4), image()
+    tokenizer, tokens = kind(CONTEXT, 4), image()
     shuffled = tokens.select(torch.randperm(15).expand(2, 15))
     assert shuffled.grid is None
     torch.testing.assert_close(tokenizer.pool(shuffled).x, tokenizer.pool(tokens).x)
@@ -99,7 +99,7 @@ def test_forms_without_convolutions_need_no_lattice_and_no_order(kind: type[MapP
 
 @torch.no_grad()
 def test_sizes_restart_at_one_after_pooling() -> None:
-    few = TokenLearnerV11(PLACE, 4).pool(replace(image(), size=torch.full((2, 16), 3.0)))
+    few = TokenLearnerV11(CONTEXT, 4).pool(replace(image(), size=torch.full((2, 16), 3.0)))
     assert few.size is not None
     assert few.size.tolist() == [[1.0] * 5] * 2
 
@@ -107,7 +107,7 @@ def test_sizes_restart_at_one_after_pooling() -> None:
 @torch.no_grad()
 def test_token_fuser_keeps_lattice_frames_sizes_and_origin() -> None:
     tokens = replace(image(), size=torch.full((2, 16), 3.0), origin=torch.eye(15).expand(2, 15, 15))
-    out = TokenFuser(PLACE, partial(TokenLearner, num_tokens=4))(tokens, block())
+    out = TokenFuser(CONTEXT, partial(TokenLearner, num_tokens=4))(tokens, block())
     assert (out.x.shape, out.prefix, out.frames, out.grid) == (tokens.x.shape, 1, 1, GRID)
     assert out.size is tokens.size
     assert out.origin is tokens.origin
@@ -119,7 +119,7 @@ def test_token_fuser_keeps_lattice_frames_sizes_and_origin() -> None:
 @torch.no_grad()
 def test_dropout_of_11_makes_logits_neutral_and_is_off_in_eval() -> None:
     """As in scenic: it acts on the logits, so a dropped position weighs exp(0) and is not removed."""
-    tokenizer = TokenLearnerV11(PLACE, 4, dropout=0.5)
+    tokenizer = TokenLearnerV11(CONTEXT, 4, dropout=0.5)
     seen: list[Tensor] = []
     tokenizer.mlp.register_forward_hook(lambda _, __, out: seen.append(out))
     tokenizer.train().pool(Tokens(torch.randn(8, 15, DIM), grid=GRID))
@@ -130,7 +130,7 @@ def test_dropout_of_11_makes_logits_neutral_and_is_off_in_eval() -> None:
 
 @torch.no_grad()
 def test_other_dropouts_act_on_the_values_and_on_the_output_in_training_alone() -> None:
-    grouped, tokens = TokenLearnerV11Grouped(PLACE, 4, dropout=0.5), image()
+    grouped, tokens = TokenLearnerV11Grouped(CONTEXT, 4, dropout=0.5), image()
     assert 0.3 < (grouped.train().values(tokens.patches) == 0).float().mean().item() < 0.7
     assert (grouped.eval().values(tokens.patches) != 0).all()
     fuse, few = Fuse(DIM, 4, dropout=0.5), torch.randn(2, 4, DIM)
@@ -154,7 +154,7 @@ def test_lecun_normal_has_variance_one_over_fan_in_and_is_cut_at_two_deviations(
 
 
 def test_token_learner_10_and_grouped_start_as_lecun_normal() -> None:
-    wide = Place(dim=384, heads=2, block=0, depth=1)
+    wide = LayerContext(dim=384, heads=2, block=0, depth=1)
     tokenizer, grouped = TokenLearner(wide, 16), TokenLearnerV11Grouped(wide, 16, groups=4)
     assert tokenizer.convs[0].weight.std().item() == pytest.approx((384 * 9) ** -0.5, rel=0.05)
     for conv in tokenizer.convs[1:]:
@@ -178,7 +178,7 @@ def test_the_mask_mlp_starts_as_flaxs() -> None:
 @torch.no_grad()
 def test_sum_pooling_starts_with_large_and_equal_tokens_and_mean_pooling_does_not() -> None:
     """Measured on the official code: std 7 at 14x14 and width 192, for all sigmoids are about 0.5."""
-    at, x = Place(dim=192, heads=3, block=0, depth=1), torch.randn(4, 196, 192)
+    at, x = LayerContext(dim=192, heads=3, block=0, depth=1), torch.randn(4, 196, 192)
     tokens = Tokens(x, grid=(14, 14))
     summed, mean = TokenLearner(at, 8).pool(tokens).x, TokenLearner(at, 8, pooling="mean").pool(tokens).x
     assert 5 < summed.std().item() < 9
@@ -194,7 +194,7 @@ def test_sum_pooling_starts_with_large_and_equal_tokens_and_mean_pooling_does_no
 def test_token_fuser_starts_as_the_identity_on_patches(init: str, normalize: bool) -> None:
     fuse = Fuse(DIM, 4, init=init, normalize=normalize)
     assert (fuse(torch.randn(2, 4, DIM), torch.randn(2, 15, DIM)) == 0).all()
-    tokenizer = TokenFuser(PLACE, partial(TokenLearnerV11, num_tokens=4), init=init, normalize=normalize)
+    tokenizer = TokenFuser(CONTEXT, partial(TokenLearnerV11, num_tokens=4), init=init, normalize=normalize)
     tokens = image()
     assert torch.equal(tokenizer(tokens, block()).patches, tokens.patches)
 
@@ -224,7 +224,7 @@ def test_gradients_reach_every_parameter_of_a_token_learner(build: Recipe) -> No
     """All but those that add the same to a token's logit everywhere: a softmax over positions cannot see it. That is so
     in the official forms too, whose parameters these are.
     """
-    tokenizer = build(PLACE)
+    tokenizer = build(CONTEXT)
     found = gradients(tokenizer, block(), image(), torch.randn(2, 15, DIM))
     blind = {TokenLearner: set(), TokenLearnerV11: {"mlp.fc2.bias"}, TokenLearnerV11Grouped: {"norm.bias"}}
     assert without_gradient(found) == blind[type(tokenizer)]
@@ -234,7 +234,7 @@ def test_gradients_reach_every_parameter_of_a_token_learner(build: Recipe) -> No
 def test_gradients_reach_every_patch_of_the_input(build: Recipe) -> None:
     tokens = image()
     tokens.x.requires_grad_()
-    build(PLACE)(tokens, block()).patches.square().sum().backward()
+    build(CONTEXT)(tokens, block()).patches.square().sum().backward()
     assert tokens.x.grad is not None
     assert (tokens.x.grad.abs().sum(dim=2) > 0).all()
 
@@ -256,7 +256,7 @@ def test_gradients_of_the_token_fuser(init: str, normalize: bool, first: set[str
     mixing under norm2: one number per token, equal in all channels, is what a norm over channels takes away.
     """
     inner = partial(TokenLearner, num_tokens=4)
-    tokenizer, layer = TokenFuser(PLACE, inner, init=init, normalize=normalize), block()
+    tokenizer, layer = TokenFuser(CONTEXT, inner, init=init, normalize=normalize), block()
     tokens, target = image(), torch.randn(2, 15, DIM)
     found = gradients(tokenizer, layer, tokens, target)
     assert set(found) - without_gradient(found) == first
@@ -322,9 +322,9 @@ def test_the_gentle_start_of_the_token_fuser_is_gentler() -> None:
         (partial(TokenFuser, inner=TokenLearner, gelu="erf"), r"GELU has two forms"),
     ],
 )
-def test_settings_that_cannot_be(build: Callable[[Place], Tokenizer], said: str) -> None:
+def test_settings_that_cannot_be(build: Callable[[LayerContext], Tokenizer], said: str) -> None:
     with pytest.raises(FewtokensError, match=said):
-        build(PLACE)
+        build(CONTEXT)
 
 
 def test_token_learner_10_refuses_a_broken_lattice() -> None:
@@ -332,14 +332,14 @@ def test_token_learner_10_refuses_a_broken_lattice() -> None:
         r"^TokenLearner 1\.0, a convolution over positions, needs patches on a lattice\. Expected: an intact .* grid .*"
         r"Found: 4 patch tokens whose lattice an earlier tokenizer broke\. To do: place it before .*token_learner_v11"
     )
-    few = TokenLearnerV11(PLACE, 4).pool(image())
+    few = TokenLearnerV11(CONTEXT, 4).pool(image())
     with pytest.raises(FewtokensError, match=said):
-        TokenLearner(PLACE, 2).pool(few)
+        TokenLearner(CONTEXT, 2).pool(few)
 
 
 @pytest.mark.parametrize("build", POOLERS)
 def test_padding_is_refused(build: Recipe) -> None:
-    tokenizer = build(PLACE)
+    tokenizer = build(CONTEXT)
     padded = replace(image(), mask=torch.ones(2, 16, dtype=torch.bool))
     said = (
         rf"^{type(tokenizer).__name__} mixes all patches, so none may be padding\. Expected: tokens without padding\. "
@@ -348,4 +348,4 @@ def test_padding_is_refused(build: Recipe) -> None:
     with pytest.raises(FewtokensError, match=said):
         tokenizer.pool(padded)
     with pytest.raises(FewtokensError, match=said):
-        TokenFuser(PLACE, build)(padded, block())
+        TokenFuser(CONTEXT, build)(padded, block())

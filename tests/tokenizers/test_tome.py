@@ -14,14 +14,14 @@ from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokenizers.tome import ToMe, clipped, match, schedule
 from fewtokens.tokens import Tokens
 
 with np.load(Path(__file__).parents[1] / "golden" / "tome_merge.npz") as file:
     GOLDEN = {key: torch.from_numpy(file[key]) for key in file.files}
 CASES = sorted({key.split(".")[0] for key in GOLDEN if key.startswith("t")})
-PLACE = Place(dim=16, heads=2, block=0, depth=1, prefix=1, class_token=True)
+CONTEXT = LayerContext(dim=16, heads=2, block=0, depth=1, prefix=1, class_token=True)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
 
 
@@ -164,12 +164,12 @@ def test_sizes_count_in_attention_where_asked(proportional: bool) -> None:
     block = Block(16, 2, qkv_bias=True, attn_layer=Attention).eval()
     size = torch.randint(1, 5, (2, 17)).float()
     tokens = replace(patches(16, 1), size=size)
-    place = replace(PLACE, stages=1)
-    out = ToMe(place, 0, proportional=proportional)(tokens, block)
+    context = replace(CONTEXT, stages=1)
+    out = ToMe(context, 0, proportional=proportional)(tokens, block)
     attended = attended_by_hand(block, tokens, size if proportional else torch.ones(2, 17))
-    close(out.x, block.feed(tokens.update(attended)).x)
+    close(out.x, block.feed_forward(tokens.update(attended)).x)
     assert out.size is size
-    merged = ToMe(place, 3, proportional=proportional)(tokens, block)
+    merged = ToMe(context, 3, proportional=proportional)(tokens, block)
     assert merged.size is not None
     close(merged.size[:, 1:].sum(dim=1), size[:, 1:].sum(dim=1))
 
@@ -177,17 +177,17 @@ def test_sizes_count_in_attention_where_asked(proportional: bool) -> None:
 @torch.no_grad()
 def test_keys_are_compared_and_the_mlp_comes_after() -> None:
     block, tokens = Block(16, 2, attn_layer=Attention).eval(), patches(16, 1)
-    attended, evidence = block.attend(tokens)
-    matching = match((evidence.key[:, 0] + evidence.key[:, 1]) / 2, 3, 1)
-    expected = block.feed(attended.merge(matching.keep, matching.source, matching.target))
-    close(ToMe(PLACE, 3)(tokens, block).x, expected.x)
+    attended, state = block.attend(tokens)
+    matching = match((state.key[:, 0] + state.key[:, 1]) / 2, 3, 1)
+    expected = block.feed_forward(attended.merge(matching.keep, matching.source, matching.target))
+    close(ToMe(CONTEXT, 3)(tokens, block).x, expected.x)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("r", [0, [0, 0], []])
 def test_merging_nothing_is_the_plain_transformer(r: object) -> None:
     images, whole = torch.randn(2, 3, 16, 16), model(r)
-    with whole.encoder.dense():
+    with whole.encoder.without_reduction():
         expected = whole(images)
     assert torch.equal(whole(images), expected)
 
@@ -243,4 +243,4 @@ def test_schedules_that_cannot_be(r: object, inflection: float) -> None:
 def test_padding_is_refused() -> None:
     tokens = replace(patches(4, 1), mask=torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(FewtokensError, match=r"none may be padding\. Expected: tokens without padding"):
-        ToMe(PLACE, 1)(tokens, Block(16, 2, attn_layer=Attention))
+        ToMe(CONTEXT, 1)(tokens, Block(16, 2, attn_layer=Attention))

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fewtokens.analysis.cost import macs
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.attention import Evidence
+from fewtokens.layers.attention import AttentionState
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokenizers.top_k import TopK, class_attention
 from fewtokens.tokens import Tokens
 
 N, P, DIM = 15, 3, 16
-PLACE = Place(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True)
+CONTEXT = LayerContext(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token=True)
 
 
 def attention_by_hand(block: Block, x: Tensor) -> np.ndarray:
@@ -39,7 +39,7 @@ def test_the_most_attended_patches_stay_as_attention_left_them(keep: float, bloc
     scores = attention_by_hand(block, tokens.x)
     count = int(np.ceil(keep * N))
     expected = np.sort(np.argsort(-scores, axis=1)[:, :count], axis=1)
-    out = TopK(PLACE, keep)(tokens, block)
+    out = TopK(CONTEXT, keep)(tokens, block)
     assert out.origin is not None
     assert out.origin.argmax(dim=2).tolist() == expected.tolist()
     assert (out.origin.sum(dim=2) == 1).all()
@@ -54,14 +54,14 @@ def test_the_most_attended_patches_stay_as_attention_left_them(keep: float, bloc
 def test_attention_is_that_of_the_whole_matrix() -> None:
     query, key = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
     whole = (query @ key.transpose(2, 3) * 0.5).softmax(dim=3)
-    found = class_attention(Evidence(query, key, key, None, 0.5), 2)
+    found = class_attention(AttentionState(query, key, key, None, 0.5), 2)
     torch.testing.assert_close(found, whole[:, :, 0, 2:].mean(dim=1))
 
 
 @torch.no_grad()
 def test_of_equally_attended_patches_the_first_stay(block: Block, make_images) -> None:
     torch.nn.init.zeros_(block.attn.qkv.weight)
-    out = TopK(PLACE, 0.2)(make_images(), block)
+    out = TopK(CONTEXT, 0.2)(make_images(), block)
     assert out.origin is not None
     assert out.origin.argmax(dim=2).tolist() == [[0, 1, 2]] * 4
 
@@ -72,26 +72,26 @@ def test_padding_is_never_chosen_and_changes_nothing(block: Block, make_images) 
     tokens = make_images()
     mask = torch.ones(4, P + N, dtype=torch.bool)
     mask[1, P + 10 :] = False
-    out = TopK(PLACE, 0.5)(replace(tokens, mask=mask), block)
+    out = TopK(CONTEXT, 0.5)(replace(tokens, mask=mask), block)
     assert out.mask is not None
     assert out.mask.sum(dim=1).tolist() == [P + 8, P + 5, P + 8, P + 8]
-    alone = TopK(PLACE, 0.5)(Tokens(tokens.x[1:2, : P + 10], P), block)
+    alone = TopK(CONTEXT, 0.5)(Tokens(tokens.x[1:2, : P + 10], P), block)
     torch.testing.assert_close(out.x[1][out.mask[1]], alone.x[0])
 
 
 @torch.no_grad()
 def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(make_model) -> None:
     images = torch.randn(2, 3, 16, 16)
-    with (whole := make_model(partial(TopK, keep=1.0))).encoder.dense():
+    with (whole := make_model(partial(TopK, keep_rate=1.0))).encoder.without_reduction():
         expected = whole(images)
     assert torch.equal(whole(images), expected)
-    assert not torch.equal(make_model(partial(TopK, keep=0.3))(images), expected)
-    costs = [macs(make_model(partial(TopK, keep=keep)), images[:1]) for keep in (0.25, 0.5, 0.75, 1.0)]
+    assert not torch.equal(make_model(partial(TopK, keep_rate=0.3))(images), expected)
+    costs = [macs(make_model(partial(TopK, keep_rate=keep)), images[:1]) for keep in (0.25, 0.5, 0.75, 1.0)]
     assert costs == sorted(set(costs))
 
 
 def test_gradients_reach_all_parameters_under_autocast(make_model) -> None:
-    net = make_model(partial(TopK, keep=0.5)).train()
+    net = make_model(partial(TopK, keep_rate=0.5)).train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = net(torch.randn(2, 3, 16, 16)).square().sum()
     loss.backward()
@@ -104,6 +104,6 @@ def test_without_a_class_token_it_is_refused_at_build() -> None:
         r"TopK keeps what the class token attends to\. Expected: .* class token\. Found: one that has none\. To do: .*"
     )
     with pytest.raises(FewtokensError, match=said):
-        TopK(replace(PLACE, class_token=False))
+        TopK(replace(CONTEXT, class_token=False))
     with pytest.raises(FewtokensError, match=r"TopK keeps a share of the patches"):
-        TopK(PLACE, 0.0)
+        TopK(CONTEXT, 0.0)

@@ -53,7 +53,7 @@ class Cost:
         first = next(batches)
         images, views = first[:, 0], getattr(datamodule, "test_views", first.shape[1])
         counts = count(model, (batch[:, 0] for batch in chain([first], batches)))
-        with model.encoder.dense():
+        with model.encoder.without_reduction():
             dense, peak_dense = macs(model, images[:1]), peak_memory(model, images)
         numbers = distribution(counts) | {
             "cost/gmacs_dense": dense / GIGA,

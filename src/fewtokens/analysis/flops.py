@@ -97,9 +97,9 @@ def run(model: ViT, images: Float[Tensor, "b c *t h w"]) -> tuple[int, Int[Tenso
         tokens.append(_present(given[0] if result is None else result))
         macs.append(counter.get_total_flops() // 2)
 
-    tokenizers = list(model.encoder.tokenizers)
-    handles = [tokenizers[0].register_forward_pre_hook(note)]
-    handles += [tokenizer.register_forward_hook(note) for tokenizer in tokenizers]
+    layers = model.encoder.layers
+    handles = [layers[0].register_forward_pre_hook(note)]
+    handles += [layer.register_forward_hook(note) for layer in layers]
     try:
         with counter:
             model(images)

@@ -13,6 +13,7 @@ from fewtokens.analysis.cost import evaluating, plain, test_images
 from fewtokens.analysis.timing import interleaved, seconds_on, spread
 from fewtokens.benchmarks.comparison import AUTOCAST
 from fewtokens.errors import FewtokensError
+from fewtokens.tokenizers.base import Tokenizer
 
 
 class Throughput:
@@ -51,11 +52,11 @@ class Throughput:
         model, encoder = task.model, plain(task.model).encoder
         assert isinstance(model, nn.Module)
         reducing = encoder.tokenizers
-        with encoder.dense():
+        with encoder.without_reduction():
             dense = encoder.tokenizers
 
-        def forward(tokenizers: nn.ModuleList) -> None:
-            encoder.tokenizers = tokenizers
+        def forward(tokenizers: list[Tokenizer]) -> None:
+            encoder.replace_tokenizers(tokenizers)
             model(images)
 
         candidates = {"tokenizer": partial(forward, reducing), "dense": partial(forward, dense)}
@@ -63,7 +64,7 @@ class Throughput:
             with evaluating(model), torch.inference_mode(), self._autocast(task):
                 times = interleaved(candidates, self.seconds, partial(seconds_on, device=images.device))
         finally:
-            encoder.tokenizers = reducing
+            encoder.replace_tokenizers(reducing)
         ratios = [slow / fast for slow, fast in zip(times["dense"], times["tokenizer"], strict=True)]
         return {
             "throughput/images_per_s": len(images) / median(times["tokenizer"]),

@@ -1,106 +1,144 @@
-"""The encoder: tokenizers carry tokens through blocks."""
+"""The encoder: a stack of layers, each a transformer block with the tokenizer that carries tokens through it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fewtokens.errors import FewtokensError
-from fewtokens.tokenizers.base import Place, Tokenizer
+from fewtokens.layers.block import Block
+from fewtokens.tokenizers.base import LayerContext, Tokenizer
 from fewtokens.tokens import Tokens
 
-Build = Callable[[Place], Tokenizer]
+Build = Callable[[LayerContext], Tokenizer]
 At = int | float | str | Sequence[int | float]
 
 
+class EncoderLayer(nn.Module):
+    """A tokenizer and its transformer block.
+
+    This is the module that the encoder repeats. Forward hooks, FSDP, `torch.compile` and activation checkpointing apply
+    to it, since a tokenizer may call the two halves of the block by name and not the block itself.
+
+    Args:
+        tokenizer: Carries the tokens through the block.
+        block: The transformer block.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, block: nn.Module) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.block = block
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Return the tokens after the block."""
+        return self.tokenizer(tokens, self.block)
+
+
 class Encoder(nn.Module):
-    """Blocks, and for each block the tokenizer that carries the tokens through it.
+    """A stack of `EncoderLayer`.
 
     Args:
         blocks: The transformer blocks.
-        build: Recipe of the tokenizer, called once for every place, so that no two blocks share parameters.
-        at: Before which blocks the tokenizer stands, see `block_indices`; the others get the plain one.
-        place: What holds for the whole encoder; block and stage are filled in.
+        build: Recipe of the tokenizer. It is called once for every block in `at`, so that blocks share no parameters.
+        at: Blocks with a tokenizer, see `block_indices`. The others get the plain `Tokenizer`, which reduces nothing.
+        context: The properties of the encoder. Block index, depth and stage are filled in.
+
+    Attributes:
+        grad_checkpointing: Recompute the activations of each layer in the backward pass instead of storing them.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], build: Build, at: At, place: Place) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], build: Build, at: At, context: LayerContext) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        stages = block_indices(at, len(self.blocks))
-        self.tokenizers = nn.ModuleList()
-        for index in range(len(self.blocks)):
-            here = replace(place, block=index, depth=len(self.blocks), stages=len(stages))
-            if index in stages:
-                self.tokenizers.append(build(replace(here, stage=stages.index(index))))
-            else:
-                self.tokenizers.append(Tokenizer(here))
+        depth = len(blocks)
+        stages = {block: stage for stage, block in enumerate(block_indices(at, depth))}
+        self.layers = nn.ModuleList()
+        for index, block in enumerate(blocks):
+            here = replace(context, block=index, depth=depth, stage=stages.get(index, 0), stages=len(stages))
+            self.layers.append(EncoderLayer(build(here) if index in stages else Tokenizer(here), block))
+        self.grad_checkpointing = False
 
     def forward(self, tokens: Tokens) -> Tokens:
-        """The tokens after the last block."""
-        for tokenizer, block in zip(self.tokenizers, self.blocks, strict=True):
-            tokens = tokenizer(tokens, block)
+        """Return the tokens after the last layer."""
+        recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        for layer in self.layers:
+            tokens = checkpoint(layer, tokens, use_reentrant=False) if recompute else layer(tokens)
         return tokens
 
+    @property
+    def tokenizers(self) -> list[Tokenizer]:
+        """Return the tokenizer of every layer."""
+        return [cast(Tokenizer, layer.tokenizer) for layer in self.layers]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Return the transformer block of every layer."""
+        return [cast(Block, layer.block) for layer in self.layers]
+
     @contextmanager
-    def dense(self) -> Iterator[None]:
-        """Within it, the same weights run as the plain transformer, so that both can be compared."""
-        reducing = self.tokenizers
-        plain = [Tokenizer(cast(Tokenizer, tokenizer).place) for tokenizer in reducing]
-        self.tokenizers = nn.ModuleList(plain)
+    def without_reduction(self) -> Iterator[None]:
+        """Return a context in which the same weights run as the plain transformer, as a baseline."""
+        tokenizers = self.tokenizers
+        self.replace_tokenizers([Tokenizer(tokenizer.context) for tokenizer in tokenizers])
         try:
             yield
         finally:
-            self.tokenizers = reducing
+            self.replace_tokenizers(tokenizers)
+
+    def replace_tokenizers(self, tokenizers: Sequence[Tokenizer]) -> None:
+        """Give every layer another tokenizer."""
+        for layer, tokenizer in zip(self.layers, tokenizers, strict=True):
+            layer.tokenizer = tokenizer
 
 
 def block_indices(at: At, depth: int) -> list[int]:
-    """Indices of the blocks that `at` names, rising. "Before block i".
+    """Return the sorted indices of the blocks that `at` names; a tokenizer acts before or in its block.
 
-    An int is an index, a float in [0, 1) a relative depth (0.5 of 12 blocks is block 6), a string "0.5:" every block
-    from there on; a list holds several. Scenic's `tokenlearner_loc` is such an index; the Keras example's "after block
-    i" is i + 1.
+    An int is an index, a float in [0, 1) a relative depth (0.5 of 12 blocks is block 6), a string such as "0.5:" every
+    block from there on, and a list several of the first two. Scenic's `tokenlearner_loc` is such an index. The Keras
+    example's "after block i" is i + 1.
 
     Raises:
-        FewtokensError: Out of range, named twice, or not a number.
+        FewtokensError: A value is out of range, no number, or given twice.
     """
     if isinstance(at, str):
-        start = at.removesuffix(":")
-        if start == at:
-            raise _bad_at(at, depth)
-        try:
-            first = float(start) if "." in start else int(start)
-        except ValueError:
-            raise _bad_at(at, depth) from None
-        return list(range(_block_index(first, depth), depth))
+        return list(range(_first_of_range(at, depth), depth))
     if not isinstance(at, int | float | Iterable):
-        raise _bad_at(at, depth)
+        raise _invalid_at(at, depth)
     entries: list[Any] = [at] if isinstance(at, int | float) else list(at)
     indices = [_block_index(entry, depth) for entry in entries]
     if len(set(indices)) < len(indices):
         raise FewtokensError(
-            "One tokenizer stands before a block",
-            expected="different blocks",
-            got=f"tokenizer.at={list(entries)}, which is blocks {indices} of {depth}",
-            fix="name each block once",
+            f"`tokenizer.at` must name different blocks, got {entries}, which are blocks {indices} of {depth}."
         )
     return sorted(indices)
 
 
+def _first_of_range(at: str, depth: int) -> int:
+    start = at.removesuffix(":")
+    if start == at:
+        raise _invalid_at(at, depth)
+    try:
+        return _block_index(float(start) if "." in start else int(start), depth)
+    except ValueError:
+        raise _invalid_at(at, depth) from None
+
+
 def _block_index(entry: int | float, depth: int) -> int:
     if isinstance(entry, bool) or not isinstance(entry, int | float):
-        raise _bad_at(entry, depth)
+        raise _invalid_at(entry, depth)
     index = entry if isinstance(entry, int) else int(entry * depth + 1e-9) if 0 <= entry < 1 else -1
     if not 0 <= index < depth:
-        raise _bad_at(entry, depth)
+        raise _invalid_at(entry, depth)
     return index
 
 
-def _bad_at(at: object, depth: int) -> FewtokensError:
+def _invalid_at(at: object, depth: int) -> FewtokensError:
     return FewtokensError(
-        "A tokenizer stands before a block of the backbone",
-        expected=f"a block index 0..{depth - 1}, a relative depth 0 <= d < 1, or 'd:' for all blocks from there on",
-        got=f"tokenizer.at={at!r} for {depth} blocks",
-        fix="set tokenizer.at=0.5, tokenizer.at=[3,6,9] or tokenizer.at='0.5:'",
+        f"`tokenizer.at` must be a block index from 0 to {depth - 1}, a relative depth d with 0 <= d < 1, 'd:' for all "
+        f"blocks from there on, or a list of blocks such as [3,6,9], got {at!r}."
     )

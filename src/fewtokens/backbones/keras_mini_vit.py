@@ -1,8 +1,9 @@
-"""The mini ViT of the Keras TokenLearner example (2021), as its code really is.
+"""The mini ViT of the Keras TokenLearner example (2021), as its code computes it.
 
-Differences from an ordinary ViT: heads as wide as the model (inner width 4 x 128), GELU after both MLP layers, dropout
-on attention and MLP but not on the attention's output, a random position table that is never learned, Glorot-uniform
-kernels with Keras's notion of fans, no class token, norm before mean pooling.
+It differs from an ordinary ViT: every head is as wide as the model (4 heads of 128), GELU follows both MLP layers,
+dropout acts on the attention weights and the MLP but not on the attention's output, the positions are random and not
+trained, kernels are Glorot-uniform with Keras's definition of fans, there is no class token, and the final norm comes
+before the mean pooling.
 """
 
 from functools import partial
@@ -16,8 +17,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fewtokens.backbones.trunk import check_sizes
-from fewtokens.backbones.vit import TokenizerRecipe, ViT
+from fewtokens.backbones.vit import TokenizerRecipe, ViT, check_sizes
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
 from fewtokens.layers.embedding import Size, pair
@@ -25,15 +25,15 @@ from fewtokens.tokenizers.token_learner import MapPooler
 
 
 class KerasMlp(Mlp):
-    """Dense, GELU, dropout, Dense, GELU again, dropout."""
+    """An MLP with GELU after both layers: Dense, GELU, dropout, Dense, GELU, dropout."""
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """(B, N, C) to (B, N, C)."""
+        """Map (B, N, C) to (B, N, C)."""
         return self.drop2(self.act(self.fc2(self.drop1(self.act(self.fc1(x))))))
 
 
 class KerasBlock(Block):
-    """A block whose heads have a width of their own, without dropout on the attention's output."""
+    """A block with a given width of its heads and without dropout on the attention's output."""
 
     def __init__(self, key_dim: int, **settings: Any) -> None:
         super().__init__(**settings)
@@ -59,24 +59,25 @@ def keras_mini_vit(
     channels: int = 3,
     dropout: float = 0.1,
 ) -> ViT:
-    """The example's `create_vit_classifier`, without its augmentation.
+    """Build the example's `create_vit_classifier`, without its augmentation.
 
-    Its "after block i" is our "before block i + 1": tokenizer.at=3 for 4 blocks, 5 for 8.
+    The example places TokenLearner after block i, which is before block i + 1 here: tokenizer.at=3 for 4 blocks and 5
+    for 8.
 
     Args:
-        image_size: Height and width (example: 48).
-        patch_size: (example: 6).
-        num_classes: Outputs.
-        tokenizer: Where the tokenizer stands and its recipe.
+        image_size: Height and width in pixels (example: 48).
+        patch_size: Height and width of a patch in pixels (example: 6).
+        num_classes: Number of outputs.
+        tokenizer: The blocks that get a tokenizer, and its recipe.
         dim: Width of the tokens; the MLP is twice as wide.
-        depth: Blocks.
-        heads: Attention heads.
+        depth: Number of blocks.
+        heads: Number of attention heads.
         key_dim: Width of each head.
-        channels: Image channels.
-        dropout: Rate everywhere.
+        channels: Number of image channels.
+        dropout: Dropout rate of positions, attention weights and MLP.
     """
     check_sizes(image_size, patch_size, dim, heads, depth)
-    trunk = VisionTransformer(
+    timm_model = VisionTransformer(
         img_size=pair(image_size),
         patch_size=pair(patch_size),
         in_chans=channels,
@@ -96,34 +97,34 @@ def keras_mini_vit(
         attn_layer=Attention,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
-    model = ViT(trunk, tokenizer)
+    model = ViT(timm_model, tokenizer)
     init_as_keras(model, heads)
-    assert trunk.pos_embed is not None
-    trunk.pos_embed.requires_grad_(False)  # the example's table is a constant of the graph
+    assert timm_model.pos_embed is not None
+    timm_model.pos_embed.requires_grad_(False)  # in the example the positions are a constant of the graph
     return model
 
 
 @torch.no_grad()
 def init_as_keras(model: ViT, heads: int) -> None:
-    """Glorot-uniform kernels, zero biases, positions uniform in +-0.05 (Embedding's default).
+    """Initialize as Keras does: Glorot-uniform kernels, zero biases, positions uniform in +-0.05.
 
-    Of the tokenizers only TokenLearner is the example's; the others, a fuser that starts at zero say, keep their start.
+    Of the tokenizers, only TokenLearner is part of the example. Others keep their own initialization, such as a
+    TokenFuser that starts at zero.
     """
-    learners = [module for module in model.encoder.tokenizers.modules() if isinstance(module, MapPooler)]
-    for module in chain.from_iterable(part.modules() for part in (model.trunk, model.encoder.blocks, *learners)):
+    learners = [module for module in model.encoder.modules() if isinstance(module, MapPooler)]
+    for module in chain.from_iterable(part.modules() for part in (model.vit, *model.encoder.blocks, *learners)):
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             nn.init.zeros_(module.bias) if module.bias is not None else None
-            # torch has (out, in / groups, *window), Keras (*window, in / groups, out)
+            # torch stores (out, in / groups, *window), Keras (*window, in / groups, out).
             out, into, *window = module.weight.shape
             _glorot_(module.weight, (*window, into, out))
-    blocks: list[Any] = list(model.encoder.blocks)
-    for block in blocks:
-        # MultiHeadAttention keeps heads on an axis of their own, which its fans take for a part of the window
+    for block in model.encoder.blocks:
+        # In Keras's MultiHeadAttention the heads have an axis, which its fans count as part of the window.
         dim, key_dim = block.attn.qkv.in_features, block.attn.head_dim
         _glorot_(block.attn.qkv.weight, (dim, heads, key_dim))
         _glorot_(block.attn.proj.weight, (heads, key_dim, dim))
-    assert model.trunk.pos_embed is not None
-    nn.init.uniform_(model.trunk.pos_embed, -0.05, 0.05)
+    assert model.vit.pos_embed is not None
+    nn.init.uniform_(model.vit.pos_embed, -0.05, 0.05)
 
 
 def _glorot_(weight: Tensor, keras_shape: tuple[int, ...]) -> None:

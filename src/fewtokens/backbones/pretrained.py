@@ -1,4 +1,4 @@
-"""Any timm VisionTransformer by its name, with its weights, around our encoder."""
+"""Any timm VisionTransformer by its name, with pretrained weights, around our encoder."""
 
 import difflib
 import logging
@@ -15,8 +15,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from fewtokens.backbones.trunk import check_sizes
-from fewtokens.backbones.vit import TokenizerRecipe, ViT
+from fewtokens.backbones.vit import TokenizerRecipe, ViT, check_sizes
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
@@ -34,122 +33,118 @@ def timm_vit(
     channels: int = 3,
     pretrained: bool = False,
     weights: str | None = None,
+    grad_checkpointing: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> ViT:
-    """A timm VisionTransformer (vit, deit, deit3, dinov2, clip, siglip, gap ...) with our encoder.
+    """Build a timm VisionTransformer (vit, deit, deit3, dinov2, clip, siglip, gap ...) around our encoder.
 
     Args:
         name: timm's name, with or without its pretrained tag ("deit_small_patch16_224.fb_in1k").
-        image_size: Height and width of the input; positions are resampled when it is not the pretrained one.
-        num_classes: Outputs; a head of another size starts anew.
-        tokenizer: Where the tokenizer stands and its recipe.
-        channels: Image channels.
-        pretrained: Fetch timm's weights by that name.
-        weights: A file of weights in timm's (or the original) names, .safetensors or a torch file without code.
-        options: Any other argument of the timm model.
+        image_size: Height and width of the input in pixels. Positions are resampled if it is not the pretrained one.
+        num_classes: Number of outputs. A head of another size is initialized at random.
+        tokenizer: The blocks that get a tokenizer, and its recipe.
+        channels: Number of image channels.
+        pretrained: Download timm's weights of that name.
+        weights: File of weights in timm's (or the original) names: .safetensors, or a torch file without code.
+        grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
+        options: Further arguments of the timm model.
 
     Raises:
-        FewtokensError: An unknown name, a model of another family, no network, or a file that does not fit.
+        FewtokensError: The name is unknown, the model is of another family, there is no network, or the file does not
+            fit the model.
     """
     _check_family(name)
     settings = dict(img_size=image_size, num_classes=num_classes, in_chans=channels, **(options or {}))
     try:
-        trunk: Any = timm.create_model(name, pretrained=pretrained, block_fn=Block, attn_layer=Attention, **settings)
+        vit: Any = timm.create_model(name, pretrained=pretrained, block_fn=Block, attn_layer=Attention, **settings)
     except Exception as error:
         if not pretrained:
             raise FewtokensError(
-                f"timm builds {name} from these settings",
-                expected="settings that the model takes",
-                got=f"{settings}: {error}",
-                fix="check data.image_size, data.channels and backbone.options",
+                f"timm cannot build {name} with {settings}: {error}. "
+                "Check data.image_size, data.channels and backbone.options."
             ) from error
         raise FewtokensError(
-            f"timm fetches the weights of {name} over the network",
-            expected="a pretrained tag and a connection, or the weights in timm's cache",
-            got=f"{type(error).__name__}: {error}",
-            fix="download the file elsewhere and set backbone.weights=<file> backbone.pretrained=false",
+            f"timm could not download the weights of {name}: {type(error).__name__}: {error}. Check the pretrained tag "
+            "and the network, or download the file elsewhere and set backbone.weights=<file> backbone.pretrained=false."
         ) from error
-    # timm would leave pixels at the edge unseen
-    patch_size, heads = tuple(trunk.patch_embed.patch_size), trunk.blocks[0].attn.num_heads
-    check_sizes(image_size, patch_size, trunk.embed_dim, heads, len(trunk.blocks))
+    # timm would ignore the pixels at the edge of an image that the patch size does not divide.
+    patch_size, heads = tuple(vit.patch_embed.patch_size), vit.blocks[0].attn.num_heads
+    check_sizes(image_size, patch_size, vit.embed_dim, heads, len(vit.blocks))
     if weights is not None:
-        load_weights(trunk, Path(weights))
-    return ViT(trunk, tokenizer)
+        load_weights(vit, Path(weights))
+    model = ViT(vit, tokenizer)
+    model.set_grad_checkpointing(grad_checkpointing)
+    return model
 
 
-def load_weights(trunk: VisionTransformer, path: Path) -> None:
-    """Load a file of weights into a timm model; a head of another size is left as it is, and said.
+def load_weights(vit: VisionTransformer, path: Path) -> None:
+    """Load a file of weights into a timm model. A head of another size is skipped with a warning.
 
     Raises:
         FewtokensError: The file is missing, holds code, or its names do not fit the model's.
     """
-    state = checkpoint_filter_fn(read_weights(path), trunk, adapt_layer_scale=True)
-    own = trunk.state_dict()
+    state = checkpoint_filter_fn(read_weights(path), vit, adapt_layer_scale=True)
+    own = vit.state_dict()
     for key in [k for k in state if k.startswith("head") and k in own and own[k].shape != state[k].shape]:
-        log.warning(
-            "%s: %s is %s, the model's is %s; it starts anew",
-            path,
-            key,
-            *map(tuple, (state.pop(key).shape, own[key].shape)),
-        )
+        shapes = tuple(state.pop(key).shape), tuple(own[key].shape)
+        log.warning("%s: %s is %s, but the model's is %s; it is initialized at random", path, key, *shapes)
     head = {k for k in own if k.startswith(("head.", "head_dist."))}
     missing = sorted(set(own) - set(state) - head)
     unexpected = sorted(set(state) - set(own) - {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"})
-    wrong = sorted(k for k in set(state) & set(own) if own[k].shape != state[k].shape)
-    if missing or unexpected or wrong:
+    mismatched = sorted(k for k in set(state) & set(own) if own[k].shape != state[k].shape)
+    if missing or unexpected or mismatched:
         raise FewtokensError(
-            f"{path} holds the weights of this model",
-            expected=f"the {len(own)} names and shapes of {type(trunk).__name__}",
-            got=f"missing {missing[:5]}, unexpected {unexpected[:5]}, of another shape {wrong[:5]} "
-            f"({len(missing)}, {len(unexpected)} and {len(wrong)} in all)",
-            fix="set backbone.name to the model that the file was made from",
+            f"{path} does not fit the {len(own)} parameters of {type(vit).__name__}: missing {_listed(missing)}, "
+            f"unexpected {_listed(unexpected)}, of another shape {_listed(mismatched)}. "
+            "Set backbone.name to the model that the file was made from."
         )
-    trunk.load_state_dict(state, strict=False)
+    vit.load_state_dict(state, strict=False)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a torch file; nothing in it is executed.
+    """Return the tensors of a .safetensors file or of a torch file. No code in the file is executed.
 
     Raises:
-        FewtokensError: There is no such file, or it is neither, or it holds pickled code.
+        FewtokensError: The file does not exist, has another format, or holds pickled code.
     """
     if not path.is_file():
-        raise FewtokensError("backbone.weights is a file", expected="an existing file", got=path, fix="check the path")
+        raise FewtokensError(f"There is no file {path}. Set backbone.weights to a file of weights.")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         for key in ("state_dict", "model"):
             state = state[key] if isinstance(state, dict) and key in state else state
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("it does not hold tensors by their names")
-    except Exception as error:  # each format has errors of its own
+            raise TypeError("it does not map names to tensors")
+    except Exception as error:  # every format has its own errors
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FewtokensError(
-            "Weights are a .safetensors file or a torch file of plain tensors",
-            expected="names and tensors, in a file that loads with weights_only=True",
-            got=f"{path}: {type(error).__name__}: {error}".splitlines()[0],
-            fix="convert the file to .safetensors on a machine where you trust it",
+            f"{path} must be a .safetensors file, or a torch file of tensors that loads with weights_only=True, but: "
+            f"{reason}. Convert it to .safetensors on a machine where you trust it."
         ) from error
     return state
+
+
+def _listed(names: list[str]) -> str:
+    more = f" ... ({len(names)} in all)" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "none") + more
 
 
 def _check_family(name: str) -> None:
     base = name.partition(".")[0]
     if not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), n=3)
+        near = difflib.get_close_matches(base, timm.list_models(), n=3) or ["vit_small_patch16_224"]
         raise FewtokensError(
-            "backbone.name is a name of timm's",
-            expected=f"one of its {len(timm.list_models())}, such as {', '.join(near or ['vit_small_patch16_224'])}",
-            got=name,
-            fix="list them with: python -c \"import timm; print(timm.list_models('*vit*'))\"",
+            f"`backbone.name` must be the name of a timm model, such as {', '.join(near)}, got {name!r}. "
+            "List them with: python -c \"import timm; print(timm.list_models('*vit*'))\""
         )
-    with torch.device("meta"):  # what timm itself would build, without its memory
+    with torch.device("meta"):  # builds timm's own model without allocating its memory
         model: Any = timm.create_model(base)
-    # Only exact types: a subclass may compute something else, and our blocks would replace it without a word.
-    plain = type(model) in (VisionTransformer, VisionTransformerDistilled)
-    if not plain or any(type(b) is not TimmBlock or type(b.attn) is not TimmAttention for b in model.blocks):
-        block = type(model.blocks[0]).__name__ if plain else "not looked at"
+    # Only exact types: a subclass may compute something else, which our blocks would silently replace.
+    supported = type(model) in (VisionTransformer, VisionTransformerDistilled)
+    if not supported or any(type(b) is not TimmBlock or type(b.attn) is not TimmAttention for b in model.blocks):
+        block = f" with blocks of type {type(model.blocks[0]).__name__}" if supported else ""
         raise FewtokensError(
-            "Tokenizers work inside timm's VisionTransformer with its standard blocks",
-            expected="a vit, deit, deit3, dinov2, clip, siglip or gap model with Block and Attention",
-            got=f"{name} is a {type(model).__name__} (blocks: {block})",
-            fix="choose another with backbone.name=deit_small_patch16_224",
+            "Tokenizers work in timm's VisionTransformer with its standard blocks (vit, deit, deit3, dinov2, clip, "
+            f"siglip, gap), but {name} is a {type(model).__name__}{block}. "
+            "Choose another model, such as backbone.name=deit_small_patch16_224."
         )

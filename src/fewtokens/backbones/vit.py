@@ -1,4 +1,4 @@
-"""ViT: timm's VisionTransformer with our blocks and a tokenizer."""
+"""Vision Transformers: timm's VisionTransformer with our encoder in place of its blocks."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,139 +11,145 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fewtokens.backbones.encoder import At, Build, Encoder
-from fewtokens.backbones.trunk import check_sizes, make_trunk
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check
+from fewtokens.layers.attention import Attention
+from fewtokens.layers.block import Block
 from fewtokens.layers.embedding import Size, pair
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokens import Tokens
+
+Pool = Literal["token", "avg", "max", "avgmax", "map"]
 
 
 class TokenizerRecipe(TypedDict):
-    """A tokenizer config: where it stands and how it is built."""
+    """A tokenizer config: the blocks that get one, and the recipe that builds it."""
 
     at: At
     build: Build
 
 
 class ViT(nn.Module):
-    """A Vision Transformer whose tokens a tokenizer learns, samples or merges.
+    """A Vision Transformer with a tokenizer that learns, samples or merges its tokens.
 
-    timm's model does the embedding, the norms and the head; the encoder between them is ours. With the plain
-    tokenizer the logits are timm's, bit for bit. Names of parameters are timm's, with `trunk.` or `encoder.` ahead.
+    timm's model does the embedding, the norms and the head; the encoder between them is ours. With the plain tokenizer
+    the logits equal timm's bit for bit. Parameters have timm's names below `vit.`, and those of the blocks below
+    `encoder.layers.<index>.block.`.
 
     Args:
-        trunk: timm's model, built with `block_fn=Block, attn_layer=Attention`. Its blocks move to the encoder.
-        tokenizer: Where the tokenizer stands and its recipe.
-        frames: Time steps in which the patches are laid out; an image is a clip of one.
+        vit: timm's model, built with `block_fn=Block, attn_layer=Attention`. Its blocks are moved to the encoder.
+        tokenizer: The blocks that get a tokenizer, and its recipe.
+        frames: Number T of time steps in which the patches are laid out, 1 for images.
     """
 
-    def __init__(self, trunk: VisionTransformer, tokenizer: TokenizerRecipe, frames: int = 1) -> None:
+    def __init__(self, vit: VisionTransformer, tokenizer: TokenizerRecipe, frames: int = 1) -> None:
         super().__init__()
-        blocks: list[Any] = list(trunk.blocks)
-        trunk.blocks = nn.Sequential()
-        self.trunk, self.frames = trunk, frames
-        place = Place(
-            dim=trunk.embed_dim,
+        blocks: list[Any] = list(vit.blocks)
+        vit.blocks = nn.Sequential()
+        self.vit, self.frames = vit, frames
+        context = LayerContext(
+            dim=vit.embed_dim,
             heads=blocks[0].attn.num_heads,
             block=0,
             depth=len(blocks),
-            prefix=trunk.num_prefix_tokens,
-            class_token=trunk.has_class_token,
+            prefix=vit.num_prefix_tokens,
+            class_token=vit.has_class_token,
             frames=frames,
-            grid=tuple(trunk.patch_embed.grid_size),
+            grid=tuple(vit.patch_embed.grid_size),
         )
-        self.encoder = Encoder(blocks, tokenizer["build"], tokenizer["at"], place)
+        self.encoder = Encoder(blocks, tokenizer["build"], tokenizer["at"], context)
 
     def forward(self, images: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "b classes"]:
-        """Images (B, channels, H, W), normalised as the data says, to logits (B, classes)."""
+        """Map normalized images (B, channels, H, W) to logits (B, classes)."""
         return self.classify(self.encoder(self.embed(images)))
 
     def embed(self, images: Float[Tensor, "b c *t h w"], trace: bool = False) -> Tokens:
-        """Patches with positions, class and register tokens.
+        """Return the patches with positions, and the class and register tokens.
 
         Args:
             images: (B, channels, H, W).
-            trace: Keep the origin of every token and the record after every block.
+            trace: Record the origin of every token, and the tokens after every block.
 
         Raises:
-            FewtokensError: The images are not of the size that the model was built for.
+            FewtokensError: The images do not have the size that the model was built for.
         """
-        trunk = self.trunk
+        vit = self.vit
         self._check_shape(images)
-        x = trunk.patch_embed(images)
-        grid = tuple(x.shape[1:3]) if trunk.dynamic_img_size else tuple(trunk.patch_embed.grid_size)
-        x = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(x)))
-        prefix = trunk.num_prefix_tokens
+        x = vit.patch_embed(images)
+        grid = tuple(x.shape[1:3]) if vit.dynamic_img_size else tuple(vit.patch_embed.grid_size)
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))
+        prefix = vit.num_prefix_tokens
         dropped = x.shape[1] - prefix < self.frames * grid[0] * grid[1]
         tokens = Tokens(x, prefix) if dropped else Tokens(x, prefix, self.frames, grid)
-        return traced(tokens) if trace else tokens
+        return start_trace(tokens) if trace else tokens
 
     def classify(self, tokens: Tokens) -> Float[Tensor, "b classes"]:
-        """Final norm, pooling and head (B, classes)."""
-        trunk = self.trunk
-        tokens = tokens.update(trunk.norm(tokens.x))
-        if tokens.uniform or isinstance(trunk, VisionTransformerDistilled) or trunk.global_pool == "token":
-            return trunk.forward_head(tokens.x)
-        return trunk.head(trunk.head_drop(trunk.fc_norm(self._pool(tokens))))
+        """Apply the final norm, the pooling and the head and return logits (B, classes)."""
+        vit = self.vit
+        tokens = tokens.update(vit.norm(tokens.x))
+        if tokens.uniform or isinstance(vit, VisionTransformerDistilled) or vit.global_pool == "token":
+            return vit.forward_head(tokens.x)
+        return vit.head(vit.head_drop(vit.fc_norm(self._pool(tokens))))
 
     def trace(self, images: Float[Tensor, "b c *t h w"]) -> list[Tokens]:
-        """The tokens after every block, with the origin of each: one record per block, for pictures and counts."""
+        """Return the tokens after every block, with the origin of each token, for pictures and counts."""
         tokens = self.embed(images, trace=True)
         self.encoder(tokens)
         assert tokens.trace is not None
         return tokens.trace
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of every layer in the backward pass instead of storing them."""
+        self.encoder.grad_checkpointing = enable
+
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: channels, frames if it is a clip, height, width."""
-        return (self.trunk.in_chans, *self.trunk.patch_embed.img_size)
+        """Return the shape of a sample: channels, frames if it is a clip, height and width."""
+        return (self.vit.in_chans, *self.vit.patch_embed.img_size)
 
     def pictures(self, images: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "bt c h w"]:
-        """What every time step shows (B*T, channels, H, W), for pictures of the tokens."""
+        """Return one picture for each time step (B*T, channels, H, W), on which tokens are drawn."""
         return images
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone: positions, class and register tokens."""
-        return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
+        """Return the names of the parameters without weight decay: positions, class and register tokens."""
+        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
 
     def _pool(self, tokens: Tokens) -> Float[Tensor, "b c"]:
-        """timm's pooling where sizes count and padding does not."""
-        trunk = self.trunk
-        if trunk.pool_include_prefix:
+        """Apply timm's pooling, weighted by size and without padding."""
+        vit = self.vit
+        if vit.pool_include_prefix:
             tokens = replace(tokens, prefix=0)
-        if trunk.global_pool == "avg":
+        if vit.global_pool == "avg":
             return tokens.mean()
-        tokens = tokens.decided()
-        if trunk.attn_pool is not None:
+        tokens = tokens.hardened()
+        if vit.attn_pool is not None:
             bias = tokens.bias()
-            return trunk.attn_pool(tokens.patches, attn_mask=None if bias is None else bias[..., tokens.prefix :])
+            return vit.attn_pool(tokens.patches, attn_mask=None if bias is None else bias[..., tokens.prefix :])
         patches = tokens.patches
         if tokens.mask is not None:
             patches = patches.masked_fill(~tokens.mask[:, tokens.prefix :, None], float("-inf"))
         highest = patches.amax(dim=1)
-        return highest if trunk.global_pool == "max" else 0.5 * (highest + tokens.mean())
+        return highest if vit.global_pool == "max" else 0.5 * (highest + tokens.mean())
 
     def _check_shape(self, images: Tensor) -> None:
-        trunk, embed = self.trunk, self.trunk.patch_embed
-        fits = images.ndim == 4 and images.shape[1] == trunk.in_chans
+        vit, embed = self.vit, self.vit.patch_embed
         sides: list[object] = list(embed.img_size)
-        if trunk.dynamic_img_size:
+        valid = images.ndim == 4 and images.shape[1] == vit.in_chans
+        if vit.dynamic_img_size:
             steps = (1, 1) if embed.dynamic_img_pad else embed.patch_size
             sides = [f"a multiple of {step}" for step in steps]
-            fits = fits and all(side % step == 0 for side, step in zip(images.shape[2:], steps, strict=True))
+            valid = valid and all(side % step == 0 for side, step in zip(images.shape[2:], steps, strict=True))
         else:
-            fits = fits and list(images.shape[2:]) == sides
-        if not fits:
+            valid = valid and list(images.shape[2:]) == sides
+        if not valid:
             raise FewtokensError(
-                "A ViT takes images of the size that it was built for",
-                expected=f"(batch, channels, height, width) = (B, {trunk.in_chans}, {sides[0]}, {sides[1]})",
-                got=tuple(images.shape),
-                fix="set data.image_size and data.channels to what the data gives",
+                f"The model was built for images (batch, channels, height, width) = (B, {vit.in_chans}, {sides[0]}, "
+                f"{sides[1]}), got {tuple(images.shape)}. Set data.image_size and data.channels to those of the data."
             )
 
 
-def traced(tokens: Tokens) -> Tokens:
-    """The record with the origin of every patch token and a list for the records after every block."""
+def start_trace(tokens: Tokens) -> Tokens:
+    """Return the tokens with the identity as origin, and with an empty trace."""
     eye = torch.eye(tokens.num_patches, device=tokens.x.device).expand(tokens.x.shape[0], -1, -1)
     return replace(tokens, origin=eye, trace=[])
 
@@ -158,29 +164,32 @@ def vit(
     depth: int,
     heads: int,
     channels: int = 3,
-    pool: Literal["token", "avg", "max", "avgmax", "map"] = "token",
+    pool: Pool = "token",
+    grad_checkpointing: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> ViT:
-    """A ViT of any size, from random weights.
+    """Build a ViT of any size with random weights.
 
     Args:
-        image_size: Height and width, or one number for both.
-        patch_size: The same for a patch; must divide the image.
-        num_classes: Outputs.
-        tokenizer: Where the tokenizer stands and its recipe.
-        dim: Width of the tokens.
-        depth: Blocks.
-        heads: Attention heads; must divide the width.
-        channels: Image channels.
-        pool: What the head reads: the class token, or the patches by one of timm's poolings (no class token then).
-        options: Any other argument of timm's VisionTransformer: mlp_ratio, drop_path_rate, init_values, class_token ...
+        image_size: Height and width in pixels, or one number for both.
+        patch_size: Height and width of a patch in pixels, or one number for both; must divide the image size.
+        num_classes: Number of outputs.
+        tokenizer: The blocks that get a tokenizer, and its recipe.
+        dim: Width C of the tokens.
+        depth: Number of blocks.
+        heads: Number of attention heads; must divide the width.
+        channels: Number of image channels.
+        pool: Input of the head: the class token ("token"), or the patches pooled by one of timm's poolings. With the
+            latter there is no class token.
+        grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
+        options: Further arguments of timm's VisionTransformer: mlp_ratio, drop_path_rate, init_values, class_token ...
 
     Raises:
-        FewtokensError: Sizes that do not fit, or an unknown option.
+        FewtokensError: The sizes do not fit together, or timm does not know an option.
     """
     check_sizes(image_size, patch_size, dim, heads, depth)
     settings = {"class_token": pool == "token", "global_pool": pool, **(options or {})}
-    trunk = make_trunk(
+    timm_model = build_timm(
         settings,
         img_size=pair(image_size),
         patch_size=pair(patch_size),
@@ -190,4 +199,53 @@ def vit(
         depth=depth,
         num_heads=heads,
     )
-    return ViT(trunk, tokenizer)
+    model = ViT(timm_model, tokenizer)
+    model.set_grad_checkpointing(grad_checkpointing)
+    return model
+
+
+def build_timm(options: Mapping[str, Any], **settings: Any) -> VisionTransformer:
+    """Build timm's VisionTransformer with our blocks.
+
+    Args:
+        options: The user's options, named in the error.
+        settings: Arguments that the backbone sets.
+
+    Raises:
+        FewtokensError: timm does not accept the options.
+    """
+    try:
+        return VisionTransformer(**{"block_fn": Block, "attn_layer": Attention} | settings, **options)
+    except (TypeError, ValueError, KeyError, AssertionError) as error:  # timm has no exception of its own
+        if isinstance(error, FewtokensError):
+            raise
+        raise FewtokensError(
+            f"`backbone.options` must be arguments of timm's VisionTransformer, got {dict(options)}: {error}. "
+            "See help(timm.models.vision_transformer.VisionTransformer)."
+        ) from error
+
+
+def check_sizes(image_size: Size, patch_size: Size, dim: int, heads: int, depth: int) -> None:
+    """Raise an error if the patch does not divide the image, or for `check_heads`.
+
+    Raises:
+        FewtokensError: The sizes do not fit together.
+    """
+    image, patch = pair(image_size), pair(patch_size)
+    if min(patch) < 1 or any(i < p or i % p for i, p in zip(image, patch, strict=True)):
+        raise FewtokensError(
+            f"Patches of {patch[0]}x{patch[1]} pixels do not tile an image of {image[0]}x{image[1]}. "
+            "Set backbone.patch_size to a divisor, or resize the data with data.image_size."
+        )
+    check_heads(dim, heads, depth)
+
+
+def check_heads(dim: int, heads: int, depth: int) -> None:
+    """Raise an error if the heads do not divide the width, or if there is no block.
+
+    Raises:
+        FewtokensError: The sizes do not fit together.
+    """
+    check(dim >= 1, "backbone.dim", "an int >= 1", dim)
+    check(heads >= 1 and dim % heads == 0, "backbone.heads", f"a divisor of backbone.dim={dim}", heads)
+    check(depth >= 1, "backbone.depth", "an int >= 1", depth)

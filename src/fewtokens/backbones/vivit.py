@@ -1,6 +1,6 @@
-"""ViViT: the ViT whose patches are tubelets, and three ways of attending over space and time by turns.
+"""Video Vision Transformers: a ViT over tubelets, in the four models of the ViViT paper.
 
-Arnab et al., "ViViT: A Video Vision Transformer", ICCV 2021 (arXiv 2103.15691), section 3.3, as scenic has it.
+Arnab et al., "ViViT: A Video Vision Transformer", ICCV 2021 (arXiv 2103.15691), section 3.3, as implemented in scenic.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,11 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fewtokens.backbones.trunk import check_heads, make_trunk
-from fewtokens.backbones.vit import TokenizerRecipe, ViT
-from fewtokens.errors import FewtokensError
+from fewtokens.backbones.vit import Pool, TokenizerRecipe, ViT, build_timm, check_heads
+from fewtokens.errors import FewtokensError, check_choice
 from fewtokens.layers.block import Block
 from fewtokens.layers.embedding import Pixels, TubeletEmbed, Tubelets
-from fewtokens.layers.factorised import DotProductBlock, FactorisedBlock, SelfAttentionBlock
+from fewtokens.layers.factorised import USE_INSTEAD, DotProductBlock, FactorisedBlock, SelfAttentionBlock
 from fewtokens.tokenizers.base import Tokenizer
 from fewtokens.tokens import Tokens
 
@@ -32,69 +31,76 @@ PLAIN = TokenizerRecipe(at=[], build=Tokenizer)
 
 
 class ViViT(ViT):
-    """Models 1, 3 and 4: one sequence of all tubelets of a clip; what differs are the blocks.
+    """Models 1, 3 and 4: one sequence of all tubelets of a clip. The models differ in their blocks.
 
     Args:
-        trunk: timm's model, with `TubeletEmbed` for its embedding.
-        tokenizer: Where the tokenizer stands and its recipe.
-        frames: Time steps in which the tokens are laid out.
+        vit: timm's model, with `TubeletEmbed` as its embedding.
+        tokenizer: The blocks that get a tokenizer, and its recipe.
+        frames: Number T of time steps in which the tokens are laid out.
 
     Raises:
-        FewtokensError: The blocks attend over time, and the tokenizer does not keep as many tokens in every time step.
+        FewtokensError: The blocks attend over time, and the tokenizer does not keep the same tokens in every time step.
     """
 
-    def __init__(self, trunk: VisionTransformer, tokenizer: TokenizerRecipe, frames: int) -> None:
-        super().__init__(trunk, tokenizer, frames)
-        assert isinstance(trunk.patch_embed, TubeletEmbed)
-        self.tubelets: Tubelets = trunk.patch_embed.tubelets
+    def __init__(self, vit: VisionTransformer, tokenizer: TokenizerRecipe, frames: int) -> None:
+        super().__init__(vit, tokenizer, frames)
+        assert isinstance(vit.patch_embed, TubeletEmbed)
+        self.tubelets: Tubelets = vit.patch_embed.tubelets
         if any(isinstance(block, FactorisedBlock) for block in self.encoder.blocks):
-            _check_kept(list(self.encoder.tokenizers))
+            _check_keeps_frames(self.encoder.tokenizers)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """(channels, frames, height, width) of a clip."""
+        """Return the shape of a clip: (channels, frames, height, width)."""
         return (self.tubelets.channels, self.tubelets.clip_frames, *self.tubelets.sides)
 
     def pictures(self, clips: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "bt c h w"]:
-        """The middle frame of every time step (B*T, channels, H, W)."""
+        """Return the middle frame of every time step (B*T, channels, H, W)."""
         clips = clips[:, :, None] if clips.ndim == 4 else clips
-        return self.tubelets.centres(clips).transpose(1, 2).flatten(0, 1)
+        return self.tubelets.central_frames(clips).transpose(1, 2).flatten(0, 1)
 
     def _check_shape(self, clips: Tensor) -> None:
         channels, frames, *sides = expected = self.sample_shape
         found = tuple(clips.shape[1:])
         if found != expected and not (frames == 1 and found == (channels, *sides)):
             raise FewtokensError(
-                "A ViViT takes clips of the size that it was built for",
-                expected="(batch, channels, frames, height, width) = (B, {}, {}, {}, {})".format(*expected),
-                got=tuple(clips.shape),
-                fix="set data.frames, data.image_size and data.channels to what the data gives",
+                "The model was built for clips (batch, channels, frames, height, width) = (B, {}, {}, {}, {}), ".format(
+                    *expected
+                )
+                + f"got {tuple(clips.shape)}. Set data.frames, data.image_size and data.channels to those of the data."
             )
 
 
 class FactorisedEncoder(ViViT):
-    """Model 2: an encoder within every time step, then one over the time steps.
+    """Model 2: an encoder within every time step, followed by an encoder over the time steps.
 
-    Tokenizers stand in the first, where every time step is a sample of its own: all of them work as on images. The
-    second is a ViT on a picture of T x 1 pixels, with class token, positions, norm and pooling of its own.
+    Tokenizers act in the first encoder, in which every time step is a sample, so that all of them work as on images.
+    The second encoder is a ViT on an image of T x 1 pixels, with its own class token, positions, norm and pooling.
 
     Args:
-        trunk: timm's model with `TubeletEmbed` by time step; without a head, unless `temporal` is None.
-        tokenizer: Where the tokenizer stands and its recipe.
-        temporal: The second encoder, features (B, C, T, 1) to logits; None for the mean over time.
+        vit: timm's model, whose `TubeletEmbed` embeds every time step on its own. It has no head unless `temporal` is
+            None.
+        tokenizer: The blocks that get a tokenizer, and its recipe.
+        temporal: The second encoder, which maps features (B, C, T, 1) to logits; None to average over time instead.
     """
 
-    def __init__(self, trunk: VisionTransformer, tokenizer: TokenizerRecipe, temporal: ViT | None) -> None:
-        super().__init__(trunk, tokenizer, frames=1)
+    def __init__(self, vit: VisionTransformer, tokenizer: TokenizerRecipe, temporal: ViT | None) -> None:
+        super().__init__(vit, tokenizer, frames=1)
         self.temporal = temporal
 
     def classify(self, tokens: Tokens) -> Float[Tensor, "b classes"]:
-        """Final norm and pooling of every time step (B*T, ...), the temporal encoder and the head (B, classes)."""
+        """Pool the tokens of every time step (B*T, ...), apply the temporal encoder and return logits (B, classes)."""
         steps = super().classify(tokens).unflatten(0, (-1, self.tubelets.steps))
         return steps.mean(dim=1) if self.temporal is None else self.temporal(steps.transpose(1, 2)[..., None])
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of the layers of both encoders in the backward pass."""
+        super().set_grad_checkpointing(enable)
+        if self.temporal is not None:
+            self.temporal.set_grad_checkpointing(enable)
+
     def no_weight_decay(self) -> set[str]:
-        """Positions and class tokens of both encoders."""
+        """Return the names of the positions and class tokens of both encoders."""
         inner: set[str] = set() if self.temporal is None else self.temporal.no_weight_decay()
         return super().no_weight_decay() | {f"temporal.{name}" for name in inner}
 
@@ -109,58 +115,70 @@ def vivit(
     heads: int,
     model: Model = "spatio_temporal",
     temporal_depth: int = 4,
-    pool: Literal["token", "avg", "max", "avgmax", "map"] | None = None,
+    pool: Pool | None = None,
+    grad_checkpointing: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> ViViT:
-    """A ViViT of any size, from random weights; `fewtokens.backbones.image_init` starts it from an image model.
+    """Build a ViViT of any size with random weights; `fewtokens.backbones.image_init` starts it from an image model.
 
     Args:
         tubelets: How clips (B, channels, frames, H, W) are cut into tokens.
-        num_classes: Outputs.
-        tokenizer: Where the tokenizer stands and its recipe.
-        dim: Width of the tokens.
-        depth: Blocks; of the factorised encoder those within time steps.
-        heads: Attention heads; must divide the width.
+        num_classes: Number of outputs.
+        tokenizer: The blocks that get a tokenizer, and its recipe.
+        dim: Width C of the tokens.
+        depth: Number of blocks; of the factorised encoder, those within time steps.
+        heads: Number of attention heads; must divide the width.
         model: "spatio_temporal" (model 1: every tubelet attends to all), "factorised_encoder" (2: an encoder within
-            time steps, one over them), "factorised_self_attention" (3: in every block attention within time steps, then
-            over time; "..._time_space" the other way round), "factorised_dot_product" (4: half of the heads each).
-        temporal_depth: Blocks of the factorised encoder's second encoder; 0 for the mean over time instead.
-        pool: What the head reads: the class token, or the patches by one of timm's poolings. None: the class token in
-            models 1 and 2, the mean in models 3 and 4, which can have no class token.
-        options: Any other argument of timm's VisionTransformer. `drop_path_rate` is timm's stochastic depth: what is
-            kept is divided by the probability to keep it, which scenic's ViViT does not do. `act_layer: gelu_tanh` is
-            Flax's GELU. The final norm comes before pooling, as in scenic, unless `fc_norm: true`.
+            time steps and one over them), "factorised_self_attention" (3: every block attends within time steps and
+            then over time; "factorised_self_attention_time_space" in the other order), "factorised_dot_product" (4:
+            half of the heads attends within time steps, half over time).
+        temporal_depth: Blocks of the factorised encoder's second encoder; 0 averages over time instead.
+        pool: Input of the head: the class token ("token"), or the patches pooled by one of timm's poolings. None is the
+            class token in models 1 and 2, and the mean in models 3 and 4, which cannot have a class token.
+        grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
+        options: Further arguments of timm's VisionTransformer. `drop_path_rate` is timm's stochastic depth, which
+            divides the kept samples by the probability to keep them; scenic's ViViT does not. `act_layer: gelu_tanh` is
+            Flax's GELU. The final norm comes before the pooling, as in scenic, unless `fc_norm: true`.
 
     Raises:
-        FewtokensError: Sizes that do not fit, an unknown model or option, or what the model cannot have.
+        FewtokensError: The sizes do not fit together, or the model does not have an option.
     """
     check_heads(dim, heads, depth)
     settings, sizes = _settings(model, pool, options or {}), {"embed_dim": dim, "num_heads": heads}
-    steps, two = tubelets.steps, model == "factorised_encoder" and temporal_depth > 0
-    trunk = make_trunk(
-        settings | ({"drop_rate": 0.0} if two else {}),  # dropout ahead of a head that is not there
+    per_step = model == "factorised_encoder"
+    has_temporal = per_step and temporal_depth > 0
+    timm_model = build_timm(
+        settings | ({"drop_rate": 0.0} if has_temporal else {}),  # no dropout before a head that does not exist
         **sizes,
         depth=depth,
         in_chans=tubelets.channels,
-        num_classes=0 if two else num_classes,
-        embed_layer=partial(TubeletEmbed, tubelets, model == "factorised_encoder"),
-        block_fn=_block(model, steps),
+        num_classes=0 if has_temporal else num_classes,
+        embed_layer=partial(TubeletEmbed, tubelets, per_step),
+        block_fn=_block(model, tubelets.steps),
     )
-    if model != "factorised_encoder":
-        return ViViT(trunk, tokenizer, steps)
-    if not two:
-        return FactorisedEncoder(trunk, tokenizer, None)
-    over_time = make_trunk(
-        settings | {"patch_drop_rate": 0.0},  # time steps are no patches
+    if per_step:
+        temporal = (
+            _temporal_encoder(settings, sizes, tubelets.steps, temporal_depth, num_classes) if has_temporal else None
+        )
+        network: ViViT = FactorisedEncoder(timm_model, tokenizer, temporal)
+    else:
+        network = ViViT(timm_model, tokenizer, tubelets.steps)
+    network.set_grad_checkpointing(grad_checkpointing)
+    return network
+
+
+def _temporal_encoder(settings: dict[str, Any], sizes: dict[str, int], steps: int, depth: int, num_classes: int) -> ViT:
+    timm_model = build_timm(
+        settings | {"patch_drop_rate": 0.0},  # drops patches, and there are only time steps here
         **sizes,
-        depth=temporal_depth,
-        in_chans=dim,
+        depth=depth,
+        in_chans=sizes["embed_dim"],
         num_classes=num_classes,
         img_size=(steps, 1),
         patch_size=1,
         embed_layer=Pixels,
     )
-    return FactorisedEncoder(trunk, tokenizer, ViT(over_time, PLAIN))
+    return ViT(timm_model, PLAIN)
 
 
 def _block(model: Model, steps: int) -> Any:
@@ -172,34 +190,25 @@ def _block(model: Model, steps: int) -> Any:
 
 
 def _settings(model: Model, pool: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of timm's model that say what the head reads, and the options."""
-    if model not in get_args(Model):
-        raise FewtokensError(
-            "ViViT comes in several models",
-            expected=" or ".join(get_args(Model)),
-            got=repr(model),
-            fix="set backbone.model=spatio_temporal",
-        )
-    lattice = model not in ("spatio_temporal", "factorised_encoder")
-    pool = pool or ("avg" if lattice else "token")
+    """Return the arguments of timm's model that depend on the pooling, and the options."""
+    check_choice("backbone.model", model, get_args(Model))
+    over_time = model not in ("spatio_temporal", "factorised_encoder")
+    pool = pool or ("avg" if over_time else "token")
     settings = {"class_token": pool == "token", "global_pool": pool, "fc_norm": False, **options}
-    wrong = [name for name in ("class_token", "reg_tokens", "patch_drop_rate") if settings.get(name)]
-    if lattice and wrong:
+    invalid = [name for name in ("class_token", "reg_tokens", "patch_drop_rate") if settings.get(name)]
+    if over_time and invalid:
         raise FewtokensError(
-            f"{model} attends over the time steps of every position, so all tokens have a position and none is dropped",
-            expected="no class or register token and no patch dropout",
-            got=", ".join(f"{name}={settings[name]}" for name in wrong),
-            fix="set backbone.pool=avg, or backbone.model=spatio_temporal or factorised_encoder",
+            f"backbone.model={model} attends over the time steps of every position, so it can have no class or "
+            f"register token and no patch dropout, got {', '.join(f'{name}={settings[name]}' for name in invalid)}. "
+            "Set backbone.pool=avg, or backbone.model=spatio_temporal or factorised_encoder."
         )
     return settings
 
 
-def _check_kept(tokenizers: list[Any]) -> None:
+def _check_keeps_frames(tokenizers: list[Tokenizer]) -> None:
     for tokenizer in tokenizers:
         if type(tokenizer) is not Tokenizer and not tokenizer.keeps_frames:
             raise FewtokensError(
-                "Attention over time needs the same tokens in every time step",
-                expected="a tokenizer that makes as many in each, such as token_learner, token_fuser or pool",
-                got=f"{type(tokenizer).__name__}, which drops or merges them one by one",
-                fix="set backbone.model=spatio_temporal or factorised_encoder, or tokenizer=token_learner",
+                "Attention over time needs the same tokens in every time step, but "
+                f"{type(tokenizer).__name__} drops or merges tokens one by one. {USE_INSTEAD}"
             )

@@ -173,10 +173,10 @@ def run_of(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], setting
 def timms_own(model: ViT) -> nn.Module:
     """timm's model, with the same parameters and timm's own blocks and forward: what dense ought to equal in speed."""
     with evaluating(model):
-        trunk = copy.deepcopy(model.trunk, {id(p): p for p in model.parameters()})
-        blocks = copy.deepcopy(model.encoder.blocks, {id(p): p for p in model.parameters()})
+        vit = copy.deepcopy(model.vit, {id(p): p for p in model.parameters()})
+        blocks: list[Any] = copy.deepcopy(model.encoder.blocks, {id(p): p for p in model.parameters()})
     for block in blocks:
         # Ours add methods to timm's and no state, so that the way back is the class alone.
         block.__class__, block.attn.__class__ = TimmBlock, TimmAttention
-    trunk.blocks = nn.Sequential(*blocks)
-    return trunk
+    vit.blocks = nn.Sequential(*blocks)
+    return vit

@@ -53,7 +53,7 @@ def sharpen(model: ViT, images: Float[Tensor, "b c *t h w"], profile: Sequence[f
             assert isinstance(tokenizer, Tokenizer)
             wanted = index - (len(blocks) - len(profile))
             if wanted >= 0:
-                tokens = _sharpen_block(ATS(tokenizer.place), block, tokens, profile[wanted])
+                tokens = _sharpen_block(ATS(tokenizer.context), block, tokens, profile[wanted])
                 found.append(alive(tokens))
             else:
                 tokens = block(tokens)

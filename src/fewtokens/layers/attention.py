@@ -1,6 +1,6 @@
-"""Self-attention that can say, afterwards, what it looked at."""
+"""Self-attention in two steps, so that tokenizers can read attention weights between them."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +13,16 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What one attention layer saw, from which tokenizers choose. The N x N matrix is never built.
+class AttentionState:
+    """Queries, keys and values of one attention layer, from which tokenizers compute attention weights on demand.
 
     Args:
-        query: (B, heads, Q, D), where Q = N unless only the first tokens, or chosen ones, ask.
+        query: (B, heads, Q, D). Q = N, unless only the queries of the first or of selected tokens were computed.
         key: (B, heads, N, D).
         value: (B, heads, N, D).
-        bias: Additive attention term (B, 1, 1, N), or None.
-        scale: What the products of query and key are multiplied by.
-        keep: Decisions of a method that learns them (B, N), see `Tokens.keep`, or None.
+        bias: Additive attention bias (B, 1, 1, N), or None.
+        scale: Factor on the product of query and key.
+        keep_mask: See `Tokens.keep_mask` (B, N), or None.
     """
 
     query: Float[Tensor, "b h q d"]
@@ -30,111 +30,120 @@ class Evidence:
     value: Float[Tensor, "b h n d"]
     bias: Float[Tensor, "b 1 1 n"] | None
     scale: float
-    keep: Float[Tensor, "b n"] | None = None
+    keep_mask: Float[Tensor, "b n"] | None = None
 
-    def rows(self, n: int) -> Float[Tensor, "b h rows n"]:
-        """The first n rows of the attention matrix (B, heads, n, N), in float32.
+    def attention_rows(self, n: int) -> Float[Tensor, "b h rows n"]:
+        """Return the first n rows of the attention matrix (B, heads, n, N), in float32.
 
-        They cost n * N * C multiply-adds, and a single one, a class token's, heads * N * C, which is faster.
+        This costs n * N * C multiply-adds; for n = 1 it takes heads * N * C, which is faster (see `_single_row`).
         """
-        device = self.query.device.type  # "meta" knows no autocast
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with autocast_disabled(self.query.device):
             query, key = self.query[:, :, :n].float() * self.scale, self.key.float()
             logits = _single_row(query, key) if n == 1 else query @ key.transpose(-2, -1)
         if self.bias is not None:
             logits = logits + self.bias.float()
-        return logits.softmax(dim=-1) if self.keep is None else softmax_over(logits, self.keep)
+        return logits.softmax(dim=-1) if self.keep_mask is None else masked_softmax(logits, self.keep_mask)
 
 
 class Attention(TimmAttention):
-    """timm's attention, with its parameters and names, in two steps: `observe`, then `mix`."""
+    """timm's attention with its parameters and their names, split into `project_qkv` and `attend`."""
 
-    def observe(
+    def project_qkv(
         self,
         x: Float[Tensor, "b n c"],
         bias: Float[Tensor, "b 1 1 n"] | None,
-        first: int | None = None,
-        keep: Float[Tensor, "b n"] | None = None,
-    ) -> Evidence:
-        """Queries, keys and values of x (B, N, C).
+        num_queries: int | None = None,
+        keep_mask: Float[Tensor, "b n"] | None = None,
+    ) -> AttentionState:
+        """Compute queries, keys and values of x (B, N, C).
 
         Args:
-            x: Normalised tokens.
-            bias: Additive attention term.
-            first: Queries of so many tokens only; None for all.
-            keep: Decisions of a method that learns them, see `Tokens.keep`.
+            x: Normalized tokens.
+            bias: Additive attention bias (B, 1, 1, N), or None.
+            num_queries: Compute the queries of the first tokens only, as many as this; None for all.
+            keep_mask: See `Tokens.keep_mask`.
         """
-        if first is None:
+        if num_queries is None:
             query, key, value = self._split(self.qkv(x), 3)
-            return Evidence(self.q_norm(query), self.k_norm(key), value, bias, self.scale, keep)
-        weight, shift = self.qkv.weight[self.attn_dim :], self._shift(slice(self.attn_dim, None))
-        key, value = self._split(F.linear(x, weight, shift), 2)
-        return Evidence(self.queries(x[:, :first]), self.k_norm(key), value, bias, self.scale, keep)
+            return AttentionState(self.q_norm(query), self.k_norm(key), value, bias, self.scale, keep_mask)
+        weight, offset = self.qkv.weight[self.attn_dim :], self._qkv_bias(slice(self.attn_dim, None))
+        key, value = self._split(F.linear(x, weight, offset), 2)
+        return AttentionState(
+            self.project_queries(x[:, :num_queries]), self.k_norm(key), value, bias, self.scale, keep_mask
+        )
 
-    def queries(self, x: Float[Tensor, "b q c"]) -> Float[Tensor, "b h q d"]:
-        """The queries (B, heads, Q, D) of some tokens (B, Q, C), and nothing else of them."""
-        weight, shift = self.qkv.weight[: self.attn_dim], self._shift(slice(self.attn_dim))
-        return self.q_norm(self._split(F.linear(x, weight, shift), 1)[0])
+    def project_queries(self, x: Float[Tensor, "b q c"]) -> Float[Tensor, "b h q d"]:
+        """Compute only the queries (B, heads, Q, D) of tokens (B, Q, C)."""
+        weight, offset = self.qkv.weight[: self.attn_dim], self._qkv_bias(slice(self.attn_dim))
+        return self.q_norm(self._split(F.linear(x, weight, offset), 1)[0])
 
-    def mix(self, evidence: Evidence, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """The values, mixed by attention and projected (B, N, C); x is `observe`'s, at the queries' rows."""
-        mixed = self._attend(evidence)
-        mixed = self.norm(mixed.transpose(1, 2).reshape(x.shape[0], -1, self.attn_dim))
+    def attend(self, state: AttentionState, x: Float[Tensor, "b q c"]) -> Float[Tensor, "b q c"]:
+        """Return the attention output (B, Q, C), projected. x holds the normalized tokens of the Q queries."""
+        out = self._weighted_values(state)
+        out = self.norm(out.transpose(1, 2).reshape(x.shape[0], -1, self.attn_dim))
         if self.gate is not None:
-            mixed = mixed * torch.sigmoid(self.gate(x))
-        return self.proj_drop(self.proj(mixed))
+            out = out * torch.sigmoid(self.gate(x))
+        return self.proj_drop(self.proj(out))
 
     def _split(self, projected: Float[Tensor, "b n width"], parts: int) -> tuple[Tensor, ...]:
-        """Each part as (B, heads, N, D)."""
+        """Split a projection into parts of shape (B, heads, N, D)."""
         batch, count, _ = projected.shape
         return projected.reshape(batch, count, parts, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _shift(self, part: slice) -> Tensor | None:
+    def _qkv_bias(self, part: slice) -> Tensor | None:
         return None if self.qkv.bias is None else self.qkv.bias[part]
 
-    def _slow_backward(self, key: Float[Tensor, "b h n d"]) -> bool:
+    def _has_slow_backward(self, key: Float[Tensor, "b h n d"]) -> bool:
         # In half precision the backward of the CPU's fused kernel took 5 times as long as the explicit one at 65
-        # tokens, twice at 197, and as long beyond 785.
+        # tokens and twice as long at 197. Beyond 785 tokens both took equally long.
         return self.training and torch.is_grad_enabled() and key.dtype != torch.float32 and key.shape[2] <= 512
 
-    def _attend(self, evidence: Evidence) -> Float[Tensor, "b h q d"]:
+    def _weighted_values(self, state: AttentionState) -> Float[Tensor, "b h q d"]:
         dropout = self.attn_drop.p if self.training else 0.0
-        query, key, value = evidence.query, evidence.key, evidence.value
-        if evidence.keep is not None:
-            weights = evidence.rows(query.shape[2]).to(value.dtype)
+        query, key, value = state.query, state.key, state.value
+        if state.keep_mask is not None:
+            weights = state.attention_rows(query.shape[2]).to(value.dtype)
             return F.dropout(weights, dropout) @ value
-        bias = None if evidence.bias is None else evidence.bias.to(query.dtype)
-        if query.device.type == "cpu" and (dropout or self._slow_backward(key)):
-            # The CPU has no fused kernel with dropout, and torch's fallback goes through float32 copies.
+        bias = None if state.bias is None else state.bias.to(query.dtype)
+        if query.device.type == "cpu" and (dropout or self._has_slow_backward(key)):
+            # The CPU has no fused kernel with dropout, and torch's fallback copies everything to float32.
             logits = (query * self.scale) @ key.transpose(-2, -1)
             weights = (logits if bias is None else logits + bias).softmax(dim=-1)
             return F.dropout(weights, dropout) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
 
 
-def softmax_over(logits: Float[Tensor, "b h q n"], keep: Float[Tensor, "b n"]) -> Float[Tensor, "b h q n"]:
-    """Softmax over the tokens that stay, whose decisions get a gradient, also where they are 0.
+def masked_softmax(logits: Float[Tensor, "b h q n"], keep_mask: Float[Tensor, "b n"]) -> Float[Tensor, "b h q n"]:
+    """Compute a softmax over the kept tokens that passes a gradient to the keep mask, also where it is 0.
 
-    A token always sees itself. DynamicViT's masked softmax (Rao et al. 2021, equation 11), with the small constant of
-    the official code, so that a row is never 0 / 0.
+    Every token also attends to itself. This is DynamicViT's masked softmax (Rao et al. 2021, equation 11), with the
+    epsilon of the official code, which keeps a row from being 0 / 0.
 
     Args:
-        logits: Of the first Q of N tokens.
-        keep: 1 or 0 for each.
+        logits: Attention logits of the first Q of N tokens (B, heads, Q, N).
+        keep_mask: 1 for kept tokens and 0 for dropped ones (B, N).
     """
     rows, count = logits.shape[2], logits.shape[3]
-    itself = torch.eye(rows, count, dtype=keep.dtype, device=keep.device)
+    diagonal = torch.eye(rows, count, dtype=keep_mask.dtype, device=keep_mask.device)
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
-    weights = weights * (keep[:, None, None] + (1 - keep[:, None, None]) * itself)
+    weights = weights * (keep_mask[:, None, None] + (1 - keep_mask[:, None, None]) * diagonal)
     return (weights + EPS / count) / (weights.sum(dim=-1, keepdim=True) + EPS)
 
 
-def _single_row(query: Float[Tensor, "b h 1 d"], key: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h 1 n"]:
-    """Products of one query per head with all keys, as one product of matrices over the heads side by side.
+def autocast_disabled(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which matrix products keep the type of their factors, even under autocast."""
+    # The device "meta" has no autocast. Its name is compared, since torch.compile of torch 2.11 cannot trace
+    # torch.amp.is_autocast_available.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
-    Keys lie so in memory, where a product head by head would first copy them: measured 3 times faster on a CPU.
+
+def _single_row(query: Float[Tensor, "b h 1 d"], key: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h 1 n"]:
+    """Compute the logits of one query per head as a single matrix product over all heads.
+
+    The keys of all heads lie side by side in memory, so that a product per head would copy them first. On a CPU this
+    was measured to be 3 times faster.
     """
     heads = query.shape[1]
-    apart = torch.eye(heads, dtype=query.dtype, device=query.device)
-    blocks = (query[:, :, 0, :, None] * apart[:, None]).flatten(1, 2)  # zero where a query meets another head's keys
+    eye = torch.eye(heads, dtype=query.dtype, device=query.device)
+    blocks = (query[:, :, 0, :, None] * eye[:, None]).flatten(1, 2)  # block-diagonal: zero for the keys of other heads
     return (key.transpose(1, 2).flatten(2) @ blocks).transpose(1, 2)[:, :, None]

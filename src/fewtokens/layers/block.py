@@ -1,4 +1,4 @@
-"""The transformer block: attend, then feed."""
+"""The transformer block, split into attention and feed-forward so that tokenizers can act in between."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,47 +7,51 @@ from jaxtyping import Bool, Int
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor
 
-from fewtokens.layers.attention import Attention, Evidence
+from fewtokens.layers.attention import Attention, AttentionState
 from fewtokens.tokens import Tokens, take
 
 Choice = tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]
+Choose = Callable[[AttentionState], Choice]
 
 
 class Block(TimmBlock):
-    """timm's pre-norm block, with its parameters and names, over `Tokens` and in two halves.
+    """timm's pre-norm block with its parameters and their names, working on `Tokens` and split into two halves.
 
-    Tokenizers act before, between or around the halves. Handed to timm as `block_fn=Block, attn_layer=Attention`.
+    Pass it to timm as `block_fn=Block, attn_layer=Attention`. Tokenizers act before, between or around the halves.
     """
 
     attn: Attention
 
-    def attend(self, tokens: Tokens, choose: Callable[[Evidence], Choice] | None = None) -> tuple[Tokens, Evidence]:
-        """x + attention(norm(x)), and what the attention saw.
+    def attend(self, tokens: Tokens, choose: Choose | None = None) -> tuple[Tokens, AttentionState]:
+        """Compute x + attention(norm(x)).
 
         Args:
-            tokens: What attends.
-            choose: Says, before any attention is paid for, which patches go on: index and mask as `Tokens.select` takes
-                them. The others are still looked at (keys, values) but do not look (queries, projection). It sees the
-                queries of the prefix alone.
+            tokens: The tokens before the block.
+            choose: Selects the patches that stay before attention is computed, from a state that holds only the queries
+                of the prefix. It returns index and mask as `Tokens.select` takes them. The keys and values of the other
+                patches are still attended to, but their queries and outputs are not computed.
+
+        Returns:
+            The tokens after attention, and the state of the attention layer.
         """
         x = self.norm1(tokens.x)
         if choose is None:
-            evidence = asked = self.attn.observe(x, tokens.bias(), keep=tokens.keep)
+            state = asked = self.attn.project_qkv(x, tokens.bias(), keep_mask=tokens.keep_mask)
         else:
-            evidence = self.attn.observe(x, tokens.bias(), first=tokens.prefix)
-            index, mask = choose(evidence)
+            state = self.attn.project_qkv(x, tokens.bias(), num_queries=tokens.prefix)
+            index, mask = choose(state)
             x = take(x, tokens.rows(index))
-            asked = replace(evidence, query=self.attn.queries(x))
+            asked = replace(state, query=self.attn.project_queries(x))
             tokens = tokens.select(index, mask)
-        return tokens.update(tokens.x + self.drop_path1(self.ls1(self.attn.mix(asked, x)))), evidence
+        return tokens.update(tokens.x + self.drop_path1(self.ls1(self.attn.attend(asked, x)))), state
 
-    def feed(self, tokens: Tokens) -> Tokens:
-        """x + mlp(norm(x))."""
+    def feed_forward(self, tokens: Tokens) -> Tokens:
+        """Compute x + mlp(norm(x)). Append the result to the trace, if there is one."""
         tokens = tokens.update(tokens.x + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens.x)))))
         if tokens.trace is not None:
             tokens.trace.append(tokens)
         return tokens
 
-    def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]  # timm's takes a bare tensor
-        """Both halves."""
-        return self.feed(self.attend(tokens)[0])
+    def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]  # timm's takes a tensor
+        """Compute both halves."""
+        return self.feed_forward(self.attend(tokens)[0])

@@ -1,4 +1,4 @@
-"""Tubelets: the boxes of frames, rows and columns that become the tokens of a clip.
+"""Embedding of clips: tubelets, boxes of frames, rows and columns, become tokens.
 
 Arnab et al., "ViViT: A Video Vision Transformer", ICCV 2021 (arXiv 2103.15691), section 3.2.
 """
@@ -13,27 +13,27 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check
 
 Size = int | Sequence[int]
 
 
 @dataclass(frozen=True)
 class Tubelets:
-    """How a clip is cut, every side by its name: papers and codes order them differently.
+    """How a clip is cut into tubelets. Every side has a name, since papers and code order them differently.
 
     Args:
-        clip_frames: Frames of a clip.
-        image_size: Height and width of a frame, or one number for both.
-        channels: Of a frame.
-        frames: Frames that a tubelet spans; 1 embeds every frame by itself.
-        height: Rows of pixels that it spans.
-        width: Columns of pixels.
-        sampled_frames: Look at so many frames of the clip only, see `uniform_frames`; None for all. With `frames` 1 it
+        clip_frames: Number of frames of a clip.
+        image_size: Height and width of a frame in pixels, or one number for both.
+        channels: Number of channels of a frame.
+        frames: Number of frames that a tubelet spans; 1 embeds every frame on its own.
+        height: Height of a tubelet in pixels.
+        width: Width of a tubelet in pixels.
+        sampled_frames: Use only this many frames of the clip, see `uniform_frames`; None for all. With `frames=1` this
             is the paper's "uniform frame sampling".
 
     Raises:
-        FewtokensError: Tubelets that do not tile the clip.
+        FewtokensError: The tubelets do not tile the clip.
     """
 
     clip_frames: int
@@ -45,62 +45,57 @@ class Tubelets:
     sampled_frames: int | None = None
 
     def __post_init__(self) -> None:
-        if self.clip_frames < 1 or (self.sampled_frames is not None and self.sampled_frames < 1):
-            raise FewtokensError(
-                "A clip has frames",
-                expected="at least one, and at least one of them sampled",
-                got=f"{self.clip_frames} frames, of which {self.sampled_frames or 'all'} are sampled",
-                fix="set data.frames and backbone.tubelets.sampled_frames",
-            )
+        check(self.clip_frames >= 1, "data.frames", "an int >= 1", self.clip_frames)
+        sampled = self.sampled_frames
+        check(sampled is None or sampled >= 1, "backbone.tubelets.sampled_frames", "an int >= 1 or null", sampled)
         clip, tubelet = (len(self.indices), *self.sides), (self.frames, self.height, self.width)
-        if min(tubelet) < 1 or any(whole < part or whole % part for whole, part in zip(clip, tubelet, strict=True)):
+        if min(tubelet) < 1 or any(side < part or side % part for side, part in zip(clip, tubelet, strict=True)):
             raise FewtokensError(
-                "Tubelets tile the clip",
-                expected="frames, height and width that divide {} frames of {}x{}".format(*clip),
-                got="{} frames of {}x{}".format(*tubelet),
-                fix="set backbone.tubelets.frames, .height and .width, or data.frames and data.image_size",
+                "Tubelets of {} frames of {}x{} pixels do not tile {} frames of {}x{}. ".format(*tubelet, *clip)
+                + "Set backbone.tubelets.frames, .height and .width to divisors, or data.frames and data.image_size."
             )
 
     @property
     def sides(self) -> tuple[int, int]:
-        """(height, width) of a frame."""
+        """Return (height, width) of a frame in pixels."""
         return pair(self.image_size)
 
     @property
     def indices(self) -> list[int]:
-        """The frames of the clip that are looked at."""
+        """Return the indices of the frames that are embedded."""
         sampled = self.clip_frames if self.sampled_frames is None else self.sampled_frames
         return uniform_frames(self.clip_frames, sampled)
 
     @property
     def steps(self) -> int:
-        """Time steps, T: tubelets one after another."""
+        """Return the number T of time steps."""
         return len(self.indices) // self.frames
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(H, W), tubelets within a time step."""
+        """Return the grid (H, W) of tubelets within a time step."""
         return self.sides[0] // self.height, self.sides[1] // self.width
 
-    def centres(self, clips: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b c steps h w"]:
-        """The middle frame of every time step, the one that the central-frame initialisation looks at."""
+    def central_frames(self, clips: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b c steps h w"]:
+        """Return the middle frame of every time step, which the central-frame initialization uses."""
         return clips[:, :, self.indices[self.frames // 2 :: self.frames]]
 
 
 class TubeletEmbed(nn.Module):
-    """A convolution whose window and stride are one tubelet: timm's `embed_layer` for clips.
+    """A convolution whose kernel size and stride are one tubelet: timm's `embed_layer` for clips.
 
     Args:
         tubelets: How clips are cut.
-        per_step: Every time step becomes a sample of its own.
+        per_step: Return every time step as a sample of its own.
         embed_dim: Width C of the tokens.
-        bias: Whether the convolution has one.
-        device: Where the parameters lie.
-        dtype: Their type.
-        of_timm: What timm says of images, and `tubelets` says for clips.
+        bias: Whether the convolution has a bias.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+        timm_options: Further keyword arguments of timm's patch embedding. They describe images, which `tubelets`
+            replaces, and are ignored.
 
     Raises:
-        ValueError: timm was asked for images of any size, or for a norm.
+        ValueError: timm was asked for images of any size or for a norm, which do not exist here.
     """
 
     def __init__(
@@ -112,11 +107,11 @@ class TubeletEmbed(nn.Module):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
-        **of_timm: Any,
+        **timm_options: Any,
     ) -> None:
         super().__init__()
-        if of_timm.get("dynamic_img_pad") or of_timm.keys() & {"strict_img_size", "norm_layer"}:
-            raise ValueError("clips have one size, and their embedding no norm: no dynamic_img_*, no embed_norm_layer")
+        if timm_options.get("dynamic_img_pad") or timm_options.keys() & {"strict_img_size", "norm_layer"}:
+            raise ValueError("clips have a fixed size and no embedding norm: no dynamic_img_*, no embed_norm_layer")
         self.tubelets, self.per_step = tubelets, per_step
         self.img_size, self.grid_size = tubelets.sides, tubelets.grid
         self.patch_size = (tubelets.height, tubelets.width)
@@ -125,19 +120,19 @@ class TubeletEmbed(nn.Module):
         self.proj = nn.Conv3d(
             tubelets.channels, embed_dim, window, stride=window, bias=bias, device=device, dtype=dtype
         )
-        chosen = None if len(tubelets.indices) == tubelets.clip_frames else torch.tensor(tubelets.indices)
+        sampled = None if len(tubelets.indices) == tubelets.clip_frames else torch.tensor(tubelets.indices)
         self.indices: Tensor | None
-        self.register_buffer("indices", chosen, persistent=False)
+        self.register_buffer("indices", sampled, persistent=False)
 
     def forward(self, clips: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "bt n d"]:
-        """Clips (B, channels, frames, H, W) to tokens by time, row, column (B, T*N, C), or per step (B*T, N, C).
+        """Embed clips (B, channels, frames, H, W) as tokens (B, T*N, C), or (B*T, N, C) if `per_step`.
 
-        An image (B, channels, H, W) is a clip of one frame.
+        Tokens are ordered by time, row and column. An image (B, channels, H, W) is a clip with one frame.
         """
         clips = clips[:, :, None] if clips.ndim == 4 else clips
         clips = clips if self.indices is None else clips.index_select(2, self.indices)
-        # A convolution without overlap is a product; as one it took a seventh of the time in bfloat16 on a CPU, both
-        # passes, and no more in float32.
+        # A convolution without overlap is a matrix product. Written as one, it took a seventh of the time in bfloat16
+        # on a CPU (forward and backward), and the same time in float32.
         frames, height, width = self.proj.kernel_size
         boxes = clips.unflatten(4, (-1, width)).unflatten(3, (-1, height)).unflatten(2, (-1, frames))
         boxes = boxes.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # (B, T, H, W, channels and pixels of a tubelet)
@@ -146,28 +141,29 @@ class TubeletEmbed(nn.Module):
 
 
 class Pixels(nn.Module):
-    """Every pixel is a token as it is: timm's `embed_layer` for what was embedded before.
+    """Use every pixel as a token: timm's `embed_layer` for features that are already embedded.
 
     Args:
-        img_size: Height and width.
-        of_timm: What timm says of patches.
+        img_size: Height and width in pixels.
+        timm_options: Further keyword arguments of timm's patch embedding, ignored.
     """
 
-    def __init__(self, img_size: tuple[int, int], **of_timm: Any) -> None:
+    def __init__(self, img_size: tuple[int, int], **timm_options: Any) -> None:
         super().__init__()
         self.img_size = self.grid_size = img_size
         self.num_patches = img_size[0] * img_size[1]
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-        """(B, C, H, W) to tokens (B, H*W, C)."""
+        """Flatten (B, C, H, W) to tokens (B, H*W, C)."""
         return images.flatten(2).transpose(1, 2)
 
 
 def uniform_frames(total: int, count: int) -> list[int]:
-    """Indices of `count` of `total` frames, evenly spread: i * total / (count + 1), to the nearest, i = 1 .. count.
+    """Return the indices of `count` evenly spaced frames out of `total`; all frames if there are at most `count`.
 
-    Exact arithmetic, halves to the even number. Scenic's `sample_frames_uniformly` is the same in floating point, where
-    it often gives one frame too many (of 8 or 32 frames, 2; of 16 frames, 5). All frames where there are not more.
+    Frame i = 1 .. count is round(i * total / (count + 1)), in exact arithmetic, with halves rounded to the even number.
+    Scenic's `sample_frames_uniformly` computes the same in floating point and often returns one frame too many (for 2
+    of 8 or 32 frames, and for 5 of 16).
     """
     if count >= total:
         return list(range(total))
@@ -175,5 +171,5 @@ def uniform_frames(total: int, count: int) -> list[int]:
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """(height, width) of a size."""
+    """Return (height, width) of a size given as one number or two."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

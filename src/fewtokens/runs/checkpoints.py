@@ -102,10 +102,10 @@ def start_from(task: nn.Module, path: Path) -> dict[str, float]:
         FewtokensError: Nothing fits, or something has another shape that must not.
     """
     state, own = _models(task, path)
-    for name in [name for name in state if name == f"{MODEL}trunk.pos_embed" and name in own]:
+    for name in [name for name in state if name == f"{MODEL}vit.pos_embed" and name in own]:
         tokenizer = plain(task.model).encoder.tokenizers[0]
         assert isinstance(tokenizer, Tokenizer)
-        state[name] = _resampled(state[name], own[name], tokenizer.place.grid)
+        state[name] = _resampled(state[name], own[name], tokenizer.context.grid)
     missing, unexpected, wrong = _differences(state, own)
     heads = [name for name in wrong if ".head" in name]
     loaded = sorted(set(state) & set(own) - set(wrong))

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.attention import Evidence
+from fewtokens.layers.attention import AttentionState
 from fewtokens.layers.block import Block, Choice
-from fewtokens.tokenizers.base import Place, Tokenizer
+from fewtokens.tokenizers.base import LayerContext, Tokenizer
 from fewtokens.tokens import Tokens
 
 Sample = tuple[Int[Tensor, "b m"], Bool[Tensor, "b m"]]
@@ -47,7 +47,7 @@ class ATS(Tokenizer):
         - The sort is stable, and attention beside padding is exact, without the official epsilon of 1e-6.
 
     Args:
-        place: Where it stands; it must have a class token.
+        context: Where it stands; it must have a class token.
         rule: "nearest" (official code: sort by score, levels from 0 to 1, evenly spaced probes from the first level
             above 0 to 1, each picks the nearest level) or "inverse_transform" (paper: in the order of the tokens,
             probe (2i-1)/2K picks the first patch at which the cumulative share reaches it).
@@ -63,13 +63,13 @@ class ATS(Tokenizer):
 
     def __init__(
         self,
-        place: Place,
+        context: LayerContext,
         rule: Literal["nearest", "inverse_transform"] = "nearest",
         budget: Budget = None,
         static: bool = False,
     ) -> None:
-        super().__init__(place)
-        if not place.class_token:
+        super().__init__(context)
+        if not context.class_token:
             raise FewtokensError(
                 "ATS scores patches by the attention of the class token",
                 expected="a backbone with a class token",
@@ -84,20 +84,20 @@ class ATS(Tokenizer):
                 fix="set tokenizer.build.rule=nearest",
             )
         self.sample, self.static = RULES[rule], static
-        self.probes = _count_probes(budget, place.frames * place.grid[0] * place.grid[1])
+        self.probes = _count_probes(budget, context.frames * context.grid[0] * context.grid[1])
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
         """The survivors after the block (B, P + kept, C), padded; order and lattice are lost."""
         if self.probes is None:
             return block(tokens)
-        return block.feed(block.attend(tokens, partial(self.choose, tokens))[0])
+        return block.feed_forward(block.attend(tokens, partial(self.choose, tokens))[0])
 
     @torch.no_grad()
-    def choose(self, tokens: Tokens, evidence: Evidence) -> Choice:
+    def choose(self, tokens: Tokens, state: AttentionState) -> Choice:
         """Which patches go on (B, kept), and where that is padding; None where no image needs any."""
         assert self.probes is not None
         prefix = tokens.prefix
-        scores = significance(evidence)[:, prefix:]
+        scores = significance(state)[:, prefix:]
         valid = torch.ones_like(scores, dtype=torch.bool) if tokens.mask is None else tokens.mask[:, prefix:]
         order, picked = self.sample(scores, valid, self.probes)
         if self.static or torch.compiler.is_compiling():
@@ -107,10 +107,10 @@ class ATS(Tokenizer):
         return index, mask if fewest < most else None
 
 
-def significance(evidence: Evidence) -> Float[Tensor, "b n"]:
+def significance(state: AttentionState) -> Float[Tensor, "b n"]:
     """Scores of all tokens (B, N), float32, not normalised (paper, equation 3), from one row: no N x N matrix."""
-    attention = evidence.rows(1)[:, :, 0].sum(dim=1)
-    return attention * torch.linalg.vector_norm(evidence.value.float(), dim=(1, 3))
+    attention = state.attention_rows(1)[:, :, 0].sum(dim=1)
+    return attention * torch.linalg.vector_norm(state.value.float(), dim=(1, 3))
 
 
 def nearest(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"], probes: int) -> Sample:

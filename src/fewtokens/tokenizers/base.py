@@ -17,7 +17,7 @@ ROUNDING = 1e-9  # 0.1 * 30 is above 3 in floating point: a share that is whole 
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerContext:
     """Where in an encoder a tokenizer stands: what a method may need to build itself, or to refuse.
 
     Args:
@@ -49,10 +49,10 @@ class Tokenizer(nn.Module):
     """Carries tokens through one block. This one is the plain transformer: it reduces nothing.
 
     A method overrides `forward` and calls the block where it belongs:
-    before (`block(make_fewer(tokens))`), inside (`attend`, choose by the evidence, `feed`) or around.
+    before (`block(make_fewer(tokens))`), inside (`attend`, choose by the state, `feed_forward`) or around.
 
     Args:
-        place: Where it stands; given by the encoder, the other arguments by the configuration.
+        context: Where it stands; given by the encoder, the other arguments by the configuration.
     """
 
     keeps_frames: ClassVar[bool] = False
@@ -61,9 +61,9 @@ class Tokenizer(nn.Module):
     Methods say so themselves; the plain transformer, which is only this class itself, keeps everything.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        self.place = place
+        self.context = context
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
         """The tokens after the block."""
@@ -80,14 +80,14 @@ class Pooler(Tokenizer):
     Subclasses give `pool`; TokenFuser can be put around any of them.
 
     Args:
-        place: Where it stands.
+        context: Where it stands.
         num_tokens: Tokens per frame that it makes, S.
     """
 
     keeps_frames = True
 
-    def __init__(self, place: Place, num_tokens: int) -> None:
-        super().__init__(place)
+    def __init__(self, context: LayerContext, num_tokens: int) -> None:
+        super().__init__(context)
         if num_tokens < 1:
             raise FewtokensError(
                 f"{type(self).__name__} makes at least one token",
@@ -107,40 +107,40 @@ class Pooler(Tokenizer):
 
 
 class Selector(Tokenizer):
-    """A method that leaves the share `keep` of the patches: chosen ones, the others dropped, or means of clusters.
+    """A method that leaves the share `keep_rate` of the patches: chosen ones, the others dropped, or means of clusters.
 
-    The share is rounded up, as EViT's code does, and at least one patch stays. With keep=1 nothing happens at all.
+    The share is rounded up, as EViT's code does, and at least one patch stays. With keep_rate=1 nothing happens at all.
 
     Args:
-        place: Where it stands.
-        keep: Share of the patches that stay, 0 < keep <= 1.
+        context: Where it stands.
+        keep_rate: Share of the patches that stay, 0 < keep_rate <= 1.
     """
 
-    def __init__(self, place: Place, keep: float) -> None:
-        super().__init__(place)
-        if not 0 < keep <= 1:
+    def __init__(self, context: LayerContext, keep_rate: float) -> None:
+        super().__init__(context)
+        if not 0 < keep_rate <= 1:
             raise FewtokensError(
                 f"{type(self).__name__} keeps a share of the patches",
-                expected="0 < keep <= 1",
-                got=keep,
-                fix="set tokenizer.build.keep to 0.7",
+                expected="0 < keep_rate <= 1",
+                got=keep_rate,
+                fix="set tokenizer.build.keep_rate to 0.7",
             )
-        self.keep = keep
+        self.keep_rate = keep_rate
 
     def keep_highest(self, tokens: Tokens, scores: Float[Tensor, "b m"]) -> Tokens:
         """The record with the patches of the highest scores (B, N), in the order in which they lay."""
-        if share(tokens.num_patches, self.keep) == tokens.num_patches:
+        if share(tokens.num_patches, self.keep_rate) == tokens.num_patches:
             return tokens
         valid = None if tokens.mask is None else tokens.mask[:, tokens.prefix :]
-        return tokens.select(*highest(scores, self.keep, valid))
+        return tokens.select(*highest(scores, self.keep_rate, valid))
 
 
-def share(count: int, keep: float) -> int:
-    """`keep` of `count`, rounded up, at least 1."""
-    return max(1, math.ceil(keep * count - ROUNDING))
+def share(count: int, keep_rate: float) -> int:
+    """`keep_rate` of `count`, rounded up, at least 1."""
+    return max(1, math.ceil(keep_rate * count - ROUNDING))
 
 
-def tokens_made(place: Place, num_tokens: int | float) -> int:
+def tokens_made(context: LayerContext, num_tokens: int | float) -> int:
     """Tokens per frame that a place makes: a number, or with a float the share of what the place before it left.
 
     Raises:
@@ -155,34 +155,34 @@ def tokens_made(place: Place, num_tokens: int | float) -> int:
             got=num_tokens,
             fix="set tokenizer.build.num_tokens to 8 or to 0.5",
         )
-    left = place.grid[0] * place.grid[1]
-    for _ in range(place.stage + 1):
+    left = context.grid[0] * context.grid[1]
+    for _ in range(context.stage + 1):
         left = share(left, num_tokens)
     return left
 
 
 def highest(
-    scores: Float[Tensor, "b m"], keep: float, valid: Bool[Tensor, "b m"] | None = None
+    scores: Float[Tensor, "b m"], keep_rate: float, valid: Bool[Tensor, "b m"] | None = None
 ) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:
     """Positions of the highest scores, rising; of equal scores the first positions.
 
     Args:
         scores: (B, N).
-        keep: Share to keep, of every sample's own valid positions.
+        keep_rate: Share to keep, of every sample's own valid positions.
         valid: False where a position is padding (B, N); None where there is none.
 
     Returns:
         Positions (B, K), K the share of N, and None; or with `valid` a mask (B, K), False where a sample has fewer.
     """
     total = scores.shape[1]
-    count = share(total, keep)
+    count = share(total, keep_rate)
     if valid is not None:
         scores = scores.masked_fill(~valid, float("-inf"))
     # Not topk: which of equal scores it takes depends on the device.
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
     if valid is None:
         return order.sort(dim=1).values, None
-    numbers = (valid.sum(dim=1, keepdim=True).double() * keep - ROUNDING).ceil().clamp_min(1)
+    numbers = (valid.sum(dim=1, keepdim=True).double() * keep_rate - ROUNDING).ceil().clamp_min(1)
     kept = torch.arange(count, device=scores.device) < numbers
     # Padding goes last, whatever positions it holds.
     return torch.where(kept, order, order + total).sort(dim=1).values % total, kept

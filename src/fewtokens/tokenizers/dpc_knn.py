@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place, Selector, highest, share, without_autocast
+from fewtokens.tokenizers.base import LayerContext, Selector, highest, share, without_autocast
 from fewtokens.tokens import Tokens
 
 
@@ -63,15 +63,15 @@ class DPCKNN(Selector):
     of equals counts as denser; TCFormer weights the means by a learned score of every token, which is left out.
 
     Args:
-        place: Where it stands.
-        keep: Clusters as a share of the patches of a frame, rounded up.
+        context: Where it stands.
+        keep_rate: Clusters as a share of the patches of a frame, rounded up.
         neighbours: k, the patches that a density is taken over, itself among them (official code: 5).
         sizes: Count how many patches a token stands for, as ToMe does: sizes weigh in later means, in attention and in
             pooling. False, as in the official code, leaves them out, unless an earlier tokenizer has counted some.
     """
 
-    def __init__(self, place: Place, keep: float = 0.5, neighbours: int = 5, sizes: bool = True) -> None:
-        super().__init__(place, keep)
+    def __init__(self, context: LayerContext, keep_rate: float = 0.5, neighbours: int = 5, sizes: bool = True) -> None:
+        super().__init__(context, keep_rate)
         if neighbours < 1:
             raise FewtokensError(
                 "DPCKNN takes a density over neighbours",
@@ -89,10 +89,10 @@ class DPCKNN(Selector):
         """The record with one patch token per cluster, in the order of the centres; the lattice is lost."""
         patches = tokens.per_frame
         count = patches.shape[1]
-        if share(count, self.keep) == count:
+        if share(count, self.keep_rate) == count:
             return tokens
         valid = None if tokens.mask is None else tokens.mask[:, tokens.prefix :].reshape(patches.shape[:2])
-        clusters = density_peaks(patches, self.keep, self.neighbours, valid)
+        clusters = density_peaks(patches, self.keep_rate, self.neighbours, valid)
         weights = clusters.weights(tokens)
         sizes = weights.sum(dim=2)
         wide = torch.promote_types(patches.dtype, torch.float32)  # a lone patch is to come through as it is
@@ -104,7 +104,7 @@ class DPCKNN(Selector):
 
 @torch.no_grad()
 def density_peaks(
-    x: Float[Tensor, "b m c"], keep: float, neighbours: int, valid: Bool[Tensor, "b m"] | None = None
+    x: Float[Tensor, "b m c"], keep_rate: float, neighbours: int, valid: Bool[Tensor, "b m"] | None = None
 ) -> Clusters:
     """Clusters by DPC-KNN, in float32 at least.
 
@@ -114,7 +114,7 @@ def density_peaks(
 
     Args:
         x: Features (B, N, C).
-        keep: Clusters as a share of the patches, of every sample's own valid ones.
+        keep_rate: Clusters as a share of the patches, of every sample's own valid ones.
         neighbours: k; of fewer patches all.
         valid: False where a patch is padding (B, N), which is in no neighbourhood and no centre.
     """
@@ -123,7 +123,7 @@ def density_peaks(
     density = log_densities(squared, real, neighbours)
     gaps = squared_gaps(squared, real, density)
     scores = torch.where(gaps > 0, density + 0.5 * gaps.log(), torch.finfo(gaps.dtype).min)
-    centres, mask = highest(scores, keep, valid)
+    centres, mask = highest(scores, keep_rate, valid)
     return Clusters(centres, nearest(squared, centres, mask), mask)
 
 

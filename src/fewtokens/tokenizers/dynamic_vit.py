@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import ROUNDING, Place, Tokenizer
+from fewtokens.tokenizers.base import ROUNDING, LayerContext, Tokenizer
 from fewtokens.tokens import Tokens
 
 
@@ -30,24 +30,24 @@ class DynamicViT(Tokenizer):
     fine-tune as it does. Details of the networks and of rounding are those of the official code from memory.
 
     Args:
-        place: Where it stands (paper: blocks 3, 6 and 9 of 12).
-        keep: Share that each stage keeps of what the one before kept (paper: 0.7).
+        context: Where it stands (paper: blocks 3, 6 and 9 of 12).
+        keep_rate: Share that each stage keeps of what the one before kept (paper: 0.7).
         ratio_weight: Of the loss on the share, its mean over the stages (paper: 2).
     """
 
-    def __init__(self, place: Place, keep: float = 0.7, ratio_weight: float = 2.0) -> None:
-        super().__init__(place)
-        if not 0 < keep <= 1 or ratio_weight < 0:
+    def __init__(self, context: LayerContext, keep_rate: float = 0.7, ratio_weight: float = 2.0) -> None:
+        super().__init__(context)
+        if not 0 < keep_rate <= 1 or ratio_weight < 0:
             raise FewtokensError(
                 "DynamicViT keeps a share of the patches at every stage, and weighs the loss on it",
-                expected="0 < keep <= 1 and ratio_weight >= 0",
-                got=f"keep={keep}, ratio_weight={ratio_weight}",
-                fix="set tokenizer.build.keep=0.7 tokenizer.build.ratio_weight=2.0",
+                expected="0 < keep_rate <= 1 and ratio_weight >= 0",
+                got=f"keep_rate={keep_rate}, ratio_weight={ratio_weight}",
+                fix="set tokenizer.build.keep_rate=0.7 tokenizer.build.ratio_weight=2.0",
             )
-        self.target, self.weight = keep ** (place.stage + 1), ratio_weight / place.stages
+        self.target, self.weight = keep_rate ** (context.stage + 1), ratio_weight / context.stages
         # Of the patches that the backbone embeds, rounded down, as the official code does.
-        self.count = max(1, int(self.target * place.frames * prod(place.grid) + ROUNDING))
-        self.predictor = Predictor(place.dim)
+        self.count = max(1, int(self.target * context.frames * prod(context.grid) + ROUNDING))
+        self.predictor = Predictor(context.dim)
         self._shares: Tensor | None = None
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
@@ -71,11 +71,11 @@ class DynamicViT(Tokenizer):
     def decide(self, tokens: Tokens) -> Tokens:
         """All patches, with a decision for each."""
         patches, prefix = tokens.patches, tokens.prefix
-        before = patches.new_ones(patches.shape[:2]) if tokens.keep is None else tokens.keep[:, prefix:]
+        before = patches.new_ones(patches.shape[:2]) if tokens.keep_mask is None else tokens.keep_mask[:, prefix:]
         scores = self.predictor(patches, before)
-        keep = F.gumbel_softmax(scores.float(), hard=True, dim=-1)[..., 0].to(before.dtype) * before
-        self._shares = keep.mean(dim=1)
-        return replace(tokens, keep=torch.cat([keep.new_ones(len(keep), prefix), keep], dim=1))
+        keep_mask = F.gumbel_softmax(scores.float(), hard=True, dim=-1)[..., 0].to(before.dtype) * before
+        self._shares = keep_mask.mean(dim=1)
+        return replace(tokens, keep_mask=torch.cat([keep_mask.new_ones(len(keep_mask), prefix), keep_mask], dim=1))
 
     def loss(self) -> Float[Tensor, ""] | None:
         """Ratio loss (section 3.4): mean squared distance of the images' shares to the target; once per forward."""
@@ -99,13 +99,13 @@ class Predictor(nn.Module):
         )
         self.local = dim - half
 
-    def forward(self, patches: Float[Tensor, "b m c"], keep: Float[Tensor, "b m"] | None) -> Float[Tensor, "b m two"]:
+    def forward(self, patches: Float[Tensor, "b m c"], keep_mask: Float[Tensor, "b m"] | None) -> Float[Tensor, "b m two"]:
         """(B, N, C) and the decisions so far (B, N), None for all, to (B, N, 2): staying, going."""
         own, common = self.embed(patches).tensor_split([self.local], dim=2)
-        if keep is None:
+        if keep_mask is None:
             common = common.mean(dim=1, keepdim=True)
         else:
-            weights = keep[..., None].to(common.dtype)
+            weights = keep_mask[..., None].to(common.dtype)
             common = (common * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
         return self.score(torch.cat([own, common.expand(-1, own.shape[1], -1)], dim=2)).log_softmax(dim=-1)
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place, highest, share
+from fewtokens.tokenizers.base import LayerContext, highest, share
 from fewtokens.tokenizers.top_k import TopK, class_attention
 from fewtokens.tokens import Tokens
 
@@ -24,30 +24,30 @@ class EViT(TopK):
     through a_i, the attention.
 
     Args:
-        place: Where it stands; there must be a class token.
-        keep: Share of the patches that stay, rounded up (paper: 0.7, before blocks 3, 6 and 9 of 12).
+        context: Where it stands; there must be a class token.
+        keep_rate: Share of the patches that stay, rounded up (paper: 0.7, before blocks 3, 6 and 9 of 12).
         fuse: False drops the others; then it is top-k.
         normalize: Divide the a_i by their sum, so that the fused token is a mean, as large as a patch. False is the
             paper's and the official code's sum, which is shorter the less attention the dropped ones got.
     """
 
-    def __init__(self, place: Place, keep: float = 0.7, fuse: bool = True, normalize: bool = False) -> None:
-        super().__init__(place, keep)
+    def __init__(self, context: LayerContext, keep_rate: float = 0.7, fuse: bool = True, normalize: bool = False) -> None:
+        super().__init__(context, keep_rate)
         self.fuse, self.normalize = fuse, normalize
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
         """Attention, the choice and the fusion, the MLP."""
-        if not self.fuse or share(tokens.num_patches, self.keep) == tokens.num_patches:
+        if not self.fuse or share(tokens.num_patches, self.keep_rate) == tokens.num_patches:
             return super().forward(tokens, block)
-        tokens, evidence = block.attend(tokens)
-        tokens = self.reorganize(tokens, class_attention(evidence, tokens.prefix))
-        del evidence  # memory, see top_k
-        return block.feed(tokens)
+        tokens, state = block.attend(tokens)
+        tokens = self.reorganize(tokens, class_attention(state, tokens.prefix))
+        del state  # memory, see top_k
+        return block.feed_forward(tokens)
 
     def reorganize(self, tokens: Tokens, attention: Float[Tensor, "b m"]) -> Tokens:
         """The patches of the highest attention (B, N), then the fused others."""
         valid = None if tokens.mask is None else tokens.mask[:, tokens.prefix :]
-        index, kept = highest(attention.detach(), self.keep, valid)
+        index, kept = highest(attention.detach(), self.keep_rate, valid)
         dropped = torch.ones_like(attention, dtype=torch.bool) if valid is None else valid
         gone = torch.zeros_like(index, dtype=torch.bool) if kept is None else dropped.gather(1, index) & ~kept
         dropped = dropped.scatter(1, index, gone)

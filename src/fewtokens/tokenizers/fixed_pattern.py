@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place, Selector, highest, share
+from fewtokens.tokenizers.base import LayerContext, Selector, highest, share
 from fewtokens.tokens import Tokens
 
 Distance = Literal["l1", "l2", "linf"]
@@ -25,15 +25,15 @@ class FixedPattern(Selector):
     It needs the lattice, so it stands once, ahead of every method that breaks it.
 
     Args:
-        place: Where it stands.
-        keep: Share of the patches of a frame that stay, rounded up.
+        context: Where it stands.
+        keep_rate: Share of the patches of a frame that stay, rounded up.
         distance: "l1" keeps a diamond, "l2" a disc, "linf" a rectangle.
     """
 
     keeps_frames = True
 
-    def __init__(self, place: Place, keep: float = 0.5, distance: Distance = "l2") -> None:
-        super().__init__(place, keep)
+    def __init__(self, context: LayerContext, keep_rate: float = 0.5, distance: Distance = "l2") -> None:
+        super().__init__(context, keep_rate)
         if distance not in ("l1", "l2", "linf"):
             raise FewtokensError(
                 "FixedPattern measures a distance",
@@ -45,12 +45,12 @@ class FixedPattern(Selector):
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
         """Drop, then the block."""
-        grid = tokens.lattice("FixedPattern")
+        grid = tokens.require_grid("FixedPattern")
         area = grid[0] * grid[1]
-        if share(area, self.keep) == area:
+        if share(area, self.keep_rate) == area:
             return block(tokens)
         scores = -distances(grid, self.distance)[None].float()
-        index = highest(scores, self.keep)[0]
+        index = highest(scores, self.keep_rate)[0]
         whole = torch.cat([index + area * frame for frame in range(tokens.frames)], dim=1)
         kept = tokens.select(whole.to(tokens.x.device).expand(tokens.x.shape[0], -1))
         return block(replace(kept, frames=tokens.frames))

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fewtokens.errors import FewtokensError
-from fewtokens.layers.attention import Evidence
+from fewtokens.layers.attention import AttentionState
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place, Selector, highest, share, without_autocast
+from fewtokens.tokenizers.base import LayerContext, Selector, highest, share, without_autocast
 from fewtokens.tokenizers.dpc_knn import Clusters, nearest, squared_distances
 from fewtokens.tokenizers.top_k import class_attention
 from fewtokens.tokens import Tokens
@@ -36,8 +36,8 @@ class KMedoids(Selector):
     the members, and sums over all patches, not the cluster's, of distances that are not squared.
 
     Args:
-        place: Where it stands.
-        keep: Clusters as a share of the patches of a frame, rounded up.
+        context: Where it stands.
+        keep_rate: Clusters as a share of the patches of a frame, rounded up.
         iterations: How often medoids are chosen anew (code: 3); 0 is top-k by w.
         significance: w_i from the "class" token's attention, a row, or from that of "all" tokens (paper; it costs
             another N x N x C multiply-adds). None: the class token's where there is one.
@@ -47,13 +47,13 @@ class KMedoids(Selector):
 
     def __init__(
         self,
-        place: Place,
-        keep: float = 0.5,
+        context: LayerContext,
+        keep_rate: float = 0.5,
         iterations: int = 3,
         significance: Significance | None = None,
         sizes: bool = True,
     ) -> None:
-        super().__init__(place, keep)
+        super().__init__(context, keep_rate)
         if iterations < 0:
             raise FewtokensError(
                 "KMedoids chooses its medoids anew a number of times",
@@ -61,38 +61,38 @@ class KMedoids(Selector):
                 got=iterations,
                 fix="set tokenizer.build.iterations=3",
             )
-        if significance not in ("class", "all", None) or (significance == "class" and not place.class_token):
+        if significance not in ("class", "all", None) or (significance == "class" and not context.class_token):
             raise FewtokensError(
                 "KMedoids weighs patches by the attention that they get",
                 expected="from 'all' tokens, or from the 'class' token of a backbone that has one",
-                got=f"significance={significance!r}, {'a' if place.class_token else 'no'} class token",
+                got=f"significance={significance!r}, {'a' if context.class_token else 'no'} class token",
                 fix="set tokenizer.build.significance=null, which takes what there is",
             )
         self.iterations, self.sizes = iterations, sizes
-        self.significance = significance or ("class" if place.class_token else "all")
+        self.significance = significance or ("class" if context.class_token else "all")
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
         """Attention, the clustering, the MLP."""
-        attended, evidence = block.attend(tokens)
+        attended, state = block.attend(tokens)
         count = tokens.num_patches // tokens.frames
-        if share(count, self.keep) < count:
-            attended = self.choose(attended, self.weights(attended, evidence))
-        del evidence  # memory, see top_k
-        return block.feed(attended)
+        if share(count, self.keep_rate) < count:
+            attended = self.choose(attended, self.weights(attended, state))
+        del state  # memory, see top_k
+        return block.feed_forward(attended)
 
     @torch.no_grad()
-    def weights(self, tokens: Tokens, evidence: Evidence) -> Float[Tensor, "b m"]:
+    def weights(self, tokens: Tokens, state: AttentionState) -> Float[Tensor, "b m"]:
         """What attention every patch gets (B, N), the mean over heads, summed over the tokens that it comes from."""
         if self.significance == "class":
-            return class_attention(evidence, tokens.prefix)
-        attention = evidence.rows(tokens.x.shape[1]).mean(dim=1)[:, :, tokens.prefix :]
+            return class_attention(state, tokens.prefix)
+        attention = state.attention_rows(tokens.x.shape[1]).mean(dim=1)[:, :, tokens.prefix :]
         return (attention if tokens.mask is None else attention * tokens.mask[..., None]).sum(dim=1)
 
     def choose(self, tokens: Tokens, weights: Float[Tensor, "b m"]) -> Tokens:
         """The record with the medoids alone, by weights (B, N)."""
         patches = tokens.per_frame
         valid = None if tokens.mask is None else tokens.mask[:, tokens.prefix :].reshape(patches.shape[:2])
-        found = medoids(patches, weights.reshape(patches.shape[:2]), self.keep, self.iterations, valid)
+        found = medoids(patches, weights.reshape(patches.shape[:2]), self.keep_rate, self.iterations, valid)
         start = torch.arange(tokens.frames, device=patches.device)[:, None] * patches.shape[1]
         index = (found.centres.unflatten(0, (-1, tokens.frames)) + start).flatten(1)
         mask = None if found.mask is None else found.mask.reshape(index.shape)
@@ -104,7 +104,7 @@ class KMedoids(Selector):
 def medoids(
     x: Float[Tensor, "b m c"],
     weights: Float[Tensor, "b m"],
-    keep: float,
+    keep_rate: float,
     iterations: int,
     valid: Bool[Tensor, "b m"] | None = None,
 ) -> Clusters:
@@ -113,13 +113,13 @@ def medoids(
     Args:
         x: Features (B, N, C).
         weights: Of every patch (B, N), at least 0.
-        keep: Clusters as a share of the patches, of every sample's own valid ones.
+        keep_rate: Clusters as a share of the patches, of every sample's own valid ones.
         iterations: How often medoids are chosen anew.
         valid: False where a patch is padding (B, N).
     """
     squared = squared_distances(x)
     weights = weights if valid is None else weights * valid
-    centres, mask = highest(weights, keep, valid)
+    centres, mask = highest(weights, keep_rate, valid)
     slots = torch.arange(centres.shape[1], device=x.device)
     slot = nearest(squared, centres, mask)
     for _ in range(iterations):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fewtokens.tokenizers.base import Place
+from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokenizers.token_learner import LAYER_NORM_EPS, MapPooler
 from fewtokens.tokens import Tokens
 
@@ -19,17 +19,17 @@ class PatchMerger(MapPooler):
     those of the port in vit-pytorch; neither was checked against official code. It needs no lattice.
 
     Args:
-        place: Where it stands (paper: one, in the middle).
+        context: Where it stands (paper: one, in the middle).
         num_tokens: Tokens per frame, S (paper: 8).
         scale: Multiply the logits by C^-1/2, as vit-pytorch does; the paper's formula has none. Queries start as unit
             normals, so that without it the softmax starts almost one-hot.
     """
 
-    def __init__(self, place: Place, num_tokens: int = 8, scale: bool = True) -> None:
-        super().__init__(place, num_tokens)
-        self.norm = nn.LayerNorm(place.dim, eps=LAYER_NORM_EPS)
-        self.queries = nn.Parameter(torch.randn(num_tokens, place.dim))
-        self.scale = place.dim**-0.5 if scale else 1.0
+    def __init__(self, context: LayerContext, num_tokens: int = 8, scale: bool = True) -> None:
+        super().__init__(context, num_tokens)
+        self.norm = nn.LayerNorm(context.dim, eps=LAYER_NORM_EPS)
+        self.queries = nn.Parameter(torch.randn(num_tokens, context.dim))
+        self.scale = context.dim**-0.5 if scale else 1.0
 
     def maps(self, patches: Float[Tensor, "b m c"], tokens: Tokens) -> Float[Tensor, "b s m"]:
         """Softmax over the positions, one map per query."""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fewtokens.errors import FewtokensError
-from fewtokens.tokenizers.base import Place, Pooler
+from fewtokens.tokenizers.base import LayerContext, Pooler
 from fewtokens.tokens import Tokens
 
 
@@ -21,11 +21,11 @@ class Pool(Pooler):
     one before left; a TokenFuser around it sees the whole lattice each time.
 
     Args:
-        place: Where it stands.
+        context: Where it stands.
         window: Height and width of a window in patches, or one number for both.
     """
 
-    def __init__(self, place: Place, window: int | Sequence[int] = 2) -> None:
+    def __init__(self, context: LayerContext, window: int | Sequence[int] = 2) -> None:
         sides = (window, window) if isinstance(window, int) else tuple(window)
         if len(sides) != 2 or min(sides) < 1:
             raise FewtokensError(
@@ -34,12 +34,12 @@ class Pool(Pooler):
                 got=window,
                 fix="set tokenizer.build.window=2",
             )
-        super().__init__(place, prod(windows(place.grid, sides)))
+        super().__init__(context, prod(windows(context.grid, sides)))
         self.window = sides
 
     def pool(self, tokens: Tokens) -> Tokens:
         """One token per window and frame; the lattice shrinks."""
-        grid = tokens.lattice("Pool")
+        grid = tokens.require_grid("Pool")
         patches = average(tokens.per_frame, grid, self.window)
         smaller = windows(grid, self.window)
         if tokens.origin is None:

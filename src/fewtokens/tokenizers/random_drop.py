@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place, Selector
+from fewtokens.tokenizers.base import LayerContext, Selector
 from fewtokens.tokens import Tokens
 
 WORD, GOLDEN = 2**32, 0x9E3779B9  # far apart for neighbouring seeds
@@ -19,19 +19,19 @@ class RandomDrop(Selector):
     """Before a block, every image keeps a share of its patches, drawn for itself without replacement.
 
     Args:
-        place: Where it stands.
-        keep: Share of the patches that stay, rounded up.
+        context: Where it stands.
+        keep_rate: Share of the patches that stay, rounded up.
         seed: Of the draw in evaluation, which depends on nothing but the seed, the block and the place in the batch:
             evaluating twice gives the same. In training, torch's own generator draws.
     """
 
-    def __init__(self, place: Place, keep: float = 0.7, seed: int = 0) -> None:
-        super().__init__(place, keep)
+    def __init__(self, context: LayerContext, keep_rate: float = 0.7, seed: int = 0) -> None:
+        super().__init__(context, keep_rate)
         self.seed = seed
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
         """Drop, then the block."""
-        seed = None if self.training else self.seed + self.place.block
+        seed = None if self.training else self.seed + self.context.block
         return block(self.keep_highest(tokens, draw(tokens.patches, seed)))
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewtokens.errors import FewtokensError
-from fewtokens.tokenizers.base import Place, Pooler, bias_per_frame, tokens_made, without_autocast
+from fewtokens.tokenizers.base import LayerContext, Pooler, bias_per_frame, tokens_made, without_autocast
 from fewtokens.tokens import Tokens
 
 
@@ -27,15 +27,15 @@ class Sinkhorn(Pooler):
     directions of the centres are read, there they are set to length 1 in place at every call.
 
     Args:
-        place: Where it stands.
+        context: Where it stands.
         num_tokens: Tokens per frame, S: a number, or with a float the share of those that the place before left.
         iterations: Of the plan (command in the README of the first paper's code: 5; default of the second's: 3).
         epsilon: Strength of the entropy: the larger, the more even the plan (the same command: 0.25; default of the
             second's: 1, at which cosines hardly tell).
     """
 
-    def __init__(self, place: Place, num_tokens: int | float = 0.5, iterations: int = 5, epsilon: float = 0.25) -> None:
-        super().__init__(place, tokens_made(place, num_tokens))
+    def __init__(self, context: LayerContext, num_tokens: int | float = 0.5, iterations: int = 5, epsilon: float = 0.25) -> None:
+        super().__init__(context, tokens_made(context, num_tokens))
         if iterations < 0 or not epsilon > 0:
             raise FewtokensError(
                 "Sinkhorn's plan takes a number of iterations at a strength of entropy",
@@ -44,7 +44,7 @@ class Sinkhorn(Pooler):
                 fix="set tokenizer.build.iterations=5 and tokenizer.build.epsilon=0.25",
             )
         self.iterations, self.epsilon = iterations, epsilon
-        self.centres = nn.Parameter(F.normalize(torch.randn(self.num_tokens, place.dim), dim=1))
+        self.centres = nn.Parameter(F.normalize(torch.randn(self.num_tokens, context.dim), dim=1))
 
     def maps(self, tokens: Tokens) -> Float[Tensor, "bt s m"]:
         """How much of every patch goes into each new token (B*T, S, N/T), which sums to 1 over the patches."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fewtokens.tokenizers.base import Place, Pooler, bias_per_frame, tokens_made
+from fewtokens.tokenizers.base import LayerContext, Pooler, bias_per_frame, tokens_made
 from fewtokens.tokens import Tokens
 
 
@@ -22,15 +22,15 @@ class SiT(Pooler):
     in training. Its accuracies are with it.
 
     Args:
-        place: Where it stands (official code: three places, each leaving half).
+        context: Where it stands (official code: three places, each leaving half).
         num_tokens: Tokens per frame, S: a number, or with a float the share of those that the place before left.
     """
 
-    def __init__(self, place: Place, num_tokens: int | float = 0.5) -> None:
-        super().__init__(place, tokens_made(place, num_tokens))
-        hidden = max(1, place.dim // 2)
+    def __init__(self, context: LayerContext, num_tokens: int | float = 0.5) -> None:
+        super().__init__(context, tokens_made(context, num_tokens))
+        hidden = max(1, context.dim // 2)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(place.dim), nn.Linear(place.dim, hidden), nn.GELU(), nn.Linear(hidden, self.num_tokens)
+            nn.LayerNorm(context.dim), nn.Linear(context.dim, hidden), nn.GELU(), nn.Linear(hidden, self.num_tokens)
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):

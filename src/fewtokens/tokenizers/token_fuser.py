@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place, Pooler, Tokenizer
+from fewtokens.tokenizers.base import LayerContext, Pooler, Tokenizer
 from fewtokens.tokenizers.token_learner import LAYER_NORM_EPS, MaskMlp
 from fewtokens.tokens import Tokens
 
@@ -79,8 +79,8 @@ class TokenFuser(Tokenizer):
     the block made them. Any tokenizer with a fixed number of tokens can be inside.
 
     Args:
-        place: Where it stands.
-        inner: Recipe of the tokenizer inside, `inner(place)`.
+        context: Where it stands.
+        inner: Recipe of the tokenizer inside, `inner(context)`.
         hidden: See `Fuse`.
         normalize: See `Fuse`.
         dropout: See `Fuse`.
@@ -92,16 +92,16 @@ class TokenFuser(Tokenizer):
 
     def __init__(
         self,
-        place: Place,
-        inner: Callable[[Place], Tokenizer],
+        context: LayerContext,
+        inner: Callable[[LayerContext], Tokenizer],
         hidden: int = 64,
         normalize: bool = True,
         dropout: float = 0.0,
         gelu: Literal["tanh", "none"] = "tanh",
         init: Literal["gentle", "official"] = "gentle",
     ) -> None:
-        super().__init__(place)
-        tokenizer = inner(replace(place, stage=0))  # no place before it left it fewer
+        super().__init__(context)
+        tokenizer = inner(replace(context, stage=0))  # no place before it left it fewer
         if not isinstance(tokenizer, Pooler):
             raise FewtokensError(
                 "TokenFuser wraps a tokenizer that makes a fixed number of tokens",
@@ -110,7 +110,7 @@ class TokenFuser(Tokenizer):
                 fix="choose it with tokenizer@tokenizer.inner=token_learner_v11",
             )
         self.inner = tokenizer
-        self.fuse = Fuse(place.dim, tokenizer.num_tokens, hidden, normalize, dropout, gelu, init)
+        self.fuse = Fuse(context.dim, tokenizer.num_tokens, hidden, normalize, dropout, gelu, init)
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
         """The tokens after the block, as many as before it, on the same lattice."""

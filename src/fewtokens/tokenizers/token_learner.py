@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewtokens.errors import FewtokensError
-from fewtokens.tokenizers.base import Place, Pooler
+from fewtokens.tokenizers.base import LayerContext, Pooler
 from fewtokens.tokens import Tokens
 
 LAYER_NORM_EPS = 1e-6  # Flax's and Keras's, not torch's
@@ -43,7 +43,7 @@ class TokenLearner(MapPooler):
     LN(x) -> 3 x (conv to S channels, GELU) -> conv -> sigmoid -> weights; tokens = sum of weight * x. No biases.
 
     Args:
-        place: Where it stands.
+        context: Where it stands.
         num_tokens: Tokens per frame, S.
         pooling: "sum" (scenic's default; the tokens start out about N/2 times as large as the patches) or "mean"
             (the Keras example's).
@@ -52,12 +52,12 @@ class TokenLearner(MapPooler):
 
     def __init__(
         self,
-        place: Place,
+        context: LayerContext,
         num_tokens: int = 8,
         pooling: Literal["sum", "mean"] = "sum",
         gelu: Literal["tanh", "none"] = "tanh",
     ) -> None:
-        super().__init__(place, num_tokens)
+        super().__init__(context, num_tokens)
         if pooling not in ("sum", "mean"):
             raise FewtokensError(
                 "TokenLearner pools by sum or by mean",
@@ -66,8 +66,8 @@ class TokenLearner(MapPooler):
                 fix="set tokenizer.build.pooling=mean",
             )
         self.pooling = pooling
-        self.norm = nn.LayerNorm(place.dim, eps=LAYER_NORM_EPS)
-        widths = [place.dim, num_tokens, num_tokens, num_tokens, num_tokens]
+        self.norm = nn.LayerNorm(context.dim, eps=LAYER_NORM_EPS)
+        widths = [context.dim, num_tokens, num_tokens, num_tokens, num_tokens]
         convs = [nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in pairwise(widths)]
         for conv in convs:
             lecun_normal_(conv.weight)
@@ -76,7 +76,7 @@ class TokenLearner(MapPooler):
 
     def maps(self, patches: Float[Tensor, "b m c"], tokens: Tokens) -> Float[Tensor, "b s m"]:
         """Sigmoid maps, divided by N when pooling is "mean"."""
-        height, width = tokens.lattice("TokenLearner 1.0, a convolution over positions,")
+        height, width = tokens.require_grid("TokenLearner 1.0, a convolution over positions,")
         x = self.norm(patches).transpose(1, 2).unflatten(2, (height, width))
         for conv in self.convs[:-1]:
             x = self.act(conv(x))
@@ -92,7 +92,7 @@ class TokenLearnerV11(MapPooler):
     It needs no lattice.
 
     Args:
-        place: Where it stands.
+        context: Where it stands.
         num_tokens: Tokens per frame, S.
         hidden: Width of the MLP (scenic: 64).
         dropout: Rate of both dropouts.
@@ -101,15 +101,15 @@ class TokenLearnerV11(MapPooler):
 
     def __init__(
         self,
-        place: Place,
+        context: LayerContext,
         num_tokens: int = 8,
         hidden: int = 64,
         dropout: float = 0.0,
         gelu: Literal["tanh", "none"] = "tanh",
     ) -> None:
-        super().__init__(place, num_tokens)
-        self.norm = nn.LayerNorm(place.dim, eps=LAYER_NORM_EPS)
-        self.mlp = MaskMlp(place.dim, hidden, num_tokens, dropout, gelu)
+        super().__init__(context, num_tokens)
+        self.norm = nn.LayerNorm(context.dim, eps=LAYER_NORM_EPS)
+        self.mlp = MaskMlp(context.dim, hidden, num_tokens, dropout, gelu)
 
     def maps(self, patches: Float[Tensor, "b m c"], tokens: Tokens) -> Float[Tensor, "b s m"]:
         """Softmax over the positions, one map per token."""
@@ -123,26 +123,26 @@ class TokenLearnerV11Grouped(MapPooler):
     raw x). No biases, no activation, no dropout in the Keras port.
 
     Args:
-        place: Where it stands.
+        context: Where it stands.
         num_tokens: Tokens per frame, S.
         groups: Groups of the two grouped convolutions; must divide C.
         dropout: Rate on the tokens (scenic's form had one).
     """
 
-    def __init__(self, place: Place, num_tokens: int = 8, groups: int = 8, dropout: float = 0.0) -> None:
-        super().__init__(place, num_tokens)
-        if groups < 1 or place.dim % groups:
+    def __init__(self, context: LayerContext, num_tokens: int = 8, groups: int = 8, dropout: float = 0.0) -> None:
+        super().__init__(context, num_tokens)
+        if groups < 1 or context.dim % groups:
             raise FewtokensError(
                 "The groups of a grouped convolution divide the width",
-                expected=f"a divisor of {place.dim}",
+                expected=f"a divisor of {context.dim}",
                 got=groups,
                 fix="set tokenizer.build.groups to 4 or 8, or change backbone.dim",
             )
-        self.norm = nn.LayerNorm(place.dim, eps=LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(context.dim, eps=LAYER_NORM_EPS)
         # Conv1d over the flattened positions: a 1x1 convolution knows no neighbours, so it needs no lattice.
-        self.group = nn.Conv1d(place.dim, place.dim, 1, groups=groups, bias=False)
-        self.project = nn.Conv1d(place.dim, num_tokens, 1, bias=False)
-        self.value = nn.Conv1d(place.dim, place.dim, 1, groups=groups, bias=False)
+        self.group = nn.Conv1d(context.dim, context.dim, 1, groups=groups, bias=False)
+        self.project = nn.Conv1d(context.dim, num_tokens, 1, bias=False)
+        self.value = nn.Conv1d(context.dim, context.dim, 1, groups=groups, bias=False)
         for conv in (self.group, self.project, self.value):
             lecun_normal_(conv.weight)
         self.dropout = nn.Dropout(dropout)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import Place, Tokenizer
+from fewtokens.tokenizers.base import LayerContext, Tokenizer
 from fewtokens.tokens import Tokens
 
 
@@ -48,18 +48,18 @@ class ToMe(Tokenizer):
     parameters and works off the shelf. Class, distillation and register tokens never merge.
 
     Args:
-        place: Where it stands; the official code stands in every block.
-        r: Tokens that each place merges away (at most half of the patches), or a list with one number for each place,
+        context: Where it stands; the official code stands in every block.
+        r: Tokens that each place merges away (at most half of the patches), or a list with one number for each context,
             filled up with zeros.
         inflection: Slope of r over the places, -1 to 1: 0 is constant, -1 falls from 2r to 0, 1 rises from 0 to 2r.
         proportional: Sizes count in attention, in the blocks where it stands. Paper: off for MAE models off the shelf.
     """
 
     def __init__(
-        self, place: Place, r: int | Sequence[int] = 8, inflection: float = 0.0, proportional: bool = True
+        self, context: LayerContext, r: int | Sequence[int] = 8, inflection: float = 0.0, proportional: bool = True
     ) -> None:
-        super().__init__(place)
-        self.r = schedule(r, inflection, place.stages)[place.stage]
+        super().__init__(context)
+        self.r = schedule(r, inflection, context.stages)[context.stage]
         self.proportional = proportional
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
@@ -72,14 +72,14 @@ class ToMe(Tokenizer):
                 fix="place it first, or leave the adaptive tokenizer out",
             )
         size = tokens.size
-        tokens, evidence = block.attend(tokens if self.proportional else replace(tokens, size=None))
+        tokens, state = block.attend(tokens if self.proportional else replace(tokens, size=None))
         tokens = replace(tokens, size=size)
         r = clipped(self.r, tokens.num_patches)
         if r:
-            matching = match(evidence.key.mean(dim=1), r, tokens.prefix)
+            matching = match(state.key.mean(dim=1), r, tokens.prefix)
             tokens = tokens.merge(matching.keep, matching.source, matching.target)
-        del evidence  # memory, see top_k
-        return block.feed(tokens)
+        del state  # memory, see top_k
+        return block.feed_forward(tokens)
 
 
 def clipped(r: int, num_patches: int) -> int:

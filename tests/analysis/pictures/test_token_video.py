@@ -55,7 +55,7 @@ class Halves(Tokenizer):
         tokens, _ = block.attend(tokens)
         column = torch.arange(24) % 6
         kept = torch.cat([column < 3, column >= 3, torch.arange(24) == 0]).nonzero()[:, 0]
-        return block.feed(tokens.select(kept.expand(len(tokens.x), -1)))
+        return block.feed_forward(tokens.select(kept.expand(len(tokens.x), -1)))
 
 
 def patches(picture: np.ndarray, row: int, column: int, rows: int, side: int = 0) -> np.ndarray:
@@ -125,7 +125,7 @@ def test_measure(model: Model, tmp_path: Path) -> None:
     assert STEPS * CELL < width < (STEPS + 1) * CELL
 
 
-@pytest.mark.parametrize("method", [partial(TopK, keep=0.5), partial(ToMe, r=6)])
+@pytest.mark.parametrize("method", [partial(TopK, keep_rate=0.5), partial(ToMe, r=6)])
 def test_stages_of_methods_that_drop_or_merge(method: Any, tmp_path: Path) -> None:
     picture, frames = drawn(method, tmp_path, still=False)
     assert len(frames) == STEPS

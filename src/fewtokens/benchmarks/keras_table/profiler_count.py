@@ -64,10 +64,10 @@ def keras_flops(model: ViT, source_size: tuple[int, int] = (32, 32)) -> int:
             got=sorted({type(part).__name__ for part in (*model.encoder.blocks, *model.encoder.tokenizers)}),
             fix="report cost/gmacs, which counts any model",
         )
-    embed: Any = model.trunk.patch_embed.proj
-    head: Any = model.trunk.head
+    embed: Any = model.vit.patch_embed.proj
+    head: Any = model.vit.head
     parts: Any = zip(model.encoder.tokenizers, model.encoder.blocks, strict=True)
-    dim, tokens = embed.out_channels, prod(model.trunk.patch_embed.grid_size)
+    dim, tokens = embed.out_channels, prod(model.vit.patch_embed.grid_size)
     total = prod(source_size) * embed.in_channels + _conv(embed, tokens)
     for tokenizer, block in parts:
         total += _TOKENIZERS[type(tokenizer)](tokenizer, tokens)
@@ -90,14 +90,14 @@ def _nothing(tokenizer: Any, tokens: int) -> int:
 
 
 def _token_learner(tokenizer: Any, tokens: int) -> int:
-    dim, maps = tokenizer.place.dim, tokenizer.num_tokens * tokens
+    dim, maps = tokenizer.context.dim, tokenizer.num_tokens * tokens
     convs = sum(_conv(conv, tokens) for conv in tokenizer.convs)
     return _norm(tokens, dim) + convs + (len(tokenizer.convs) - 1) * _gelu(maps) + 2 * maps * dim
 
 
 def _token_learner_grouped(tokenizer: Any, tokens: int) -> int:
     convs = sum(_conv(conv, tokens) for conv in (tokenizer.group, tokenizer.project, tokenizer.value))
-    return _norm(tokens, tokenizer.place.dim) + convs + 5 * tokenizer.num_tokens * tokens
+    return _norm(tokens, tokenizer.context.dim) + convs + 5 * tokenizer.num_tokens * tokens
 
 
 def _norm(tokens: int, dim: int) -> int:
