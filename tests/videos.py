@@ -71,6 +71,19 @@ def write(
     return path
 
 
+def write_noise(path: Path, count: int = 30) -> Path:
+    """Write a video of random pixels, which cannot be compressed to a few bytes."""
+    noise = np.random.default_rng(0)
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=30, options=X264)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for _ in range(count):
+            pixels = noise.integers(0, 256, (120, 160, 3), dtype=np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
 def write_sound(path: Path) -> Path:
     """A file with a sound and nothing to see."""
     with av.open(str(path), "w") as file:

@@ -1,5 +1,6 @@
 """Copies show the same frames at the same times, upright, and every decoder finds them by number."""
 
+import resource
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import videos
-from fewtokens.data.prepare import transcode as transcoding
+from fewtokens.data.prepare import transcode
 from fewtokens.data.video import container, decoders
 from fewtokens.data.video.reader import Reader
 from fewtokens.data.video.records import UnreadableError, VideoInfo
@@ -32,10 +33,11 @@ KINDS = {
 
 def examine(path: Path | str, target: Path | str | None, **more: object) -> VideoInfo:
     wanted = {"start": None, "end": None, "short_side": None, "key_frames": 12} | more
-    return transcoding.examine(str(path), None if target is None else str(target), **wanted)
+    return transcode.examine(str(path), None if target is None else str(target), **wanted)
 
 
 def shown(path: Path) -> list[int]:
+    """Return the number that each frame shows, and check that it is upright."""
     frames = decoders.read(str(path), range(container.video_info(str(path)).frames))
     assert all(videos.upright(frame) for frame in frames)
     return [videos.number(frame) for frame in frames]
@@ -54,17 +56,29 @@ def test_copies_show_the_same_frames_at_the_same_times(kind: str, tmp_path: Path
     assert (made.width, made.height) == (before.info.width // 2 * 2, before.info.height // 2 * 2)
     assert shown(target) == list(range(30))
     if len(before.times):
-        times = [(scan.times - scan.times[0]) * scan.unit for scan in (before, after)]
+        times = [(index.times - index.times[0]) * index.unit for index in (before, after)]
         assert np.abs(times[0] - times[1]).max() < 2e-3
-        # The length of the last frame is lost where lengths vary, and with it a little of the average.
+        # At a variable rate the duration of the last frame is lost, which changes the average a little.
         assert made.fps == pytest.approx(before.info.fps, rel=0.1 if kind == "variable rate" else 0.01)
         assert made.seconds == pytest.approx(before.info.seconds, rel=0.01)
     frames = [decoders.read(str(path), [4, 20], short_side=48).astype(int) for path in (source, target)]
-    assert abs(frames[0].mean((0, 2, 3)) - frames[1].mean((0, 2, 3))).max() < 2.5, "the colours are others"
+    assert abs(frames[0].mean((0, 2, 3)) - frames[1].mean((0, 2, 3))).max() < 2.5, "the colors differ"
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize("size", [(64, 48), (98, 50)], ids=str)
+def test_copies_of_rotated_files_are_as_bright_as_the_original(
+    rotation: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    source = videos.write(tmp_path / "a.mp4", 8, rotation=rotation, size=size)
+    examine(source, tmp_path / "copy.mp4")
+    frames = [decoders.read(str(path), range(8)).astype(float) for path in (source, tmp_path / "copy.mp4")]
+    assert abs((frames[0] - frames[1]).mean()) < 0.2  # of 255; by way of RGB it was 0.7
+    assert abs(frames[0] - frames[1]).mean() < 1.2
 
 
 @pytest.mark.parametrize(("key_frames", "short_side"), [(1, 24), (5, 256), (12, None)])
-def test_key_frames_come_as_often_as_asked_and_nothing_is_enlarged(
+def test_key_frames_have_the_distance_of_the_setting_and_nothing_is_enlarged(
     key_frames: int, short_side: int | None, tmp_path: Path
 ) -> None:
     source = videos.write(tmp_path / "a.mp4", options={"x264-params": "keyint=250"}, size=(98, 64), sound=True)
@@ -76,7 +90,7 @@ def test_key_frames_come_as_often_as_asked_and_nothing_is_enlarged(
         assert [stream.type for stream in file.streams] == ["video"]
 
 
-def test_copies_of_stretches_have_the_frames_that_count(tmp_path: Path) -> None:
+def test_copies_of_sections_have_their_frames(tmp_path: Path) -> None:
     source = videos.write(tmp_path / "a.mp4", rate=10)
     assert examine(source, tmp_path / "b.mp4", start=1.0, end=2.0).frames == 10
     assert shown(tmp_path / "b.mp4") == list(range(10, 20))
@@ -89,7 +103,7 @@ def test_copies_of_stretches_have_the_frames_that_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bad.mp4", "cut.mp4"])
-def test_of_damaged_files_no_copy_is_left(name: str, tmp_path: Path) -> None:
+def test_damaged_files_leave_no_copy(name: str, tmp_path: Path) -> None:
     content = videos.write(tmp_path / "a.mkv", count=60).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
     (tmp_path / "bad.mp4").write_bytes(b"no video")
@@ -107,12 +121,12 @@ def test_originals_are_never_overwritten(tmp_path: Path) -> None:
     content, reader = source.read_bytes(), Reader("pyav")
     for target in (source, tmp_path / "x" / ".." / "a.mp4", tmp_path / "link.mp4"):
         (tmp_path / "x").mkdir(exist_ok=True)
-        with pytest.raises(FewtokensError, match="originals are never touched"):
+        with pytest.raises(FewtokensError, match="copy .* would overwrite its original"):
             reader.examine(str(source), str(target), start=None, end=None, short_side=24, key_frames=12)
     assert source.read_bytes() == content
 
 
-def test_a_place_that_cannot_be_written_is_no_bad_file(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_not_a_damaged_file(tmp_path: Path) -> None:
     source, reader = videos.write(tmp_path / "a.mp4"), Reader("pyav")
     (tmp_path / "folder.mp4").mkdir()
     targets = [tmp_path / "absent" / "b.mp4", source / "b.mp4", tmp_path / "folder.mp4"]
@@ -123,12 +137,26 @@ def test_a_place_that_cannot_be_written_is_no_bad_file(tmp_path: Path) -> None:
         assert not isinstance(caught.value, UnreadableError)
 
 
-def test_a_full_disk_is_no_bad_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_not_a_damaged_file(tmp_path: Path) -> None:
     source = videos.write(tmp_path / "a.mp4")
     (tmp_path / "b.mp4").symlink_to("/dev/full")
     with pytest.raises(FewtokensError, match="No space left") as caught:
         examine(source, tmp_path / "b.mp4")
     assert not isinstance(caught.value, UnreadableError)
+
+
+def test_a_disk_that_becomes_full_leaves_no_incomplete_copy(tmp_path: Path) -> None:
+    source, folder = videos.write_noise(tmp_path / "a.mp4"), tmp_path / "copies"
+    folder.mkdir()
+    reader, before = Reader("pyav"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (source.stat().st_size // 2, before[1]))
+    try:  # the decoder process inherits the limit
+        with pytest.raises(FewtokensError, match=r"Cannot write .*: File too large\. Free some space") as caught:
+            reader.examine(str(source), str(folder / "a.mp4"), start=None, end=None, short_side=None, key_frames=12)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not isinstance(caught.value, UnreadableError)
+    assert not list(folder.iterdir())
 
 
 def test_a_wrong_time_is_noticed(tmp_path: Path) -> None:

@@ -1,31 +1,31 @@
-"""The files of a data set, one after the other in several threads, each of which has a process that decodes for it."""
+"""Examination of the files of a data set in several threads, each with its own decoder process."""
 
 import hashlib
 import os
 import queue
 import stat
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewtokens.data.prepare.journal import Found, Span, state
+from fewtokens.data.prepare.journal import FileResult, Section, file_state
 from fewtokens.data.video.reader import Reader
 from fewtokens.data.video.records import UnreadableError, VideoInfo
 from fewtokens.errors import write_error
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How files are examined.
+class PrepareSettings:
+    """How files are examined and copied.
 
     Attributes:
-        copies: Folder for copies; None for no copies.
-        short_side: Of the copies; None as it is.
-        key_frames: Frames from one key frame of a copy to the next.
-        checksum: Whether to compute it.
-        limit: Seconds after which a file is given up.
-        workers: Threads, each with a process.
+        copies: Folder for the copies; None for no copies.
+        short_side: Shorter side of the copies in pixels; None keeps that of the originals.
+        key_frames: Number of frames from one key frame of a copy to the next.
+        checksum: Whether to compute checksums.
+        limit: Time limit per file in seconds.
+        workers: Number of threads, each with its own process.
     """
 
     copies: Path | None = None
@@ -37,50 +37,52 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One file.
+class FileTask:
+    """A file to examine.
 
     Attributes:
-        path: As the list names it.
-        source: Where it is.
-        spans: The stretches of it that are listed.
-        copy: Where its copy goes.
-        copied: What its copy consists of.
+        path: Path as listed, normalized.
+        source: Path of the original, absolute or relative to the working directory.
+        sections: The listed sections of the file.
+        copy: Path of the copy; None for no copy.
+        copied: The section that the copy consists of; None for no copy.
     """
 
     path: str
     source: str
-    spans: frozenset[Span]
+    sections: frozenset[Section]
     copy: str | None
-    copied: Span | None
+    copied: Section | None
 
-    def known(self, found: Found | None, limit: float) -> bool:
-        """Whether nothing has changed since this was found out."""
-        if found is None or found.state != state(self.source) or found.copied != self.copied:
+    def is_done(self, result: FileResult | None, limit: float) -> bool:
+        """Return whether `result` is still valid, and a new time limit in seconds would not change it."""
+        if result is None or result.state != file_state(self.source) or result.copied != self.copied:
             return False
-        if found.reason is not None:
-            return not found.reason.startswith("timed out") or limit <= found.limit
-        whole = self.copy is None or (os.path.exists(self.copy) and os.stat(self.copy).st_size == found.bytes)
-        return whole and self.spans <= found.spans.keys()
+        if result.reason is not None:
+            return not result.reason.startswith("timed out") or limit <= result.limit
+        complete = self.copy is None or (os.path.exists(self.copy) and os.stat(self.copy).st_size == result.bytes)
+        return complete and self.sections <= result.sections.keys()
 
 
-def examined(tasks: Iterable[Task], settings: Settings) -> Generator[tuple[Task, Found]]:
-    """What was found out about each file, as it comes; whoever stops listening should close this generator.
+def examine_files(tasks: Iterable[FileTask], settings: PrepareSettings) -> Generator[tuple[FileTask, FileResult]]:
+    """Yield the result of each file as soon as it is known. Close the generator to stop early.
 
     Raises:
         FewtokensError: A copy cannot be written.
     """
-    todo, stopping = _Shared(tasks), threading.Event()
-    done: queue.SimpleQueue[tuple[Task, Found] | BaseException | None] = queue.SimpleQueue()
+    todo, stopping = queue.SimpleQueue[FileTask | None](), threading.Event()
+    done = queue.SimpleQueue[tuple[FileTask, FileResult] | BaseException | None]()
     readers = [Reader("pyav", settings.limit) for _ in range(settings.workers)]
+    for task in (*tasks, *[None] * settings.workers):
+        todo.put(task)
 
     def work(reader: Reader) -> None:
         try:
-            for task in todo:
-                found = examine(task, reader, settings)
-                if stopping.is_set():  # then the process was ended, and what is known of the file is nothing
+            while (task := todo.get()) is not None:
+                result = examine_file(task, reader, settings)
+                if stopping.is_set():  # the process was interrupted, so the result says nothing about the file
                     break
-                done.put((task, found))
+                done.put((task, result))
         except BaseException as error:
             done.put(error)
         finally:
@@ -108,66 +110,60 @@ def examined(tasks: Iterable[Task], settings: Settings) -> Generator[tuple[Task,
                 thread.join(0.05)
 
 
-def examine(task: Task, reader: Reader, settings: Settings) -> Found:
-    """Everything about one file."""
-    before = state(task.source)
+def examine_file(task: FileTask, reader: Reader, settings: PrepareSettings) -> FileResult:
+    """Decode a file, write its copy, and return everything that the manifest needs to know about it."""
+    state = file_state(task.source)
     info: VideoInfo | None = None
-    spans: dict[Span, tuple[int, int] | str] = {}
+    sections: dict[Section, tuple[int, int] | str] = {}
     try:
-        _check(task.source)
-        info = _whole(task, reader, settings)
+        _check_is_file(task.source)
+        info = _decode(task, reader, settings)
         reason, final = None, task.copy or task.source
     except UnreadableError as error:
         reason, final = error.reason, task.source
     if info is not None:
-        spans = {span: _span(reader, final, *span) for span in task.spans if span != task.copied}
-    spans |= {task.copied: (0, info.frames)} if info and task.copied else {}
-    size, digest = _content(final, settings.checksum) if before else (0, "")
-    return Found(before, settings.limit, spans, task.copied, info, size, digest, reason)
+        sections = {section: _frames(reader, final, section) for section in task.sections if section != task.copied}
+        if task.copied is not None:
+            sections[task.copied] = (0, info.frames)
+    size, sha256 = _size_and_checksum(final, settings.checksum) if state else (0, "")
+    return FileResult(state, settings.limit, sections, task.copied, info, size, sha256, reason)
 
 
-class _Shared:
-    """Tasks for several threads."""
-
-    def __init__(self, tasks: Iterable[Task]) -> None:
-        self._tasks, self._lock = iter(tasks), threading.Lock()
-
-    def __iter__(self) -> Iterator[Task]:
-        return self
-
-    def __next__(self) -> Task:
-        with self._lock:
-            return next(self._tasks)
-
-
-def _check(path: str) -> None:
+def _check_is_file(path: str) -> None:
     try:
-        kind = os.stat(path).st_mode
+        mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         raise UnreadableError(path, getattr(error, "strerror", None) or str(error)) from error
-    if not stat.S_ISREG(kind):  # to open a pipe would wait for somebody to write into it
-        raise UnreadableError(path, "it is no file")
+    if not stat.S_ISREG(mode):  # opening a pipe would block until another process writes into it
+        raise UnreadableError(path, "it is not a file")
 
 
-def _whole(task: Task, reader: Reader, settings: Settings) -> VideoInfo:
+def _decode(task: FileTask, reader: Reader, settings: PrepareSettings) -> VideoInfo:
     start, end = task.copied or (None, None)
     if task.copy is not None:
         try:
             os.makedirs(os.path.dirname(task.copy), exist_ok=True)
         except OSError as error:
             raise write_error(task.copy, error) from error
-    shape = {"short_side": settings.short_side, "key_frames": settings.key_frames}
-    return reader.examine(task.source, task.copy, start=start, end=end, **shape)  # type: ignore[arg-type]
+    return reader.examine(
+        task.source,
+        task.copy,
+        start=start,
+        end=end,
+        short_side=settings.short_side,
+        key_frames=settings.key_frames,
+    )
 
 
-def _span(reader: Reader, path: str, start: float | None, end: float | None) -> tuple[int, int] | str:
+def _frames(reader: Reader, path: str, section: Section) -> tuple[int, int] | str:
+    """Return the first frame of a section and its number of frames, or the reason why it has none."""
     try:
-        return reader.frame_range(path, start, end)
+        return reader.frame_range(path, *section)
     except UnreadableError as error:
         return error.reason
 
 
-def _content(path: str, checksum: bool) -> tuple[int, str]:
+def _size_and_checksum(path: str, checksum: bool) -> tuple[int, str]:
     try:
         size = os.stat(path).st_size
         if not checksum or not os.path.isfile(path):

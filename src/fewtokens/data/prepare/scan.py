@@ -1,4 +1,4 @@
-"""From the list of a data set to its manifest: every file examined, copied if asked for, what is left out named."""
+"""From a list of videos to its manifest: examine each file, copy it if asked, and note why a video is skipped."""
 
 import json
 import os
@@ -12,162 +12,168 @@ from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
-from fewtokens.data.prepare.examine import Settings, Task, examined
-from fewtokens.data.prepare.journal import Found, Journal
+from fewtokens.data.prepare.examine import FileTask, PrepareSettings, examine_files
+from fewtokens.data.prepare.journal import FileResult, Journal, Section
 from fewtokens.data.video import manifest
 from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.reader import PARTIAL_SUFFIX
 from fewtokens.data.video.records import Video
 from fewtokens.errors import FewtokensError, write_error
 
+Progress = Callable[[int, int, int], None]  # called with the numbers of good, skipped and all files
+
 
 def prepare(
-    entries: Sequence[Video],
+    videos: Sequence[Video],
     root: Path,
     file: Path,
-    settings: Settings,
+    settings: PrepareSettings,
     *,
-    about: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
     again: bool = False,
-    watch: Callable[[int, int, int], None] = lambda good, refused, files: None,
+    progress: Progress = lambda good, skipped, total: None,
 ) -> dict[str, Any]:
-    """Examines what is listed and writes the manifest, its summary (.summary.json) and, as it goes, its .journal.
+    """Examine all listed files and write the manifest, with its journal and its summary (.summary.json) beside it.
 
     Args:
-        entries: The list.
-        root: Folder of the files.
+        videos: The listed videos.
+        root: Folder to which their paths are relative.
         file: The manifest, .csv. Its rows are in the order of the list.
-        settings: How to examine.
-        about: More for the summary.
-        again: Whether to examine anew what has not changed.
-        watch: Is told, file by file, how many are good, how many refused, and how many there are.
+        settings: How to examine and copy the files.
+        extra: More entries for the summary.
+        again: Examine all files from scratch, also those that have not changed.
+        progress: Called at the start and after each file.
 
     Returns:
         The summary.
 
     Raises:
-        FewtokensError: Something cannot be written, or the manifest was begun with other settings.
+        FewtokensError: A file cannot be written, would be overwritten, or the journal was begun with other settings.
     """
-    if file.suffix != ".csv":
-        raise FewtokensError("A manifest is a csv file", expected="a name that ends in .csv", got=file, fix="rename it")
-    log = file.with_suffix(".journal")
-    if file.exists() and not log.exists() and not again:
-        raise FewtokensError(
-            "No file is overwritten that prepare did not write",
-            expected=f"no {file} yet, or its journal beside it",
-            got="a file without journal",
-            fix="choose another name, or add --again",
-        )
-    tasks = tasks_of(entries, root, settings.copies)
-    kept = {"copies": settings.copies is not None, "short_side": settings.short_side}
-    kept |= {"key_frames": settings.key_frames, "checksum": settings.checksum}
-    with closing(Journal(log, kept, again)) as journal:
+    journal_file = file.with_suffix(".journal")
+    _check_output(file, journal_file, again)
+    tasks = file_tasks(videos, root, settings.copies)
+    results_depend_on = {
+        "copies": settings.copies is not None,
+        "short_side": settings.short_side,
+        "key_frames": settings.key_frames,
+        "checksum": settings.checksum,
+    }
+    with closing(Journal(journal_file, results_depend_on, again)) as journal:
         if settings.copies is not None:
-            _sweep(settings.copies)
-        _examine(tasks, journal, settings, watch)
-        rows = [_row(entry, tasks[_key(entry)], journal.found[_key(entry)], settings.copies) for entry in entries]
+            _remove_partial_copies(settings.copies)
+        _examine(tasks, journal, settings, progress)
+        rows = [_row(video, tasks[_key(video)], journal.results[_key(video)], settings.copies) for video in videos]
         manifest.write(file, rows)
-        settled = {"settings": kept | {"limit": settings.limit}, **(about or {})}
-        summary = _summary(rows, tasks, journal.found) | settled | _made()
-        beside = file.with_suffix(".summary.json")  # not .json, which official annotations are called
-        try:
-            beside.write_text(json.dumps(summary, indent=2) + "\n")
-        except OSError as error:
-            raise write_error(beside, error) from error
+        summary = _summary(rows, [journal.results[path] for path in tasks])
+        summary |= {"settings": results_depend_on | {"limit": settings.limit}, **(extra or {}), **_versions()}
+        _write_summary(file.with_suffix(".summary.json"), summary)  # .json is the suffix of official annotations
     return summary
 
 
-def tasks_of(entries: Iterable[Video], root: Path, copies: Path | None) -> dict[str, Task]:
-    """The files that are listed, by path, each once; one that is listed once is copied without what does not count.
+def file_tasks(videos: Iterable[Video], root: Path, copies: Path | None) -> dict[str, FileTask]:
+    """Return a task for each listed file, by normalized path. The copy of a file with one section has only this one.
 
     Raises:
-        FewtokensError: Two copies would have the same name, or a copy that of an original.
+        FewtokensError: Two copies would have the same path, or a copy that of an original.
     """
-    spans: dict[str, dict[tuple[float | None, float | None], None]] = {}
-    for entry in entries:
-        spans.setdefault(_key(entry), {})[entry.start, entry.end] = None
-    tasks, owners = {}, {os.path.realpath(root / path): f"the original {path}" for path in spans} if copies else {}
-    for path, stretches in spans.items():
-        source, copied, copy = str(root / path), None, None
+    sections: dict[str, dict[Section, None]] = {}  # the inner dict is an ordered set
+    for video in videos:
+        sections.setdefault(_key(video), {})[video.start, video.end] = None
+    tasks, owners = {}, {os.path.realpath(root / path): f"the original {path}" for path in sections} if copies else {}
+    for path, listed in sections.items():
+        copied, copy = None, None
         if copies is not None:
-            copied = next(iter(stretches)) if len(stretches) == 1 else (None, None)
-            copy = str(copies / _name(path, root, *copied))
+            copied = next(iter(listed)) if len(listed) == 1 else (None, None)
+            copy = str(copies / _copy_path(path, root, *copied))
             if (owner := owners.setdefault(os.path.realpath(copy), path)) is not path:
                 raise FewtokensError(
-                    "Every copy has a name of its own, and none that of an original",
-                    expected=f"that {copy} is free for {path}",
-                    got=f"it is that of {owner}",
-                    fix="name another folder for the copies, or rename one of the files",
+                    f"The copy of {path} would overwrite {copy}, which belongs to {owner}. "
+                    "Choose another --transcode folder, or rename one of the files."
                 )
-        tasks[path] = Task(path, source, frozenset(stretches), copy, copied)
+        tasks[path] = FileTask(path, str(root / path), frozenset(listed), copy, copied)
     return tasks
 
 
-def _examine(
-    tasks: dict[str, Task], journal: Journal, settings: Settings, watch: Callable[[int, int, int], None]
-) -> None:
-    left = [task for path, task in tasks.items() if not task.known(journal.found.get(path), settings.limit)]
-    open_ = {task.path for task in left}
-    counts = Counter(journal.found[path].reason is None for path in tasks if path not in open_)
-    watch(counts[True], counts[False], len(tasks))
-    with closing(examined(left, settings)) as results:
-        for task, found in results:
-            journal.add(task.path, found)
-            counts[found.reason is None] += 1
-            watch(counts[True], counts[False], len(tasks))
+def _check_output(file: Path, journal_file: Path, again: bool) -> None:
+    if file.suffix != ".csv":
+        raise FewtokensError(f"The name of the manifest must end in .csv, got {file}. Change --write.")
+    if file.exists() and not journal_file.exists() and not again:
+        raise FewtokensError(
+            f"{file} exists without a journal, so it may be a file that `prepare` did not write. "
+            "Choose another --write, or add --again to overwrite it."
+        )
 
 
-def _key(entry: Video) -> str:
-    return os.path.normpath(entry.path)
+def _examine(tasks: dict[str, FileTask], journal: Journal, settings: PrepareSettings, progress: Progress) -> None:
+    """Examine the files whose results are not in the journal, and add them."""
+    todo = [task for task in tasks.values() if not task.is_done(journal.results.get(task.path), settings.limit)]
+    done = tasks.keys() - {task.path for task in todo}
+    counts = Counter(journal.results[path].reason is None for path in done)
+    progress(counts[True], counts[False], len(tasks))
+    with closing(examine_files(todo, settings)) as results:
+        for task, result in results:
+            journal.add(task.path, result)
+            counts[result.reason is None] += 1
+            progress(counts[True], counts[False], len(tasks))
 
 
-def _name(path: str, root: Path, start: float | None, end: float | None) -> PurePath:
-    """Where below their folder a copy goes: as the original below its root, or below /."""
-    whole = Path(os.path.normpath(root.absolute() / path))
+def _key(video: Video) -> str:
+    return os.path.normpath(video.path)
+
+
+def _copy_path(path: str, root: Path, start: float | None, end: float | None) -> PurePath:
+    """Return the path of a copy in its folder: that of the original below the root or, outside the root, below /."""
+    original = Path(os.path.normpath(root.absolute() / path))
     base = Path(os.path.normpath(root.absolute()))
-    below = whole.relative_to(base if whole.is_relative_to(base) else whole.anchor)
+    relative = original.relative_to(base if original.is_relative_to(base) else original.anchor)
     if (start, end) != (None, None):
-        ends = ["" if second is None else f"{second:g}" for second in (start, end)]
-        below = below.with_name(f"{below.name}_{'_'.join(ends)}")
-    return below if below.suffix == ".mp4" else below.with_name(below.name + ".mp4")
+        seconds = ["" if second is None else f"{second:g}" for second in (start, end)]
+        relative = relative.with_name(f"{relative.name}_{'_'.join(seconds)}")
+    return relative if relative.suffix == ".mp4" else relative.with_name(relative.name + ".mp4")
 
 
-def _row(entry: Video, task: Task, found: Found, copies: Path | None) -> ManifestRow:
-    span = (entry.start, entry.end)
-    content = (found.bytes, found.sha256)
-    at = found.reason if found.reason is not None else found.spans[span]
-    if isinstance(at, str):
-        return ManifestRow(entry, None, 0, 0, *content, at)
-    if copies is None or task.copy is None:
-        return ManifestRow(entry, found.info, *at, *content, None)
-    path = Path(task.copy).relative_to(copies).as_posix()
-    left = (None, None) if span == found.copied else span
-    return ManifestRow(Video(path, entry.labels, *left), found.info, *at, *content, None)
+def _row(video: Video, task: FileTask, result: FileResult, copies: Path | None) -> ManifestRow:
+    section, content = (video.start, video.end), (result.bytes, result.sha256)
+    frames = result.reason if result.reason is not None else result.sections[section]
+    if isinstance(frames, str):
+        return ManifestRow(video, None, 0, 0, *content, frames)
+    if copies is not None and task.copy is not None:
+        path = Path(task.copy).relative_to(copies).as_posix()
+        video = Video(path, video.labels, *((None, None) if section == result.copied else section))
+    return ManifestRow(video, result.info, *frames, *content, None)
 
 
-def _sweep(copies: Path) -> None:
-    """Removes copies that a killed process left half done."""
+def _remove_partial_copies(copies: Path) -> None:
+    """Remove the incomplete copies of a process that was killed."""
     for part in copies.rglob(f".*{PARTIAL_SUFFIX}"):
         part.unlink(missing_ok=True)
 
 
-def _summary(rows: list[ManifestRow], tasks: dict[str, Task], found: dict[str, Found]) -> dict[str, Any]:
-    good = [row for row in rows if row.info is not None and row.reason is None]
+def _summary(rows: list[ManifestRow], results: list[FileResult]) -> dict[str, Any]:
+    good = [row for row in rows if row.info is not None]
+    # Numbers in the reasons, such as frame numbers, would make nearly every reason a different one.
     reasons = Counter(re.sub(r"\d+(\.\d+)?", "N", row.reason) for row in rows if row.reason is not None)
-    files = [(found[path].state, found[path].bytes) for path in tasks if found[path].reason is None]
+    files = [result for result in results if result.reason is None]
     return {
         "videos": len(rows),
         "good": len(good),
-        "refused": len(rows) - len(good),
-        "refused_by_reason": dict(reasons.most_common()),
+        "skipped": len(rows) - len(good),
+        "skipped_by_reason": dict(reasons.most_common()),
         "hours": sum(row.count / row.info.fps for row in good if row.info) / 3600,
         "files": len(files),
-        "bytes_before": sum(state[0] for state, _ in files if state),
-        "bytes_after": sum(size for _, size in files),
+        "bytes_before": sum(result.state[0] for result in files if result.state),
+        "bytes_after": sum(result.bytes for result in files),
     }
 
 
-def _made() -> dict[str, Any]:
-    names = ("fewtokens", "av")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in names}
-    return {"versions": versions, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+def _versions() -> dict[str, Any]:
+    packages = {name: version(name) for name in ("fewtokens", "av")}
+    return {"versions": {"python": platform.python_version()} | packages, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+
+
+def _write_summary(file: Path, summary: dict[str, Any]) -> None:
+    try:
+        file.write_text(json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise write_error(file, error) from error
