@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -24,16 +25,18 @@ def functions(allocate: Any) -> dict[str, Any]:
         return "quiet"
 
     def refuse() -> None:
-        raise FewtokensError("The rule", expected=1, got=[2], fix="mend it")
+        raise FewtokensError("The rule is broken. Repair it.")
 
     return {
         "fill": fill,
         "chatter": chatter,
         "refuse": refuse,
         "crash": lambda: ctypes.string_at(0),
+        "killed": lambda path: os.kill(os.getpid(), signal.SIGKILL),
         "leave": lambda: os._exit(3),
         "bug": lambda: 1 / 0,
         "spin": lambda: EXCLUSIVE.pause(),
+        "hang": lambda path: EXCLUSIVE.pause(),
         "sleep": lambda seconds: time.sleep(seconds),
         "torch": lambda: "torch" in sys.modules,
     }

@@ -106,14 +106,14 @@ def test_draws_are_a_function_of_the_generator() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: RandomClip(8, 1, 224, 200), "at least 224 pixels. Found: 200"),
-        (lambda: RandomClip(8, 1, 224, 240, (0.9, 1.0)), "Found: 216 pixels"),
-        (lambda: RandomClip(8, 1, 32, None, (0.9, 1.1)), r"\[1, 1\] where data.resize is null"),
+        (lambda: RandomClip(8, 1, 224, 200), "image_size` must be at most .* got 224 and 200 pixels"),
+        (lambda: RandomClip(8, 1, 224, 240, (0.9, 1.0)), "got 224 and 216 pixels"),
+        (lambda: RandomClip(8, 1, 32, None, (0.9, 1.1)), r"\[1, 1\] if `data.resize` is null"),
         (lambda: RandomClip(8, 1, 32, 64, (1.1, 0.9)), "smallest, largest"),
-        (lambda: FixedViews(8, 1, 224, 200), "at least 224"),
-        (lambda: FixedViews(8, 1, 32, clips=0), "at least 1 clip"),
-        (lambda: FixedViews(8, 1, 32, crops=2), "1 or 3 crops"),
-        (lambda: FixedViews(8, 1, 32).plan(facts(9, 40, 31), generator(0)), r"set data\.resize=32"),
+        (lambda: FixedViews(8, 1, 224, 200), "got 224 and 200"),
+        (lambda: FixedViews(8, 1, 32, clips=0), "clips >= 1, got 0"),
+        (lambda: FixedViews(8, 1, 32, crops=2), r"views\[1\]` must be 1 or 3, got 2"),
+        (lambda: FixedViews(8, 1, 32).plan(facts(9, 40, 31), generator(0)), r"40 x 31 pixels. Set data\.resize=32"),
         (lambda: RandomClip(8, 1, 32).plan(facts(9, 31, 40), generator(0)), "31 x 40 pixels"),
     ],
 )
