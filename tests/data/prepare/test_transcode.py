@@ -121,7 +121,7 @@ def test_originals_are_never_overwritten(tmp_path: Path) -> None:
     content, reader = source.read_bytes(), Reader("pyav")
     for target in (source, tmp_path / "x" / ".." / "a.mp4", tmp_path / "link.mp4"):
         (tmp_path / "x").mkdir(exist_ok=True)
-        with pytest.raises(FewtokensError, match="copy .* would overwrite its original"):
+        with pytest.raises(FewtokensError, match=r"copy .* would overwrite its original"):
             reader.examine(str(source), str(target), start=None, end=None, short_side=24, key_frames=12)
     assert source.read_bytes() == content
 
