@@ -105,6 +105,7 @@ def test_a_line_that_does_not_fit_is_named(tmp_path: Path, text: str, line: int)
     [
         None,
         b"\0\1\2",
+        b"x" * 200_000,
         b"[1, 2]",
         b'{"a.mp4": 1.5}',
         b"{",

@@ -188,7 +188,7 @@ def test_a_damaged_index_is_no_incomplete_download(tmp_path: Path) -> None:
     content = videos.write(tmp_path / "a.mp4", count=60).read_bytes()
     for name, bad in {"a": content.replace(b"moov", b"ioov"), "b": content[: content.index(b"moov") + 20]}.items():
         (tmp_path / name).write_bytes(bad)
-        with pytest.raises(UnreadableError, match="Invalid data|no video that can be decoded"):
+        with pytest.raises(UnreadableError, match=r"Invalid data|no video that can be decoded"):
             container.video_info(str(tmp_path / name))
 
 

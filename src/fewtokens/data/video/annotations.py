@@ -16,8 +16,8 @@ from fewtokens.data.video.records import Video
 from fewtokens.errors import FewtokensError
 
 VIDEO_SUFFIXES = (
-    *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv"),
-)
+    ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv",
+)  # fmt: skip
 SOURCES_HELP = "Name a folder with one folder per class, a list `path label`, an official csv or json, or a manifest"
 
 
@@ -81,15 +81,12 @@ def read_lines(path: Path) -> Lines:
     """Read the lines of a text file.
 
     Raises:
-        FewtokensError: The file cannot be read or is not a text file.
+        FewtokensError: The file cannot be read, is not a text file, or has lines that are too long for a list.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise FewtokensError(f"Cannot read the list {path}: {error.strerror}. {SOURCES_HELP}.") from error
-    if "\0" in text:
-        raise FewtokensError(f"The list {path} is not a text file. {SOURCES_HELP}.")
-    return Lines(path, [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()])
+    lines = _read_text(path).split("\n")
+    if (longest := max(map(len, lines))) > csv.field_size_limit():
+        raise FewtokensError(f"{path} is not a list, as it has a line of {longest} characters. {SOURCES_HELP}.")
+    return Lines(path, [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()])
 
 
 def read_rows(lines: Lines) -> Iterator[tuple[int, dict[str, str]]]:
@@ -116,7 +113,7 @@ def read_json(path: Path) -> Any:
         FewtokensError: The file cannot be read or is not json.
     """
     try:
-        return json.loads("\n".join(line for _, line in read_lines(path).numbered))
+        return json.loads(_read_text(path))
     except ValueError as error:
         raise json_error(path, error) from error
 
@@ -127,6 +124,16 @@ def json_error(path: Path, got: object) -> FewtokensError:
         f'{path} must map videos to classes, as {{"a.mp4": "archery"}}, {{"a.mp4": ["archery", "riding"]}} or the '
         f"annotations of Kinetics, got {got}. {SOURCES_HELP}."
     )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise FewtokensError(f"Cannot read the list {path}: {error.strerror}. {SOURCES_HELP}.") from error
+    if "\0" in text:
+        raise FewtokensError(f"The list {path} is not a text file. {SOURCES_HELP}.")
+    return text
 
 
 def _class_folders(folder: Path, root: Path) -> list[Video]:

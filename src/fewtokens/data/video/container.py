@@ -218,7 +218,7 @@ def _starts_closed_group(packet: av.Packet, context: Any) -> bool:
 
 
 def _ends_before_moov(path: str) -> bool:
-    """Return whether an MP4 file ends with its media data (mdat) and has no index (moov), which often comes after it."""
+    """Return whether an MP4 file ends with its media data (mdat) and lacks the index (moov) that often follows it."""
     boxes, place = [b""], 0
     with open(path, "rb") as file:
         while len(boxes) < 1000 and len(header := file.read(16)) >= 8:  # a damaged file can contain any number of boxes

@@ -3,8 +3,8 @@
 There are three decoders, and a file yields the same frames with each of them. They agree on plain files: H.264, HEVC or
 VP9 in MP4 or Matroska, 8 bits, progressive, one video stream, no edit list that cuts frames off, closed groups of
 pictures. On other files decord and torchcodec were measured to return wrong frames without an error (edit lists, MPEG-4
-part 2, open groups of pictures, AVI, transport streams). PyAV therefore reads those whatever the configuration says, and
-it also reads files on which another decoder fails.
+part 2, open groups of pictures, AVI, transport streams). PyAV therefore reads those whatever the configuration says,
+and it also reads files on which another decoder fails.
 """
 
 import importlib
@@ -43,8 +43,8 @@ def read(
         path: The file.
         indices: Frame numbers in any order, with or without repetitions.
         decoder: "decord", "torchcodec" or "pyav".
-        short_side: Length in pixels to which the shorter side is scaled (bilinear), by the scaler of the decoder. Scaled
-            frames of two decoders differ slightly (by about 1 of 255 on average), unscaled frames do not.
+        short_side: Length in pixels to which the shorter side is scaled (bilinear), by the scaler of the decoder.
+            Scaled frames of two decoders differ slightly (by about 1 of 255 on average), unscaled frames do not.
         info: Properties of the file; None to determine them.
         allocate: Function that returns memory of a shape for the frames; None for `numpy.empty`.
 
@@ -59,8 +59,8 @@ def read(
     wanted, back = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     if not len(wanted) or wanted[0] < 0 or wanted[-1] >= info.frames:
         raise FewtokensError(
-            f"Frame numbers of {path} must be from 0 to {info.frames - 1}, got {list(indices)}. If a manifest lists this "
-            "file, write the manifest again."
+            f"Frame numbers of {path} must be from 0 to {info.frames - 1}, got {list(indices)}. If a manifest lists "
+            "this file, write the manifest again."
         )
     width, height = info.size(short_side)
     if len(back) * width * height * 3 > _MAX_BYTES:

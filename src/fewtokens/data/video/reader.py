@@ -83,7 +83,7 @@ class Reader:
         if target is None:
             return VideoInfo(**self._call("examine", path, target=None, **arguments))
         if os.path.exists(target) and os.path.exists(path) and os.path.samefile(path, target):
-            raise FewtokensError(f"The copy {target} would overwrite its original. Choose another folder for the copies.")
+            raise FewtokensError(f"The copy {target} would overwrite its original. Choose another folder for copies.")
         part = Path(target).with_name(f".{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}")
         try:
             found = VideoInfo(**self._call("examine", path, target=str(part), **arguments))

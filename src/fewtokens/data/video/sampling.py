@@ -58,7 +58,7 @@ class RandomClip:
         jitter: Smallest and largest factor. It costs no time, as the decoder scales anyway.
 
     Raises:
-        FewtokensError: The crop does not fit into the smallest frames, or `jitter` is no range or has no size to act on.
+        FewtokensError: The crop does not fit into the smallest frames, or `jitter` is invalid or has no size to act on.
     """
 
     views = 1

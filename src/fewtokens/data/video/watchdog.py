@@ -60,8 +60,8 @@ class WatchedProcess:
     def __init__(self, module: str, limit: float) -> None:
         if os.name != "posix":
             raise FewtokensError(
-                f"Videos can be decoded on Linux and macOS only, not on {sys.platform}, as the time limit needs a POSIX "
-                "timer. On Windows, use the Windows Subsystem for Linux (WSL)."
+                f"Videos can be decoded on Linux and macOS only, not on {sys.platform}, as the time limit needs a "
+                "POSIX timer. On Windows, use the Windows Subsystem for Linux (WSL)."
             )
         self.module, self.limit = module, limit
         self._owner = 0
