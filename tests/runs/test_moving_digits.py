@@ -37,7 +37,7 @@ def test_the_quick_start_leaves_a_report_and_a_picture_of_its_tokens(composed, a
     assert json.loads((run / "report.json").read_text()) == pytest.approx(numbers)
     assert 0 <= numbers["test/top1"] <= 1
     assert numbers["test/videos"] == 128
-    assert numbers["test/left_out"] == 0
+    assert numbers["test/skipped"] == 0
     assert numbers["cost/tokens_last_block"] == 4 * 8  # time steps x learned tokens
     assert numbers["cost/gmacs"] < numbers["cost/gmacs_dense"]
     for name in ("token_maps.png", "token_maps_over_time.png", "token_maps_over_time.gif", "confusion.png"):
