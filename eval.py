@@ -1,12 +1,12 @@
 """Evaluates a model once: python eval.py checkpoint=<run> [group=option ...] [key=value ...]."""
 
-from fewtokens.runs.command import command
+from fewtokens.runs.cli import command
 from omegaconf import DictConfig
 
 
 def evaluate(cfg: DictConfig) -> None:
     """One evaluation."""
-    from fewtokens.runs.evaluation import run  # imports torch, which takes seconds, only once the config is known
+    from fewtokens.runs.eval import run  # imports torch, which takes seconds, only once the config is known
 
     run(cfg)
 
