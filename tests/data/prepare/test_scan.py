@@ -176,6 +176,16 @@ def test_a_file_that_timed_out_is_tried_again_only_with_more_time(root: Path, se
     assert len(seen) == 2
 
 
+def test_a_file_whose_process_was_killed_is_tried_again(root: Path, seen: list[str]) -> None:
+    good = rows(LISTED[:1], root)
+    log = root.parent / "out" / "list.journal"
+    head, line = log.read_text().splitlines()
+    killed = {"reason": "the decoder process was killed (SIGKILL), for example because memory ran out", "info": None}
+    log.write_text(f"{head}\n{json.dumps(json.loads(line) | killed)}\n")
+    assert rows(LISTED[:1], root) == good
+    assert len(seen) == 2
+
+
 def test_an_incomplete_line_of_the_journal_is_dropped_and_the_rest_kept(root: Path, seen: list[str]) -> None:
     first = rows(LISTED, root)
     log = root.parent / "out" / "list.journal"

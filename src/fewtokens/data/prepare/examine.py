@@ -8,6 +8,7 @@ import threading
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fewtokens.data.prepare.journal import FileResult, Section, file_state
 from fewtokens.data.video.reader import Reader
@@ -35,6 +36,11 @@ class PrepareSettings:
     limit: float = 600.0
     workers: int = 1
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings on which the results depend."""
+        names = ("short_side", "key_frames", "checksum")
+        return {"copies": self.copies is not None} | {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class FileTask:
@@ -58,10 +64,16 @@ class FileTask:
         """Return whether `result` is still valid, and a new time limit in seconds would not change it."""
         if result is None or result.state != file_state(self.source) or result.copied != self.copied:
             return False
-        if result.reason is not None:
-            return not result.reason.startswith("timed out") or limit <= result.limit
+        if result.reason is not None and result.reason.startswith("timed out"):
+            return limit <= result.limit
+        if result.reason is not None:  # a process that was killed, for lack of memory, says nothing about the file
+            return not result.reason.startswith("the decoder process was killed")
         complete = self.copy is None or (os.path.exists(self.copy) and os.stat(self.copy).st_size == result.bytes)
         return complete and self.sections <= result.sections.keys()
+
+
+_Todo = queue.SimpleQueue[FileTask | None]
+_Done = queue.SimpleQueue[tuple[FileTask, FileResult] | BaseException | None]
 
 
 def examine_files(tasks: Iterable[FileTask], settings: PrepareSettings) -> Generator[tuple[FileTask, FileResult]]:
@@ -70,26 +82,13 @@ def examine_files(tasks: Iterable[FileTask], settings: PrepareSettings) -> Gener
     Raises:
         FewtokensError: A copy cannot be written.
     """
-    todo, stopping = queue.SimpleQueue[FileTask | None](), threading.Event()
-    done = queue.SimpleQueue[tuple[FileTask, FileResult] | BaseException | None]()
-    readers = [Reader("pyav", settings.limit) for _ in range(settings.workers)]
+    todo, done, stopping = _Todo(), _Done(), threading.Event()
     for task in (*tasks, *[None] * settings.workers):
         todo.put(task)
-
-    def work(reader: Reader) -> None:
-        try:
-            while (task := todo.get()) is not None:
-                result = examine_file(task, reader, settings)
-                if stopping.is_set():  # the process was interrupted, so the result says nothing about the file
-                    break
-                done.put((task, result))
-        except BaseException as error:
-            done.put(error)
-        finally:
-            reader.close()
-            done.put(None)
-
-    threads = [threading.Thread(target=work, args=(reader,), daemon=True) for reader in readers]
+    readers = [Reader("pyav", settings.limit) for _ in range(settings.workers)]
+    threads = [
+        threading.Thread(target=_work, args=(todo, done, stopping, reader, settings), daemon=True) for reader in readers
+    ]
     try:
         for thread in threads:
             thread.start()
@@ -108,6 +107,21 @@ def examine_files(tasks: Iterable[FileTask], settings: PrepareSettings) -> Gener
             while thread.is_alive():
                 reader.process.interrupt()
                 thread.join(0.05)
+
+
+def _work(todo: _Todo, done: _Done, stopping: threading.Event, reader: Reader, settings: PrepareSettings) -> None:
+    """Examine files until None is next; put the results, an error if there is one, and at last None into `done`."""
+    try:
+        while (task := todo.get()) is not None:
+            result = examine_file(task, reader, settings)
+            if stopping.is_set():  # the process was interrupted, so the result says nothing about the file
+                break
+            done.put((task, result))
+    except BaseException as error:
+        done.put(error)
+    finally:
+        reader.close()
+        done.put(None)
 
 
 def examine_file(task: FileTask, reader: Reader, settings: PrepareSettings) -> FileResult:

@@ -53,20 +53,14 @@ def prepare(
     journal_file = file.with_suffix(".journal")
     _check_output(file, journal_file, again)
     tasks = file_tasks(videos, root, settings.copies)
-    results_depend_on = {
-        "copies": settings.copies is not None,
-        "short_side": settings.short_side,
-        "key_frames": settings.key_frames,
-        "checksum": settings.checksum,
-    }
-    with closing(Journal(journal_file, results_depend_on, again)) as journal:
+    with closing(Journal(journal_file, settings.recorded(), again)) as journal:
         if settings.copies is not None:
             _remove_partial_copies(settings.copies)
         _examine(tasks, journal, settings, progress)
         rows = [_row(video, tasks[_key(video)], journal.results[_key(video)], settings.copies) for video in videos]
         manifest.write(file, rows)
         summary = _summary(rows, [journal.results[path] for path in tasks])
-        summary |= {"settings": results_depend_on | {"limit": settings.limit}, **(extra or {}), **_versions()}
+        summary |= {"settings": settings.recorded() | {"limit": settings.limit}, **(extra or {}), **_versions()}
         _write_summary(file.with_suffix(".summary.json"), summary)  # .json is the suffix of official annotations
     return summary
 
