@@ -1,4 +1,4 @@
-"""Functions for another process that never end, crash, or chatter: what native decoders do at their worst."""
+"""Functions for another process that never return, crash, or print: the worst that native decoders do."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ import numpy as np
 
 from fewtokens.errors import FewtokensError
 
-EXCLUSIVE = ctypes.PyDLL(None)  # calls through it keep the interpreter's lock: no thread and no handler runs meanwhile
+EXCLUSIVE = ctypes.PyDLL(None)  # its calls keep the interpreter's lock, so that no thread and no signal handler runs
 
 
 def functions(allocate: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Small videos made on the spot. Every frame shows its own number, so that a wrong frame is seen whatever made it."""
+"""Small generated videos. Every frame shows its own number, so that a test can tell which frame it got."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,7 +13,7 @@ X264 = {"preset": "ultrafast", "crf": "18"}
 
 
 def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """The number in bits as white and black fields in the upper half; red at the lower left, for which way is up."""
+    """Draw a number in bits as white and black fields in the upper half, and a red mark at the lower left."""
     image = np.full((height, width, 3), 60, np.uint8)
     for bit in range(BITS):
         left, right = bit * width // BITS, (bit + 1) * width // BITS
@@ -23,14 +23,14 @@ def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray
 
 
 def number(frame: np.ndarray) -> int:
-    """The number that a frame (3, H, W) shows."""
+    """Return the number that a frame (3, H, W) shows."""
     upper = frame[:, : frame.shape[1] // 2].mean((0, 1))
     fields = [float(part[len(part) // 4 : -len(part) // 4].mean()) for part in np.array_split(upper, BITS)]
     return sum(1 << bit for bit, light in enumerate(fields) if light > 128)
 
 
 def upright(frame: np.ndarray) -> bool:
-    """Whether red is at the lower left of a frame (3, H, W), and nowhere else."""
+    """Return whether the red mark is at the lower left of a frame (3, H, W), and nowhere else."""
     h, w = frame.shape[1] // 2, frame.shape[2] // 2
     red = frame[0].astype(int) - frame[1]
     corners = [red[:h, :w], red[:h, w:], red[h:, :w], red[h:, w:]]
@@ -51,7 +51,7 @@ def write(
     sound: bool = False,
     first: int = 0,
 ) -> Path:
-    """A video of `count` numbered frames, at `times` (in 1/rate s; None: one after the other)."""
+    """Write a video of `count` numbered frames, shown at `times` (in 1/rate s; None: one after the other)."""
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream(codec, rate=rate, options=X264 if options is None else options)
         stream.width, stream.height, stream.pix_fmt = size[0], size[1], pix_fmt
@@ -61,7 +61,7 @@ def write(
         audio = file.add_stream("aac", rate=8000) if sound else None
         for index in range(count):
             shown = size[::-1] if rotation % 180 else size
-            stored = np.rot90(picture(first + index, *shown), -rotation // 90)  # as a camera held sideways stores it
+            stored = np.rot90(picture(first + index, *shown), -rotation // 90)  # as a rotated camera stores it
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(stored), format="rgb24")
             frame.pts, frame.time_base = times[index] if times else index, Fraction(1, rate)
             file.mux(stream.encode(frame))
@@ -85,14 +85,14 @@ def write_noise(path: Path, count: int = 30) -> Path:
 
 
 def write_sound(path: Path) -> Path:
-    """A file with a sound and nothing to see."""
+    """Write a file with audio and no video."""
     with av.open(str(path), "w") as file:
         _hum(file, file.add_stream("aac", rate=8000))
     return path
 
 
 def write_folders(root: Path, count: int = 40, size: tuple[int, int] = (48, 48)) -> Path:
-    """Four training videos in two classes and three others; train/b/1 and val/b/0 are broken."""
+    """Write four training and three validation videos in two classes; train/b/1 and val/b/0 are cut off."""
     for name in ("train/a/0", "train/a/1", "train/b/0", "train/b/1", "val/a/0", "val/b/0", "val/b/1"):
         path = root / f"{name}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def write_folders(root: Path, count: int = 40, size: tuple[int, int] = (48, 48))
 
 
 def cut(source: Path, target: Path, frames: int) -> Path:
-    """The source without its first frames, not encoded anew: an edit list hides them, as in many clips."""
+    """Copy a file without its first frames and without encoding: an edit list hides them, as in many clips."""
     with av.open(str(source)) as old, av.open(str(target), "w", options={"avoid_negative_ts": "disabled"}) as new:
         stream = old.streams.video[0]
         copy = new.add_stream_from_template(stream)
@@ -117,7 +117,7 @@ def cut(source: Path, target: Path, frames: int) -> Path:
 
 
 def two_streams(target: Path, small: int = 20, large: int = 25) -> Path:
-    """Two videos in one file, numbered from 0 and from 100; the second has more pixels."""
+    """Write two video streams to one file, numbered from 0 and from 100. The second has more pixels."""
     with av.open(str(target), "w") as file:
         streams: list[Any] = []
         for size in ((WIDTH, HEIGHT), (2 * WIDTH, 2 * HEIGHT)):

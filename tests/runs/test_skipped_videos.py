@@ -1,4 +1,4 @@
-"""Whole runs on videos, some of which are broken: what is counted, what is named."""
+"""Complete runs on videos of which some are broken: the counts in the report, and skipped.csv."""
 
 import csv
 import json

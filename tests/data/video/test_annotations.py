@@ -1,4 +1,4 @@
-"""Lists of videos in all the forms that they come in."""
+"""Lists of videos in all supported formats, and the videos of a part."""
 
 import json
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_the_official_csv_finds_its_files_and_says_which_are_not_there(tmp_path:
     )
     found, missing = list_videos(tmp_path, "val.csv")
     assert found == [
-        Video("videos/air_drumming/-3B32lodo2M_000059_000069.mp4", (1,)),  # the file is the stretch
+        Video("videos/air_drumming/-3B32lodo2M_000059_000069.mp4", (1,)),  # the file contains only the section
         Video("elsewhere/_dbcJuKJQNs.mkv", (0,), 40.0, 50.0),
     ]
     assert missing == [Video("gone", (0,), 1.0, 11.0)]
@@ -188,7 +188,7 @@ def test_gaps_in_the_numbers_of_classes_are_refused(tmp_path: Path, text: str) -
         read_classes(tmp_path / "c.json")
 
 
-def test_a_manifest_says_all_and_keeps_what_it_refused(tmp_path: Path) -> None:
+def test_a_manifest_has_the_properties_of_files_and_the_skipped_videos(tmp_path: Path) -> None:
     info = VideoInfo(300, 340, 256, 29.97, 10.01, "any")
     good = manifest.ManifestRow(Video("a.mp4", (3,), 1.0, 2.0), info, 30, 30, 1234, "ab", None)
     bad = manifest.ManifestRow(Video("b.mp4", (3,)), None, 0, 0, 7, "", "the file is empty")
@@ -208,7 +208,8 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path, label: str, classes:
 def test_the_number_of_names_is_compared(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.mp4", "train/b/1.mp4", "val/b/1.mp4")
     order = ["train", "val"]
-    assert parts.ordered_class_names(tmp_path, None, order, 2, False) == ["a", "b"]  # of training, although val has one
+    # The names of the training part, although the validation part has only one of them.
+    assert parts.ordered_class_names(tmp_path, None, order, 2, False) == ["a", "b"]
     with pytest.raises(FewtokensError, match=r"data\.classes"):
         parts.ordered_class_names(tmp_path, None, order, 400, False)
     (tmp_path / "names.txt").write_text("b\na\nc\n")

@@ -1,6 +1,6 @@
-"""Damaged files by the hundred: no crash, no hang, no leak; every bad one is named, every other one read alike by all.
+"""Hundreds of damaged files: the reader neither crashes, hangs nor leaks, and all decoders agree on what they accept.
 
-The sources are made on the spot; FEWTOKENS_CLIPS names a folder of real clips to damage as well.
+The source files are generated. FEWTOKENS_CLIPS can name a folder of real clips that are damaged as well.
 """
 
 import os
@@ -95,7 +95,7 @@ def readers() -> dict[str, Reader]:
 
 
 def attempt(reader: Reader, path: Path) -> np.ndarray | str:
-    """All frames, or why not; the first reading is as training does it, without looking at the whole file."""
+    """Return all frames or the reason; first read some frames as training does, without decoding the whole file."""
     try:
         info = reader.video_info(str(path))
         reader.read(str(path), [info.frames // 2, 0], 24, info)
@@ -105,7 +105,7 @@ def attempt(reader: Reader, path: Path) -> np.ndarray | str:
 
 
 def examine(bad: Damaged, by: dict[str, Reader]) -> str:
-    """One file, by all decoders and by `prepare`; "read" or why not."""
+    """Read a file with all decoders and as `prepare` does, and return "read" or the reason."""
     try:
         by["pyav"].examine(str(bad.path), None, start=None, end=None, short_side=None, key_frames=12)
         verdict = "read"
@@ -114,11 +114,11 @@ def examine(bad: Damaged, by: dict[str, Reader]) -> str:
         assert str(bad.path) in str(error)
         verdict = error.reason
     results = {name: attempt(reader, bad.path) for name, reader in by.items()}
-    if verdict == "read":  # then it is as good as whole: everybody reads it, and the same
+    if verdict == "read":  # then every decoder must read it, and all the same frames
         for name, result in results.items():
             assert not isinstance(result, str), f"{bad} passed, but {name} says: {result}"
             assert np.array_equal(result, results["pyav"]), f"{bad} passed, but {name} reads other frames"
-    if bad.kind == "truncated" and verdict == "read" and bad.path.suffix != ".ts":  # which announces no length
+    if bad.kind == "truncated" and verdict == "read" and bad.path.suffix != ".ts":  # .ts announces no length
         assert len(results["pyav"]) == by["pyav"].video_info(str(bad.source)).frames, f"{bad} lacks frames and passed"
     if bad.kind in HOPELESS:
         assert verdict != "read", bad
@@ -169,7 +169,7 @@ def test_hundreds_of_damaged_real_clips(tmp_path: Path) -> None:
 
 
 def memory(reader: Reader) -> float:
-    """Megabytes that belong to the decoding process alone."""
+    """Return the private memory of the decoding process in MiB."""
     assert reader.process._process is not None
     fields = Path(f"/proc/{reader.process._process.pid}/status").read_text().split("\n")
     return sum(int(line.split()[1]) for line in fields if line.startswith("RssAnon")) / 1024

@@ -1,4 +1,4 @@
-"""Video data sets on real files made on the spot: every frame shows its number, so that a wrong clip is seen."""
+"""The video datamodule on small generated files. Every frame shows its number, so that a wrong clip is noticed."""
 
 from collections import Counter
 from pathlib import Path
@@ -42,7 +42,7 @@ def data(root: Path, **changes) -> Videos:
 
 
 def numbers(clip: torch.Tensor) -> list[int]:
-    """Frame numbers that a clip (3, T, H, W), normalised to 0 to 1, shows."""
+    """Return the frame numbers that a clip (3, T, H, W), normalized to 0 to 1, shows."""
     return [videos.number((frame * 255).round().byte().numpy()) for frame in clip.transpose(0, 1)]
 
 
@@ -63,7 +63,7 @@ def test_models_get_clips_of_the_right_frames(root: Path) -> None:
         assert start + 3 * (FRAMES - 1) < LONG
 
 
-def test_validation_looks_at_the_centre_and_the_test_at_all_views_in_the_order_of_crops(root: Path) -> None:
+def test_validation_uses_the_center_and_the_test_all_views_in_the_order_of_crops(root: Path) -> None:
     module = data(root, views=[2, 3], parts=PARTS | {"val": "train"})
     module.setup("fit")
     module.setup("test")
@@ -71,11 +71,11 @@ def test_validation_looks_at_the_centre_and_the_test_at_all_views_in_the_order_o
     assert views.shape == (3, 1, 3, FRAMES, 48, 48)
     assert numbers(views[0, 0])[0] == (LONG - 3 * FRAMES) // 2
     views, _ = batches(module, module.test_dataloader())[0]
-    assert views.shape == (1, 6, 3, FRAMES, 48, 48)  # eval_batch_size counts views, and a video is never split
+    assert views.shape == (1, 6, 3, FRAMES, 48, 48)  # eval_batch_size counts views; the views of a video stay together
     assert [numbers(view)[0] for view in views[0]] == [0, LONG - 3 * FRAMES] * 3
 
 
-def test_a_stretch_is_all_there_is(root: Path, tmp_path: Path) -> None:
+def test_only_the_frames_of_a_section_are_used(root: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{root}/train/a/0.mp4 0 0.2 0.7\n")
     module = data(tmp_path, parts={"test": "list.txt"}, views=[2, 1], eval_batch_size=2)
     module.setup("test")
@@ -88,7 +88,7 @@ def test_a_broken_video_is_replaced_by_one_of_its_class_in_training(root: Path, 
     module.setup("fit")
     seen = [batches(module, module.train_dataloader())[0] for _ in range(2)]
     assert Counter(seen[0][1].tolist()) == {0: 2, 1: 2}
-    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)  # the same one, and the same clip
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)  # the same replacement and the same clip
     assert module.replaced == 2
     ((part, path, reason),) = module.skipped
     assert (part, path) == ("train", "train/b/1.mp4")
@@ -113,7 +113,7 @@ def test_what_was_broken_is_still_known_after_resuming(root: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_leaves_out_and_names_what_it_cannot_read(root: Path, workers: int) -> None:
+def test_evaluation_skips_and_names_what_it_cannot_read(root: Path, workers: int) -> None:
     module = data(root, num_workers=workers, eval_batch_size=1)  # so that one batch is empty
     module.setup("test")
     found = batches(module, module.test_dataloader())
@@ -165,7 +165,7 @@ def test_several_labels_become_a_row_of_ones(root: Path, tmp_path: Path) -> None
     assert targets.tolist() == [[1, 0, 1, 0], [0, 0, 0, 0]]
 
 
-def test_a_manifest_leaves_out_what_it_refused_and_notices_changed_files(root: Path, tmp_path: Path) -> None:
+def test_videos_that_a_manifest_skips_are_reported_and_changed_files_noticed(root: Path, tmp_path: Path) -> None:
     path = root / "val/a/0.mp4"
     info, size = video_info(str(path)), path.stat().st_size
     rows = [manifest.ManifestRow(Video(str(path), (0,)), info, 0, info.frames, size, "", None)]
@@ -195,7 +195,7 @@ def test_clips_depend_on_seed_and_epoch_and_not_on_workers(root: Path) -> None:
     assert clips(0, seed=1) != first
 
 
-def test_prepared_facts_give_the_same_clips_as_none(root: Path, tmp_path: Path) -> None:
+def test_clips_are_the_same_with_and_without_a_manifest(root: Path, tmp_path: Path) -> None:
     names = ["train/a/0.mp4", "train/a/1.mp4", "train/b/0.mp4"]
     rows = []
     for name in names:

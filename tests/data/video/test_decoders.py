@@ -1,4 +1,4 @@
-"""The right frames from every kind of file, whichever decoder is asked; what cannot be read is refused by name."""
+"""All decoders return the right frames from every kind of file; errors name the files that cannot be read."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from fewtokens.data.video.records import UnreadableError
 from fewtokens.errors import FewtokensError
 
 GROUPS = "bframes=3:keyint=10:min-keyint=10:scenecut=0"
-# kind: (suffix, arguments of videos.write, who can read it by frame number)
+# kind: (suffix, arguments of videos.write, `VideoInfo.access`)
 KINDS = {
     "h264": ("mp4", {"options": {"x264-params": GROUPS}}, "any"),
     "one key frame": ("mp4", {"options": {"x264-params": "bframes=3:keyint=250"}}, "any"),
@@ -70,7 +70,7 @@ def test_frames_before_the_edit_list_do_not_count(frames: int, params: str, deco
     path = str(videos.cut(source, tmp_path / "cut.mp4", frames))
     found = container.video_info(path)
     assert found.frames == 30 - frames
-    assert found.access == ("any" if params.endswith("10") and frames == 20 else "pyav"), "whole groups are left out"
+    assert found.access == ("any" if params.endswith("10") and frames == 20 else "pyav"), "whole groups are cut off"
     assert numbers(path, list(range(found.frames)), decoder) == list(range(frames, 30))
     assert numbers(path, [found.frames - 1, 0], decoder) == [29, frames]
     with pytest.raises(FewtokensError, match=f"must be from 0 to {found.frames - 1}"):
@@ -116,7 +116,7 @@ def test_spans_are_by_the_times_at_which_frames_are_shown(tmp_path: Path) -> Non
         container.frame_range(path, 5.0, 6.0)
 
 
-def test_facts_say_how_long_and_how_fast(tmp_path: Path) -> None:
+def test_video_info_has_size_rate_and_length(tmp_path: Path) -> None:
     found = container.video_info(str(videos.write(tmp_path / "a.mp4", rate=25, count=50)))
     assert (found.frames, found.width, found.height, found.fps) == (50, 64, 48, 25.0)
     assert found.seconds == pytest.approx(2.0)
@@ -124,7 +124,7 @@ def test_facts_say_how_long_and_how_fast(tmp_path: Path) -> None:
     assert (one.frames, one.access) == (1, "any")
 
 
-def test_a_file_that_changed_is_scanned_anew(tmp_path: Path) -> None:
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     path = videos.write(tmp_path / "a.mp4", count=10)
     assert container.video_info(str(path)).frames == 10
     videos.write(path, count=12)
@@ -139,7 +139,7 @@ def damaged(kind: str, folder: Path) -> Path:
         return videos.write_sound(path)
     if kind == "absent":
         return path
-    if kind == "a list of files":  # which FFmpeg would follow
+    if kind == "a list of files":  # FFmpeg would open the file that it names
         content[kind] = b"ffconcat version 1.0\nfile whole.mp4\n"
     if kind == "a playlist":
         content[kind] = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nwhole.mp4\n"

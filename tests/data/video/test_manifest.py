@@ -1,4 +1,4 @@
-"""A manifest gives back what was written, whatever a file is called, and says in which line it is broken."""
+"""A manifest returns the rows that were written, with any file name, and errors name the damaged line."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A process that hangs with the interpreter's lock held, crashes or chatters costs its limit and nothing else."""
+"""A process that hangs with the interpreter's lock held, crashes or prints costs at most its time limit."""
 
 import os
 import pickle
@@ -43,7 +43,7 @@ def test_arrays_come_in_shared_memory_of_any_size(watched: WatchedProcess) -> No
         assert np.array_equal(watched.memory((size // 10, 10)).ravel(), np.arange(size) % 251)
 
 
-def test_a_call_that_never_ends_is_given_up(watched: WatchedProcess) -> None:
+def test_a_call_that_never_ends_times_out(watched: WatchedProcess) -> None:
     before = watched.call("fill", size=1)
     watched.limit = 0.3
     start = time.monotonic()
