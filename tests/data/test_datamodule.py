@@ -1,4 +1,4 @@
-"""Loaders, sharding through the trainer's ranks, draws per rank and step, and the configurations."""
+"""Loaders, sharding over the ranks of the trainer, draws per rank and step, and the configurations."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def digits(**changes: Any) -> Digits:
 
 
 def rank(number: int, world: int, epoch: int = 0, batch: int = 0) -> Any:
-    """A trainer in the middle of training, as far as a datamodule looks at it."""
+    """A trainer in the middle of training, with what a datamodule reads of it."""
     counters = SimpleNamespace(ready=batch, processed=batch, completed=batch, started=batch)
     epochs = SimpleNamespace(current=SimpleNamespace(processed=epoch, started=epoch + 1))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=counters)))
@@ -89,35 +89,35 @@ def test_loading_leaves_the_global_generator_alone() -> None:
 def test_image_size_is_what_the_model_gets() -> None:
     both = {"train_transforms": [Resize(13), RandomCrop(12)], "eval_transforms": [Resize(13), Resize(12)]}
     digits(image_size=12, **both)
-    with pytest.raises(FewtokensError, match=r"data\.image_size=12"):
+    with pytest.raises(FewtokensError, match=r"Set data\.image_size=12"):
         digits(**both)
-    with pytest.raises(FewtokensError, match=r"val part"):
+    with pytest.raises(FewtokensError, match=r"in the val part, got 12"):
         digits(image_size=12, train_transforms=both["train_transforms"])
 
 
-def test_grey_values_can_be_repeated() -> None:
+def test_gray_values_can_be_repeated() -> None:
     assert digits(channels=3).dataset("train").samples.images.shape[1] == 3
 
 
 def test_drop_last_needs_a_whole_batch() -> None:
     assert [len(t) for _, t in digits(drop_last=True).train_dataloader()] == [64] * 20
-    with pytest.raises(FewtokensError, match="at most 1297"):
+    with pytest.raises(FewtokensError, match=r"`data\.batch_size` must be at most 1297"):
         digits(drop_last=True, batch_size=2000).train_dataloader()
 
 
 def test_wrong_number_of_classes_is_refused() -> None:
-    with pytest.raises(FewtokensError, match=r"data\.num_classes=10"):
+    with pytest.raises(FewtokensError, match=r"`data\.num_classes` must be 10, .*got 7"):
         digits(num_classes=7)
 
 
 def test_a_loader_raises_the_error_of_its_workers() -> None:
-    error = FewtokensError("rule", expected=1, got=2, fix="mend")
+    error = FewtokensError("A message of a worker.")
 
     class Bad(list):
         def __getitems__(self, _: list[int]) -> FewtokensError:
             return error
 
-    with pytest.raises(FewtokensError, match="mend"):
+    with pytest.raises(FewtokensError, match=r"^A message of a worker\.$"):
         next(iter(Loader(Bad([1, 2]), collate_fn=lambda batch: batch, num_workers=1)))
 
 

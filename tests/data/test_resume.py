@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed has the samples, the augmentation and the weights of an uninterrupted one."""
+"""A stopped and resumed run has the samples, the augmentation and the weights of an uninterrupted one."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Probe(L.LightningModule):
 
 
 class Stop(L.Callback):
-    """Writes a checkpoint in one hook at one step, and ends the run there as a kill would."""
+    """Writes a checkpoint in one hook at one step and then ends the run, as a kill would."""
 
     def __init__(self, path: Path, hook: str, step: int) -> None:
         self.path, self.step = path, step
@@ -52,7 +52,7 @@ class Stop(L.Callback):
 
 
 class Killed(Exception):
-    """The end of a process."""
+    """Stands for the end of the process."""
 
 
 def data(**changes: Any) -> Digits:
@@ -97,20 +97,22 @@ POINTS = [
 @pytest.mark.parametrize(("hook", "step", "workers"), [(*point, 0) for point in POINTS] + [(*POINTS[1], 2)])
 def test_resumed_run_equals_the_uninterrupted(tmp_path: Path, hook: str, step: int, workers: int) -> None:
     more = {"val_check_interval": 3}
-    whole = fit(data(num_workers=workers), **more)
-    assert [(epoch, index) for epoch, index, *_ in whole.seen] == [(e, i) for e in range(EPOCHS) for i in range(6)]
-    assert len({mark for _, _, mark, _ in whole.seen}) == len(whole.seen)
+    uninterrupted = fit(data(num_workers=workers), **more)
+    assert [(epoch, index) for epoch, index, *_ in uninterrupted.seen] == [
+        (e, i) for e in range(EPOCHS) for i in range(6)
+    ]
+    assert len({mark for _, _, mark, _ in uninterrupted.seen}) == len(uninterrupted.seen)
     path = tmp_path / "half.ckpt"
     half = fit(data(num_workers=workers), Stop(path, hook, step), **more)
     rest = fit(data(num_workers=workers), path=path, **more)
-    assert half.seen + rest.seen == whole.seen
-    assert torch.equal(rest.head.weight, whole.head.weight)
+    assert half.seen + rest.seen == uninterrupted.seen
+    assert torch.equal(rest.head.weight, uninterrupted.head.weight)
 
 
 def test_resuming_in_mid_epoch_with_another_order_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "half.ckpt"
     fit(data(), Stop(path, "on_train_batch_end", 8))
-    with pytest.raises(FewtokensError, match="same order of samples"):
+    with pytest.raises(FewtokensError, match="middle of an epoch with another order of samples"):
         fit(data(batch_size=128), path=path)
 
 

@@ -1,4 +1,4 @@
-"""Sharding: exactly once, and a pure function of (seed, epoch)."""
+"""Sharding: every sample exactly once, in an order that depends only on (seed, epoch)."""
 
 import pytest
 from hypothesis import given
@@ -58,5 +58,5 @@ def test_stamps_carry_epoch_and_index() -> None:
 
 
 def test_fewer_samples_than_processes_are_refused() -> None:
-    with pytest.raises(FewtokensError, match="at least 4 samples"):
+    with pytest.raises(FewtokensError, match="4 processes need at least 4 training samples, got 3"):
         TrainSampler(3, batch_size=1, world=4)

@@ -20,7 +20,7 @@ from fewtokens.runs.targets import ALLOWED, check, instantiate
         "webbrowser.open",
         "fewtokens.runs.train.run",
         # an allowed prefix is no licence for what a module imported
-        "fewtokens.data.image.archive.hashlib.md5",
+        "fewtokens.data.image.folders.hashlib.md5",
         "fewtokens.backbones.pretrained.torch.load",
         "fewtokens.backbones.pretrained.load_file",
         "fewtokens.data.datamodule.torch.load",

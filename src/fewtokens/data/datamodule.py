@@ -1,4 +1,4 @@
-"""What all data sets share: loaders, sharding, the way to the device, and the place where a run resumes."""
+"""Base class of all datamodules: settings, loaders, sharding, augmentation on the device, and resuming."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fewtokens.data import seeding
-from fewtokens.data.samplers import EvalSampler, TrainSampler, coming, position
+from fewtokens.data.samplers import EvalSampler, TrainSampler, batch_position, resume_position
 from fewtokens.data.transforms.normalize import Pipeline, Transform
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check
 
 Part = Literal["train", "val", "test"]
 
 
 class Loading(TypedDict):
-    """How batches are read: images per process and step, worker processes, the run's seed."""
+    """Settings of the loaders; `DataModule` explains them."""
 
     batch_size: Required[int]
     eval_batch_size: NotRequired[int | None]
@@ -29,7 +29,7 @@ class Loading(TypedDict):
 
 
 class Common(Loading):
-    """The settings that every data set takes; `DataModule` explains them."""
+    """Settings shared by all datamodules; `DataModule` explains them."""
 
     num_classes: Required[int]
     image_size: Required[int]
@@ -42,15 +42,15 @@ class Common(Loading):
 
 
 class ClipSettings(Common):
-    """The settings of video data sets: which frames of a video a clip has, how they are scaled, who decodes them.
+    """Settings of video datamodules: which frames a clip consists of, how they are scaled, and how they are decoded.
 
     Attributes:
         stride: Distance between the frames of a clip, in frames of the video.
-        resize: Shorter side of the frames before they are cut to `image_size`, in pixels; None leaves them as stored.
-        scale_jitter: Least and greatest random factor on `resize` in training.
-        views: Clips and crops of a test video.
+        resize: Shorter side of the frames before they are cropped to `image_size`, in pixels; None: not scaled.
+        scale_jitter: Smallest and largest random factor on `resize` in training.
+        views: Number of clips and number of crops of each test video.
         decoder: "decord", "torchcodec" or "pyav".
-        decode_limit: Seconds after which a clip is given up.
+        decode_limit: Seconds after which decoding a clip is given up.
     """
 
     stride: NotRequired[int]
@@ -61,21 +61,16 @@ class ClipSettings(Common):
     decode_limit: NotRequired[float]
 
 
-def out_of_range(name: str, expected: str, got: object) -> FewtokensError:
-    """The error for a setting of the configuration that cannot be."""
-    return FewtokensError(
-        f"The setting data.{name} is out of range", expected=expected, got=got, fix=f"change data.{name}"
-    )
-
-
 class Loader(DataLoader):
-    """A DataLoader that re-raises a FewtokensError of a worker unchanged.
+    """A DataLoader that raises a FewtokensError of a worker unchanged.
 
-    torch would wrap it into a RuntimeError made of a traceback, so the data set hands it over as if it were a batch.
+    torch would turn it into a RuntimeError with a traceback as its message, so the data set returns the error in place
+    of a batch, and it is raised here.
 
     Args:
-        receive: Called in this process with every batch; returns the batch to train on, or None to pass over it.
-        settings: Those of DataLoader.
+        *settings: Arguments of DataLoader.
+        receive: Called in this process with every batch. Returns the batch to train on, or None to skip it.
+        **more: Keyword arguments of DataLoader.
     """
 
     def __init__(self, *settings: Any, receive: Callable[[Any], Any] | None = None, **more: Any) -> None:
@@ -90,43 +85,44 @@ class Loader(DataLoader):
             if received is not None:
                 yield received
 
-    # The position in the epoch travels in the datamodule's state; Lightning warns of every resumed loader that lacks
-    # these two methods.
+    # The state of the datamodule holds the position in the epoch. Without these two methods, Lightning would warn in
+    # every resumed run that the loader cannot be resumed.
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: see `DataModule.state_dict`."""
+        """Return an empty state; see `DataModule.state_dict`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing: see `DataModule.load_state_dict`."""
+        """Do nothing; see `DataModule.load_state_dict`."""
 
 
-def whole(batch: Any) -> Any:
-    """The collate function for data sets whose `__getitems__` already returns a batch."""
+def identity_collate(batch: Any) -> Any:
+    """Return the batch, which `__getitems__` of the data set has already collated."""
     return batch
 
 
 class DataModule(L.LightningDataModule):
     """Loaders yield `(uint8 images (B, C, H, W), int64 targets (B,))`; models get `(views (B, 1, C, H, W), targets)`.
 
-    Augmentation, conversion and normalisation happen in `on_after_batch_transfer`, batched and on the device.
+    Augmentation, conversion to float and normalization happen in `on_after_batch_transfer`, batched and on the device.
+    A subclass implements `dataset`.
 
     Args:
-        num_classes: Number of classes; compared with the data.
-        image_size: Side in pixels of what the model gets, after the transforms; compared with the data.
-        channels: Channels of an image; compared with the data.
-        frames: Frames of a sample, 1 for images.
-        mean: Mean per channel, scale 0 to 1; None for 0, which leaves x / 255.
-        std: Standard deviation per channel, scale 0 to 1; None for 1.
-        train_transforms: See `fewtokens.data.transforms`.
-        eval_transforms: The same for validation and test.
-        **loading: `batch_size` and `eval_batch_size` (of one process; None: the same), `num_workers`, `seed` (order and
-            augmentation), `drop_last` (of training).
+        num_classes: Number of classes. `verify` compares it and the next three with the data.
+        image_size: Side in pixels of the model's input, after the transforms.
+        channels: Number of channels of an image.
+        frames: Number of frames of a sample, 1 for images.
+        mean: Mean per channel, on the scale 0 to 1; None: 0, which leaves x / 255.
+        std: Standard deviation per channel, on the scale 0 to 1; None: 1.
+        train_transforms: Transforms of a training batch, see `fewtokens.data.transforms.geometric`.
+        eval_transforms: Transforms of a validation or test batch.
+        **loading: `batch_size` and `eval_batch_size` (per process; None: the same), `num_workers`, `seed` (of order and
+            augmentation), `drop_last` (in training).
 
     Raises:
-        FewtokensError: If a setting is out of range or does not fit the data.
+        FewtokensError: A setting is out of range or does not fit the data.
     """
 
-    # Lightning refuses ranks without a batch unless told so; evaluation without padding makes them (see EvalSampler).
+    # Evaluation without padding (see EvalSampler) leaves ranks without a batch, which Lightning refuses by default.
     allow_zero_length_dataloader_with_multiple_devices = True
     stamped: ClassVar[bool] = False
     holds_clips: ClassVar[bool] = False
@@ -161,19 +157,17 @@ class DataModule(L.LightningDataModule):
     def _check_settings(self) -> None:
         least = {"num_classes": 1, "image_size": 1, "channels": 1, "frames": 1, "batch_size": 1, "eval_batch_size": 1}
         for name, bound in (least | {"num_workers": 0, "seed": 0}).items():
-            if getattr(self, name) < bound:
-                raise out_of_range(name, f"at least {bound}", getattr(self, name))
-        if self.frames != 1 and not self.holds_clips:
-            raise out_of_range("frames", "1, since this data set holds images", self.frames)
-        if len(self.mean) not in (1, self.channels):
-            raise out_of_range("mean", f"one number per channel, that is {self.channels}", self.mean)
+            check(getattr(self, name) >= bound, f"data.{name}", f"an int >= {bound}", getattr(self, name))
+        check(self.frames == 1 or self.holds_clips, "data.frames", "1, since these data are images", self.frames)
+        per_channel = f"one number per channel, {self.channels} in all"
+        check(len(self.mean) in (1, self.channels), "data.mean", per_channel, self.mean)
 
     def dataset(self, part: Part) -> Dataset | None:
-        """The samples of a part; None where the part is empty. Only after `setup`."""
+        """Return the samples of a part; None if it is empty. Valid after `setup`."""
         raise NotImplementedError
 
     def verify(self, part: Part) -> None:
-        """Sends two samples of `part` through its transforms and compares the result with the facts."""
+        """Send two samples of a part through its transforms and compare the result with the settings."""
         samples = self.dataset(part)
         if samples is None:
             return
@@ -181,19 +175,18 @@ class DataModule(L.LightningDataModule):
         if isinstance(batch, FewtokensError):
             raise batch
         pipeline = self.train_pipeline if part == "train" else self.eval_pipeline
-        if batch[0].shape[1] != self.channels:
-            raise out_of_range("channels", f"{batch[0].shape[1]}, as {self.description} has", self.channels)
-        found = tuple(pipeline(batch[0], seeding.generator(0)).shape[-2:])
-        if found != (self.image_size, self.image_size):
+        stored = batch[0].shape[1]
+        check(stored == self.channels, "data.channels", f"{stored}, as {self.description} has", self.channels)
+        height, width = pipeline(batch[0], seeding.generator(0)).shape[-2:]
+        if (height, width) != (self.image_size, self.image_size):
             raise FewtokensError(
-                f"data.image_size is the side of what the model gets after the transforms ({part} part)",
-                expected=f"{self.image_size} x {self.image_size} pixels",
-                got=f"{found[0]} x {found[1]} pixels",
-                fix=f"set data.image_size={found[0]} or change the transforms",
+                f"`data.image_size` must be the side of the images after the transforms, which is {height} x {width} "
+                f"pixels in the {part} part, got {self.image_size}. Set data.image_size={height}, or change the "
+                "transforms."
             )
 
     def train_dataloader(self) -> Loader:
-        """Batches of this process, beginning where the loaded checkpoint stood."""
+        """Return a loader of this process's training batches, starting at the position of the loaded checkpoint."""
         samples = self._part("train")
         size, (rank, world) = len(samples), self._ranks()  # type: ignore[arg-type]
         epoch, batches = self._take_resume(world)
@@ -207,20 +200,20 @@ class DataModule(L.LightningDataModule):
             stamped=self.stamped,
         )
         sampler.skip(epoch, batches)
-        if self.drop_last and len(sampler) < self.batch_size:
-            raise out_of_range("batch_size", f"at most {len(sampler)} with drop_last", self.batch_size)
+        enough = not self.drop_last or len(sampler) >= self.batch_size
+        check(enough, "data.batch_size", f"at most {len(sampler)} with `data.drop_last`", self.batch_size)
         return self._loader(samples, sampler, self.batch_size, self.drop_last, part="train")
 
     def val_dataloader(self) -> Loader | list:
-        """Every validation sample exactly once over all processes; an empty list if there are none."""
+        """Return a loader of every validation sample, once over all processes; an empty list if there are none."""
         return self._eval_loader("val") if self.dataset("val") is not None else []
 
     def test_dataloader(self) -> Loader:
-        """Every test sample exactly once over all processes."""
+        """Return a loader of every test sample, once over all processes."""
         return self._eval_loader("test")
 
     def measured_dataloader(self) -> Loader:
-        """The test samples for measures of one view, and of nothing that could be counted twice."""
+        """Return a loader of the test samples for measures, which look at a single view of each."""
         return self.test_dataloader()
 
     def _eval_loader(self, part: Part) -> Loader:
@@ -234,13 +227,11 @@ class DataModule(L.LightningDataModule):
     def _part(self, part: Part) -> Dataset:
         samples = self.dataset(part)
         if samples is None:
-            raise FewtokensError(
-                "A loader needs samples", expected=f"a {part} part", got="none", fix=f"check {self.description}"
-            )
+            raise FewtokensError(f"There are no {part} samples in {self.description}. Check the `data` settings.")
         return samples
 
     def receive(self, part: Part | None, batch: Any) -> Any:
-        """What becomes of a batch of a part (None: of measures) on its way to the model. None passes over it."""
+        """Return the batch to use in place of a loaded one; None to skip it. `part` is None for measures."""
         return batch
 
     def _loader(self, samples: Dataset, sampler: Any, batch_size: int, drop_last: bool, part: Part | None) -> Loader:
@@ -250,12 +241,12 @@ class DataModule(L.LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=whole,
+            collate_fn=identity_collate,
             pin_memory=root == "cuda",
             drop_last=drop_last,
             persistent_workers=self.num_workers > 0,
             receive=partial(self.receive, part),
-            # Every iterator draws a seed: from the global generator this would shift the dropout of resumed runs.
+            # Every iterator draws a seed. From the global generator, this would change the dropout of resumed runs.
             generator=torch.Generator().manual_seed(seeding.mix(seeding.IMAGE, self.seed)),
         )
 
@@ -265,40 +256,40 @@ class DataModule(L.LightningDataModule):
     def on_after_batch_transfer(
         self, batch: tuple[Shaped[Tensor, "b *stored"], Int64[Tensor, "b *k"]], dataloader_idx: int
     ) -> tuple[Float[Tensor, "b v *sample"], Int64[Tensor, "b *k"]]:
-        """Augments (in training), converts and normalises; draws depend on (seed, rank, epoch, batch in the epoch)."""
+        """Augment (in training) and normalize a batch. The draws depend on (seed, rank, epoch, batch in the epoch)."""
         samples, targets = batch
         training = self.trainer is not None and self.trainer.training
-        where = coming(self.trainer) if training and self.trainer is not None else (0, 0)
+        where = batch_position(self.trainer) if training and self.trainer is not None else (0, 0)
         draws = seeding.generator(seeding.BATCH, self.seed, self._ranks()[0], *where, device=samples.device)
         return self.views(self.train_pipeline if training else self.eval_pipeline, samples, draws), targets
 
     def views(self, pipeline: Pipeline, samples: Tensor, draws: torch.Generator) -> Float[Tensor, "b v *sample"]:
-        """The views of every sample: of an image there is one, the image."""
+        """Return the views of each sample. An image has a single view."""
         return pipeline(samples, draws).unsqueeze(1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batches of it that are used up, and what must not change for this count to keep its meaning."""
+        """Return the epoch, the number of its batches already used, and the settings on which their order depends."""
         if self.trainer is None:
             return {}
-        epoch, batches = position(self.trainer)
+        epoch, batches = resume_position(self.trainer)
         order = [self.seed, self.batch_size, self._ranks()[1]]
         return {"epoch": epoch, "batches": batches, "order": order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the position for the next training loader."""
+        """Keep the position for the next training loader."""
         self._resume = dict(state_dict)
 
     def _take_resume(self, world: int) -> tuple[int, int]:
-        # Taken, not read: a second fit with the same datamodule begins at its own beginning.
+        # The state is used once: a second fit with the same datamodule starts from the beginning.
         state, self._resume = self._resume, None
         if not state:
             return (self.trainer.current_epoch if self.trainer is not None else 0), 0
         order = [self.seed, self.batch_size, world]
         if state["batches"] and state["order"] != order:
+            names = "seed {}, batch_size {} and {} process(es)"
             raise FewtokensError(
-                "A run resumes in the middle of an epoch only in the same order of samples",
-                expected="seed {}, batch_size {}, {} process(es)".format(*state["order"]),
-                got="seed {}, batch_size {}, {} process(es)".format(*order),
-                fix="resume with the same values, or from a checkpoint that was written at the end of an epoch",
+                "Cannot resume in the middle of an epoch with another order of samples: the checkpoint was written "
+                f"with {names.format(*state['order'])}, this run has {names.format(*order)}. Use the same values, or a "
+                "checkpoint from the end of an epoch."
             )
         return state["epoch"], state["batches"]

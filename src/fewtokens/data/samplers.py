@@ -1,4 +1,4 @@
-"""Samplers that share samples out over processes exactly once; Lightning's `use_distributed_sampler` stays False."""
+"""Samplers for any number of processes (Lightning's `use_distributed_sampler` stays False), and where training is."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,22 +12,22 @@ from fewtokens.errors import FewtokensError
 
 
 class TrainSampler(Sampler[int]):
-    """A permutation that depends on (seed, epoch) alone; rank r of w takes every w-th entry, beginning at the r-th.
+    """A permutation that depends only on (seed, epoch). Rank r of w takes every w-th entry, starting at the r-th.
 
-    The permutation is cut to a multiple of the world size, since unequal ranks would wait for one another for ever.
+    The permutation is cut to a multiple of the world size, since ranks with fewer batches would deadlock the others.
 
     Args:
         size: Samples in the data set.
-        batch_size: Samples of one batch of one process; only `skip` needs it.
+        batch_size: Samples per batch of one process; only `skip` needs it.
         seed: The run's seed.
-        rank: This process.
+        rank: Rank of this process.
         world: Number of processes.
-        epoch: The epoch to begin with: Lightning asks for the first iterator before it calls `set_epoch`.
-        stamped: Yield `epoch * size + index` instead of `index`, for data sets that draw their augmentation in the
-            worker and must know the epoch there.
+        epoch: The first epoch, since Lightning asks for the first iterator before it calls `set_epoch`.
+        stamped: Yield `epoch * size + index` instead of `index`, for data sets whose workers augment and therefore need
+            to know the epoch.
 
     Raises:
-        FewtokensError: If there are fewer samples than processes.
+        FewtokensError: There are fewer samples than processes.
     """
 
     def __init__(
@@ -43,10 +43,7 @@ class TrainSampler(Sampler[int]):
     ) -> None:
         if size < world:
             raise FewtokensError(
-                "Every process needs at least one training sample",
-                expected=f"at least {world} samples",
-                got=f"{size} samples",
-                fix="use fewer devices or more training data",
+                f"{world} processes need at least {world} training samples, got {size}. Use fewer devices or more data."
             )
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world, self.stamped = rank, world, stamped
@@ -54,11 +51,11 @@ class TrainSampler(Sampler[int]):
         self._skipped = (epoch, 0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the permutation of the next iteration (Lightning calls this before every epoch)."""
+        """Choose the permutation of the next iteration. Lightning calls this before every epoch."""
         self.epoch = epoch
 
     def skip(self, epoch: int, batches: int) -> None:
-        """Lets every iteration of `epoch`, and of no other, start after `batches` batches; `len()` stays full."""
+        """Start every iteration of `epoch`, and of no other epoch, after `batches` batches. `len()` does not change."""
         self._skipped = (epoch, batches)
 
     def __len__(self) -> int:
@@ -70,14 +67,14 @@ class TrainSampler(Sampler[int]):
         epoch, batches = self._skipped
         if epoch == self.epoch:
             mine = mine[batches * self.batch_size :]
-        # Not lazily: with worker processes the epoch counts at the time of iter(), and so it must without them.
+        # A list, since worker processes use the epoch at the time of iter(), and without workers it must be the same.
         return iter((mine + self.epoch * self.size if self.stamped else mine).tolist())
 
 
 class EvalSampler(Sampler[int]):
-    """Every sample exactly once over all ranks, in order: nothing is padded and nothing is cut.
+    """Yields every sample exactly once over all ranks, in order, without padding or cutting.
 
-    Ranks may hold one sample more or less; evaluation has no collective per step, so nobody waits.
+    Ranks may differ by one sample. Evaluation has no collective operation per step, so this cannot deadlock.
     """
 
     def __init__(self, size: int, *, rank: int = 0, world: int = 1) -> None:
@@ -90,13 +87,13 @@ class EvalSampler(Sampler[int]):
         return iter(self.indices)
 
 
-def position(trainer: L.Trainer) -> tuple[int, int]:
-    """The epoch in which training goes on, and the batches of it that are already used.
+def resume_position(trainer: L.Trainer) -> tuple[int, int]:
+    """Return the epoch in which a run resumed from here continues, and the number of its batches already used.
 
-    Right in every hook in which a checkpoint is written (read in Lightning 2.6.6, proven in the tests):
-    `on_train_batch_end` comes before `completed` is counted up, hence `processed`; after the last batch of an epoch the
-    epoch still counts as running until its end hooks, yet nothing of it is left; and in `on_train_epoch_end` the
-    counters of its batches are stale.
+    This is correct in every hook in which a checkpoint is written (as read in Lightning 2.6.6 and tested). In
+    `on_train_batch_end`, `completed` does not yet include the batch, so `processed` is used. After the last batch of an
+    epoch, the epoch counts as running until its end hooks are done, although nothing of it is left. In
+    `on_train_epoch_end`, the counters of its batches are stale.
     """
     epochs: Any = trainer.fit_loop.epoch_progress.current  # Lightning declares a base class without these counters
     if epochs.processed >= epochs.started:
@@ -107,7 +104,7 @@ def position(trainer: L.Trainer) -> tuple[int, int]:
     return epochs.processed, batches.processed
 
 
-def coming(trainer: L.Trainer) -> tuple[int, int]:
-    """The epoch and the index in it of the training batch that is just being moved to the device."""
+def batch_position(trainer: L.Trainer) -> tuple[int, int]:
+    """Return the epoch of the training batch that is being moved to the device, and its index in the epoch."""
     epochs: Any = trainer.fit_loop.epoch_progress.current
     return epochs.processed, trainer.fit_loop.epoch_loop.batch_progress.current.ready

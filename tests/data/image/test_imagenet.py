@@ -1,4 +1,4 @@
-"""ImageNet: classes, timm's evaluation preprocessing, draws that do not depend on workers, and bad files."""
+"""ImageNet: class indices, timm's preprocessing in evaluation, draws independent of workers, and unreadable files."""
 
 import os
 from pathlib import Path
@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from fewtokens.data.image import folders
-from fewtokens.data.image.imagenet import ImageNet
-from fewtokens.data.image.preprocessing import preprocessing
+from fewtokens.data.image.imagenet import ImageNet, preprocessing
 from fewtokens.errors import FewtokensError
 
 WNIDS = ("n01440764", "n01443537", "n15075141")  # ILSVRC classes 0, 1, 999
@@ -62,12 +61,17 @@ def test_torchvision_backend_is_close(root: Path) -> None:
     assert difference.max() <= 2
 
 
-def test_explicit_values_go_before_the_preset_and_unknown_names_count_as_none() -> None:
-    assert preprocessing("vit_tiny_patch16_224").mean == (0.5, 0.5, 0.5)
-    assert preprocessing("vit_tiny_patch16_224", mean=[0.1] * 3, crop_pct=1.0).crop_pct == 1.0
-    assert preprocessing("vit_tiny_patch16_224", mean=[0.1] * 3).mean == [0.1] * 3
+def test_explicit_values_replace_the_presets_and_unknown_names_are_ignored(tmp_path: Path) -> None:
+    preset = "vit_tiny_patch16_224"
+    assert preprocessing(preset)["mean"] == (0.5, 0.5, 0.5)
+    assert preprocessing(preset)["crop_pct"] == 0.9
+    assert preprocessing(preset, crop_pct=1.0)["crop_pct"] == 1.0
+    assert preprocessing(preset, interpolation="bilinear")["interpolation"] == "bilinear"
+    assert data(tmp_path, preset=preset).mean == [0.5] * 3
+    assert data(tmp_path, preset=preset, mean=[0.1] * 3).mean == [0.1] * 3
+    assert data(tmp_path, preset=preset, mean=[0.1] * 3).std == [0.5] * 3
     usual = preprocessing(None)
-    assert usual.crop_pct == 0.875
+    assert usual["crop_pct"] == 0.875
     assert preprocessing("vit_mini") == preprocessing("vit_tiny_patch16_224.no_such_tag") == usual
 
 
@@ -127,9 +131,13 @@ def test_a_bad_file_is_named_also_from_a_worker(root: Path, workers: int, damage
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"num_classes": 4}, "Expected: 4 folders. Found: 3 folders"),
-        ({"image_backend": "opencv"}, "pil or torchvision"),
-        ({"batch_size": -1}, "data.batch_size"),
+        ({"num_classes": 4}, r"`data\.num_classes` must be the number .*got 4 with 3 folders"),
+        ({"image_backend": "opencv"}, r"`data\.image_backend` must be 'pil' or 'torchvision'"),
+        ({"interpolation": "lanczos"}, r"`data\.interpolation` must be 'bilinear' or 'bicubic' or None"),
+        ({"crop_pct": 1.5}, r"`data\.crop_pct` must be a float in \(0, 1\] or null"),
+        ({"min_scale": 0.0}, r"`data\.min_scale` must be a float in \(0, 1\]"),
+        ({"flip": 1.5}, r"`data\.flip` must be a float in \[0, 1\]"),
+        ({"batch_size": -1}, r"`data\.batch_size` must be an int >= 1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(root: Path, changes: dict[str, Any], match: str) -> None:
@@ -138,7 +146,7 @@ def test_settings_that_do_not_fit_are_refused(root: Path, changes: dict[str, Any
 
 
 def test_folders_that_are_no_classes_of_ilsvrc_are_named(make_folders) -> None:
-    with pytest.raises(FewtokensError, match="among them cat"):
+    with pytest.raises(FewtokensError, match="cat is no class of ILSVRC"):
         data(make_folders(parts=("val",), classes=("cat", "dog")), num_classes=1000).setup("test")
 
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from scipy.stats import t as student
 
 from fewtokens.benchmarks.keras_table.costs import costs
-from fewtokens.data.image import archive
+from fewtokens.data.image.cifar10 import find_source
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import report
 
@@ -49,21 +49,19 @@ three rows called "1.1"."""
 
 
 def dataset_name(root: Path) -> str:
-    """What lies in a folder of CIFAR-10, decided as `fewtokens.data.image.cifar10` decides it.
+    """Return the name of the CIFAR-10 in a folder, from the source that the datamodule chooses.
 
     Raises:
-        FewtokensError: Neither archive nor class folders.
+        FewtokensError: The folder contains neither the official archive nor class folders.
     """
-    if any((root / a.name).is_file() for a in (archive.BINARY, archive.PYTHON)):
+    if find_source(root) in ("extracted", "archive"):
         return "CIFAR-10 (official archive)"
     pictures = (p.suffix.lower() for p in root.glob("train/*/*") if not p.name.startswith("."))
     kind = next(pictures, None)
     if kind is None:
         raise FewtokensError(
-            "The results name their data",
-            expected=f"{archive.BINARY.name}, {archive.PYTHON.name} or train/<class>/* in {root}",
-            got="none of them",
-            fix="check --root, or name the data of runs from elsewhere with --data-name",
+            f"There is no CIFAR-10 in {root}, neither the archive nor train/<class>/*. Set `--root` to its folder, or "
+            "name the data of runs from elsewhere with `--data-name`."
         )
     copy = "JPEG" if kind in (".jpg", ".jpeg") else kind.lstrip(".").upper()
     return f"CIFAR-10 ({copy} copy, class folders)"

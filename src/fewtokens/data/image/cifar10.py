@@ -1,38 +1,60 @@
 """CIFAR-10, from the official archive or from class folders."""
 
+import contextlib
+import http.client
 import os
+import socket
+import tarfile
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from fewtokens.data.datamodule import Common, Part
-from fewtokens.data.image import archive, folders
-from fewtokens.data.image.cache import Tensors, cached
-from fewtokens.data.image.in_memory import InMemory, Samples, check_held_out, hold_out
-from fewtokens.errors import FewtokensError
+from fewtokens.data.image import folders
+from fewtokens.data.image.in_memory import InMemory, Samples, Tensors, cached, check_held_out, hold_out
+from fewtokens.errors import FewtokensError, check, check_choice
 
 _CACHE = ".fewtokens-cache.safetensors"
+_PATIENCE = 20.0  # seconds until a silent server counts as unreachable
+Source = Literal["extracted", "archive", "folders"]
+
+
+def find_source(root: Path) -> Source | None:
+    """Return what `root` contains, in this order of preference; None if it contains no CIFAR-10.
+
+    "extracted" is the extracted archive, `cifar-10-batches-py/`; "archive" is `cifar-10-python.tar.gz`; "folders" are
+    class folders.
+    """
+    if (root / CIFAR10.base_folder).is_dir():
+        return "extracted"
+    if (root / CIFAR10.filename).is_file():
+        return "archive"
+    return "folders" if (root / "train").is_dir() else None
 
 
 class Cifar10(InMemory):
     """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test images of 32 x 32 pixels in ten classes.
 
-    What lies in `root` decides the source, in this order: `cifar-10-binary.tar.gz`, `cifar-10-python.tar.gz` (both only
-    with the published checksum), class folders `train/<class>/*` and `test/<class>/*` (any pictures of one size).
+    The images are read from what `find_source` finds in `root`: the official archive, verified by its published
+    checksum before it is opened, or class folders `train/<class>/*` and `test/<class>/*` with any pictures of one size.
     The attribute `description` says which it was. The decoded images are kept in a cache file in `root`.
 
     Args:
         root: Folder of the data.
-        val_images: Training images held out for validation; 0 trains on all and gives no validation loader.
-        split: "stratified" holds out every class by its share; "tail" holds out the last images in the archive's order,
-            the split that Keras' `validation_split` makes.
-        split_seed: Chooses the stratified part; independent of the run's seed.
-        download: Fetch the binary archive if `root` holds no source.
+        val_images: Training images held out for validation; 0 trains on all, without validation.
+        split: "stratified" holds out a random part of every class; "tail" holds out the last images in the order of the
+            official archive, as the `validation_split` of Keras does.
+        split_seed: Chooses the stratified part. Independent of the run's seed.
+        download: Download the archive if `root` contains no intact source.
         **common: See `DataModule`.
 
     Raises:
-        FewtokensError: If the data are missing, broken, or other than the settings say.
+        FewtokensError: The data are missing or damaged, or do not fit the settings.
     """
 
     def __init__(
@@ -48,106 +70,132 @@ class Cifar10(InMemory):
         super().__init__(**common)
         self.root, self.download = Path(root).expanduser(), download
         self.val_images, self.split, self.split_seed = val_images, split, split_seed
-        if split not in ("stratified", "tail"):
-            raise FewtokensError(
-                "Unknown data.split", expected="stratified or tail", got=split, fix="set data.split=stratified"
-            )
-        check_held_out(val_images, 50_000 if val_images < 0 else val_images + 1)  # the upper end is known after reading
-        source = self._find()
-        if isinstance(source, Path):
-            self._check_classes([e.name for e in os.scandir(source / "train") if e.is_dir()])
+        check_choice("data.split", split, ("stratified", "tail"))
+        check(val_images >= 0, "data.val_images", "an int >= 0", val_images)  # `read` checks the upper end
+        source = find_source(self.root)
+        if source == "folders":
+            self._check_classes(folders.class_names(self.root / "train"))
         self._describe(source)
 
     def read(self) -> dict[Part, Samples]:
-        """Finds the source, decodes it or reads the cache, and splits the training images."""
-        source = self._find()
-        if source is None and self.download:
-            archive.download(archive.BINARY, self.root)
-            source = archive.BINARY
+        """Decode the images, or read the cache, and split the training images."""
+        source = find_source(self.root)
+        if self.download and (source is None or (source == "archive" and not self._archive_is_intact())):
+            self._download()
+            source = "archive"
         if source is None:
-            raise FewtokensError(
-                "CIFAR-10 is read from data.root",
-                expected=f"{archive.BINARY.name}, or folders train/<class>/* and test/<class>/*",
-                got=f"neither in {self.root}" if self.root.is_dir() else f"no folder {self.root}",
-                fix=self._layout(),
-            )
+            raise FewtokensError(f"There is no CIFAR-10 in {self.root}{self._why_not()}. {self._advice()}.")
         self._describe(source)
-        tensors = self._from_folders(source) if isinstance(source, Path) else self._from_archive(source)
+        tensors = self._from_folders() if source == "folders" else self._from_archive(source)
         train = Samples(tensors["train.images"], tensors["train.targets"])
         test = Samples(tensors["test.images"], tensors["test.targets"])
-        return self._split(train, tail_known=not isinstance(source, Path)) | {"test": test}
+        return self._split(train, order_known=source != "folders") | {"test": test}
 
-    def _layout(self) -> str:
+    def _why_not(self) -> str:
+        if not self.root.is_dir():
+            return ", which does not exist"
+        binary = "cifar-10-binary.tar.gz"
+        return f": {binary} is not supported, only {CIFAR10.filename}" if (self.root / binary).exists() else ""
+
+    def _advice(self) -> str:
         return (
-            f"set data.download=true, or get {archive.BINARY.url} and put it into {self.root}, "
-            f"or lay pictures out as {self.root}/train/<class>/*.png and {self.root}/test/<class>/*.png"
+            f"Set `data.download=true`, or save {CIFAR10.url} in {self.root}, or store pictures as "
+            f"{self.root}/train/<class>/*.png and {self.root}/test/<class>/*.png"
         )
 
-    def _find(self) -> archive.Archive | Path | None:
-        for candidate in (archive.BINARY, archive.PYTHON):
-            if (self.root / candidate.name).is_file():
-                return candidate
-        return self.root if (self.root / "train").is_dir() else None
-
-    def _describe(self, source: archive.Archive | Path | None) -> None:
-        folder = isinstance(source, Path)
-        self.description = f"CIFAR-10 (class folders at {self.root})" if folder else "CIFAR-10 (official archive)"
+    def _describe(self, source: Source | None) -> None:
+        where = f"class folders at {self.root}" if source == "folders" else "official archive"
+        self.description = f"CIFAR-10 ({where})"
 
     def _check_classes(self, classes: list[str]) -> None:
-        if len(classes) != self.num_classes:
-            raise FewtokensError(
-                f"data.num_classes is the number of class folders in {self.root / 'train'}",
-                expected=f"{self.num_classes} folders",
-                got=f"{len(classes)} folders",
-                fix=f"complete the folders, or set data.num_classes={len(classes)}",
-            )
+        expected = f"{len(classes)}, the number of class folders in {self.root / 'train'}"
+        check(len(classes) == self.num_classes, "data.num_classes", expected, self.num_classes)
 
-    def _from_archive(self, source: archive.Archive) -> Tensors:
-        path = self.root / source.name
-        stat = path.stat()
+    def _archive_is_intact(self) -> bool:
+        return check_integrity(self.root / CIFAR10.filename, CIFAR10.tgz_md5)
+
+    def _download(self) -> None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            # In a folder of its own, so that the archive appears complete or not at all, also with several machines.
+            with tempfile.TemporaryDirectory(dir=self.root, prefix=".download-") as folder, _timeout(_PATIENCE):
+                download_url(CIFAR10.url, folder, CIFAR10.filename, CIFAR10.tgz_md5)
+                os.replace(Path(folder, CIFAR10.filename), self.root / CIFAR10.filename)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: the checksum is wrong
+            raise FewtokensError(
+                f"Cannot download CIFAR-10 from {CIFAR10.url}: {error}. Try again, or save the file in {self.root}."
+            ) from error
+
+    def _from_archive(self, source: Source) -> Tensors:
+        path = self.root / (CIFAR10.filename if source == "archive" else CIFAR10.base_folder)
 
         def build() -> Tensors:
-            parts = source.samples(path)
-            return {
-                f"{part}.{name}": tensor
-                for part, pair in parts.items()
-                for name, tensor in zip(("images", "targets"), pair, strict=True)
-            }
+            if source == "extracted":
+                return _decode(self.root)
+            if not self._archive_is_intact():
+                raise RuntimeError("its checksum is not the published one")
+            with tempfile.TemporaryDirectory() as folder:
+                extract_archive(path, folder)
+                return _decode(Path(folder))
 
-        return cached(self.root / _CACHE, f"{source.name} {source.md5} {stat.st_size} {stat.st_mtime_ns}", build)
-
-    def _from_folders(self, root: Path) -> Tensors:
-        parts = {part: folders.scan(root / part, self._layout()) for part in ("train", "test")}
-        self._check_classes(parts["train"].classes)
-        if parts["train"].classes != parts["test"].classes:
-            different = sorted(set(parts["train"].classes) ^ set(parts["test"].classes))
+        files = [path] if source == "archive" else sorted(path.iterdir())
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        try:
+            return cached(self.root / _CACHE, f"{CIFAR10.tgz_md5} {stats}", build)
+        except (OSError, RuntimeError, tarfile.TarError) as error:
             raise FewtokensError(
-                "Training and test folders hold the same classes",
-                expected=f"the same folders in {root / 'train'} and {root / 'test'}",
-                got=f"only in one of them: {', '.join(different)}",
-                fix="add or remove these folders",
+                f"Cannot read CIFAR-10 from {path}: {error}. If it is damaged, delete it, and set `data.download=true` "
+                f"or save {CIFAR10.url} in {self.root}."
+            ) from error
+
+    def _from_folders(self) -> Tensors:
+        parts = {part: folders.scan(self.root / part, self._advice()) for part in ("train", "test")}
+        self._check_classes(parts["train"].classes)
+        different = sorted(set(parts["train"].classes) ^ set(parts["test"].classes))
+        if different:
+            raise FewtokensError(
+                f"{self.root / 'train'} and {self.root / 'test'} must contain the same class folders, but "
+                f"only one of them contains {', '.join(different)}. Add or remove folders."
             )
 
         def build() -> Tensors:
             images = {f"{part}.images": folders.decode_all(found) for part, found in parts.items()}
             return images | {f"{part}.targets": found.targets for part, found in parts.items()}
 
-        key = " ".join(found.fingerprint() for found in parts.values())
-        return cached(root / _CACHE, key, build)
+        return cached(self.root / _CACHE, " ".join(found.fingerprint() for found in parts.values()), build)
 
-    def _split(self, train: Samples, tail_known: bool) -> dict[Part, Samples]:
+    def _split(self, train: Samples, order_known: bool) -> dict[Part, Samples]:
         check_held_out(self.val_images, len(train.targets))
         if self.val_images == 0:
             return {"train": train}
         if self.split == "stratified":
             rest, held = hold_out(train, self.val_images, self.split_seed)
             return {"train": rest, "val": held}
-        if not tail_known:
+        if not order_known:
             raise FewtokensError(
-                "data.split=tail needs the order of the official archive, which class folders have lost",
-                expected=f"{archive.BINARY.name} in {self.root}",
-                got="class folders",
-                fix="set data.split=stratified, or put the archive into data.root",
+                f"`data.split=tail` needs the order of the official archive, which the class folders in {self.root} "
+                f"have lost. Set `data.split=stratified`, or save {CIFAR10.url} there."
             )
         cut = len(train.targets) - self.val_images
         return {"train": train.take(torch.arange(cut)), "val": train.take(torch.arange(cut, len(train.targets)))}
+
+
+def _decode(root: Path) -> Tensors:
+    """Read the extracted archive. torchvision compares the checksums of all files before it unpickles the first."""
+    tensors = {}
+    for part in ("train", "test"):
+        data = CIFAR10(root, train=part == "train")
+        tensors[f"{part}.images"] = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        tensors[f"{part}.targets"] = torch.tensor(data.targets)
+    return tensors
+
+
+@contextlib.contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    """Limit how long sockets wait in this block. torchvision's download has no timeout of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

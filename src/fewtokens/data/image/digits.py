@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 pictures of 8 x 8 pixels, in the package itself, so nothing is downloaded."""
+"""scikit-learn's handwritten digits: 1797 pictures of 8 x 8 pixels, which are part of the package."""
 
 from typing import Unpack
 
@@ -13,8 +13,8 @@ class Digits(InMemory):
     """1297 training, 200 validation and 300 test images, stratified (source: scikit-learn's `load_digits`).
 
     Args:
-        split_seed: Chooses the parts; independent of the run's seed.
-        **common: See `DataModule`; `channels` may be 1, or more to repeat the grey value.
+        split_seed: Chooses the parts. Independent of the run's seed.
+        **common: See `DataModule`. `channels` may be 1, or more to repeat the gray value.
     """
 
     def __init__(self, *, split_seed: int = 0, **common: Unpack[Common]) -> None:
@@ -23,7 +23,7 @@ class Digits(InMemory):
         self.description = "digits (scikit-learn, 8 x 8)"
 
     def read(self) -> dict[Part, Samples]:
-        """Reads the bundled pictures; their 17 grey values are spread over 0 to 255."""
+        """Read the pictures and scale their 17 gray values to 0 to 255."""
         bunch = load_digits()
         images = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)
         images = images[:, None].repeat(1, self.channels, 1, 1)

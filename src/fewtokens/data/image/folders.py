@@ -1,4 +1,4 @@
-"""Files in class folders: `<part>/<class>/<picture or video>`."""
+"""Files in class folders, `<part>/<class>/<file>`: listing them, and reading pictures."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
@@ -25,22 +25,22 @@ class ClassFolders:
     Attributes:
         root: The folder of the part.
         classes: Names of the class folders, sorted.
-        files: Paths below `root` as bytes, sorted by class and name: a list of a million Python strings would be copied
-            into every worker process, one reference count after the other.
-        targets: Position of each file's class in `classes`.
+        files: Paths relative to `root` as bytes, sorted by class and name. An array, because a list of a million Python
+            strings would be copied into every worker process as their reference counts change.
+        targets: Index of the class of each file.
     """
 
     root: Path
     classes: list[str]
     files: np.ndarray
-    targets: Tensor
+    targets: Int64[Tensor, " n"]
 
     def path(self, index: int) -> Path:
-        """The path of one file."""
+        """Return the path of file `index`."""
         return self.root / os.fsdecode(self.files[index])
 
     def fingerprint(self) -> str:
-        """A key that changes with the names, sizes and times of the files."""
+        """Hash the names, sizes and modification times of the files, as a cache key."""
         digest = hashlib.sha256()
         for name in self.files:
             stat = os.stat(os.path.join(os.fsencode(self.root), name))
@@ -49,37 +49,33 @@ class ClassFolders:
 
 
 def class_names(root: Path) -> list[str]:
-    """Names of the class folders, sorted; hidden ones are none."""
+    """Return the names of the class folders in `root`, sorted and without hidden ones."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def scan(root: Path, layout: str, suffixes: tuple[str, ...] = PICTURES) -> ClassFolders:
-    """Lists the pictures, or other files, below `root`.
+def scan(root: Path, advice: str, suffixes: tuple[str, ...] = PICTURES) -> ClassFolders:
+    """List the files in the class folders of `root`.
 
     Args:
         root: Folder that holds one folder per class.
-        layout: Sentence that says how the data should lie and how to get them; it ends up in errors.
-        suffixes: Of the files that count, in lower case.
+        advice: Sentence without its period for error messages: how the data should be stored, or where to get them.
+        suffixes: Endings of the files to list, in lower case.
 
     Raises:
-        FewtokensError: If `root` is missing or has no class folder, or a class folder has no such file.
+        FewtokensError: `root` does not exist or has no class folder, or a class folder has no such file.
     """
     classes = class_names(root) if root.is_dir() else []
     if not classes:
-        lack = "no class folder in it" if root.is_dir() else "no such folder"
-        raise FewtokensError(
-            "Files lie in class folders", expected=f"{root}/<class>/*{suffixes[0]}", got=lack, fix=layout
-        )
+        problem = f"There are no class folders in {root}" if root.is_dir() else f"The folder {root} does not exist"
+        raise FewtokensError(f"{problem}; expected files like {root}/<class>/*{suffixes[0]}. {advice}.")
     files: list[bytes] = []
     counts = []
     for name in classes:
-        found = sorted(e.name for e in os.scandir(root / name) if e.name.lower().endswith(suffixes))
+        found = sorted(entry.name for entry in os.scandir(root / name) if entry.name.lower().endswith(suffixes))
         if not found:
             raise FewtokensError(
-                "Every class folder holds files",
-                expected=f"files ending in {', '.join(suffixes)}",
-                got=f"none in {root / name}",
-                fix=f"remove the folder, or fill it: {layout}",
+                f"Every class folder must contain files that end in {', '.join(suffixes)}, but there are none in "
+                f"{root / name}. Remove the folder or fill it. {advice}."
             )
         files += [os.fsencode(os.path.join(name, file)) for file in found]
         counts.append(len(found))
@@ -88,27 +84,27 @@ def scan(root: Path, layout: str, suffixes: tuple[str, ...] = PICTURES) -> Class
 
 
 def read_pil(path: Path) -> Image.Image:
-    """Reads a picture as RGB, whatever its file holds.
+    """Read a picture of any color mode as RGB.
 
     Raises:
-        FewtokensError: If the file is not a readable picture; the error names it.
+        FewtokensError: The file is not a readable picture.
     """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FewtokensError(
-            "Every file in a class folder is a readable picture",
-            expected="a JPEG or PNG file",
-            got=f"{path} ({error})",
-            fix="get this file again, or remove it",
+            f"Cannot read the picture {path}: {error}. Replace the file with an intact copy, or remove it."
         ) from error
 
 
 def read_tensor(path: Path) -> UInt8[Tensor, "3 h w"]:
-    """Reads a picture as RGB with torchvision's decoder, 1.2 times as fast as Pillow, and else with Pillow.
+    """Read a picture as RGB: JPEG with torchvision's decoder, 1.2 times as fast as Pillow, and others with Pillow.
 
-    ImageNet holds JPEG files with CMYK colours and a PNG file named JPEG.
+    Pillow also reads what torchvision refuses: ImageNet holds JPEG files in CMYK, and a PNG file with a JPEG name.
+
+    Raises:
+        FewtokensError: The file is not a readable picture.
     """
     if path.suffix.lower() in (".jpg", ".jpeg"):
         try:
@@ -119,21 +115,19 @@ def read_tensor(path: Path) -> UInt8[Tensor, "3 h w"]:
 
 
 def decode_all(folders: ClassFolders) -> UInt8[Tensor, "n 3 h w"]:
-    """Reads all pictures into memory.
+    """Read all pictures into one tensor.
 
     Raises:
-        FewtokensError: If one is unreadable, or differs in size from the first.
+        FewtokensError: A picture is unreadable, or its size differs from that of the first.
     """
     first = read_tensor(folders.path(0))
     images = torch.empty(len(folders.files), *first.shape, dtype=torch.uint8)
-    for index in range(len(images)):  # threads would only fight for the interpreter: measured, 1.4 times as long
+    for index in range(len(images)):  # not in threads, which took 1.4 times as long: they wait for the interpreter
         image = read_tensor(folders.path(index))
         if image.shape != first.shape:
             raise FewtokensError(
-                "All pictures of this data set have one size",
-                expected=f"{first.shape[-1]} x {first.shape[-2]} pixels",
-                got=f"{image.shape[-1]} x {image.shape[-2]} pixels in {folders.path(index)}",
-                fix="scale the pictures to one size",
+                f"All pictures must have the size of the first, {first.shape[-1]} x {first.shape[-2]} pixels, but "
+                f"{folders.path(index)} has {image.shape[-1]} x {image.shape[-2]} pixels. Scale them to one size."
             )
         images[index] = image
     return images

@@ -1,13 +1,14 @@
-"""ImageNet (ILSVRC 2012) from class folders."""
+"""ImageNet (ILSVRC 2012), or other pictures of any size, from class folders."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from jaxtyping import Int64, UInt8
-from timm.data import ImageNetInfo, create_transform
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
+from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -15,22 +16,22 @@ from torchvision.transforms import v2
 from fewtokens.data import seeding
 from fewtokens.data.datamodule import Common, DataModule, Part
 from fewtokens.data.image import folders
-from fewtokens.data.image.preprocessing import preprocessing
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check, check_choice
 
 _ILSVRC_CLASSES = 1000
+_BACKENDS = {"pil": folders.read_pil, "torchvision": folders.read_tensor}
 Batch = tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, " b"]]
 
 
 class FolderDataset(Dataset):
-    """Pictures on disk, decoded and cut to one size in the worker, uint8.
+    """Pictures on disk, which are decoded and cropped to one size in the worker, as uint8.
 
     Args:
         files: The pictures.
-        labels: Class index of every class folder.
+        labels: Class index of each class folder.
         read: Reads a picture from a path.
-        transform: Makes a uint8 tensor of one size of it; may draw from torch's global generator, which is seeded here
-            by (seed, epoch, index), whatever the number of workers, and put back afterwards.
+        transform: Returns a uint8 tensor of one size. May draw from torch's global generator, which is seeded here with
+            (seed, epoch, index) and restored afterwards, so that the draws do not depend on the number of workers.
         seed: The run's seed.
     """
 
@@ -49,7 +50,7 @@ class FolderDataset(Dataset):
         return len(self.files.files)
 
     def __getitem__(self, stamp: int) -> tuple[UInt8[Tensor, "3 h w"], int]:
-        """The picture `stamp % len(self)` as epoch `stamp // len(self)` sees it (see `TrainSampler`)."""
+        """Return picture `stamp % len(self)` with the augmentation of epoch `stamp // len(self)` (`TrainSampler`)."""
         epoch, index = divmod(stamp, len(self))
         picture = self.read(self.files.path(index))
         before = torch.get_rng_state()
@@ -60,7 +61,7 @@ class FolderDataset(Dataset):
             torch.set_rng_state(before)
 
     def __getitems__(self, stamps: list[int]) -> Batch | FewtokensError:
-        """A batch, or the error that `Loader` raises."""
+        """Return a batch, or the error for `Loader` to raise."""
         try:
             images, targets = zip(*map(self.__getitem__, stamps), strict=True)
         except FewtokensError as error:
@@ -69,26 +70,27 @@ class FolderDataset(Dataset):
 
 
 class ImageNet(DataModule):
-    """ImageNet from `train/<wnid>/*` and `val/<wnid>/*`; `val` is the validation and the test part.
+    """ImageNet from `train/<wnid>/*` and `val/<wnid>/*`. `val` is both the validation and the test part.
 
-    Training: torchvision's decoder, random resized crop and flip in the worker. Evaluation: timm's own preprocessing
-    (scale the shorter side to `image_size / crop_pct`, cut the centre). `val` alone is enough to evaluate.
-    With 1000 classes, folders that hold only some of them get their true ILSVRC indices, so that pretrained heads fit;
-    with as many classes as folders, the folders are numbered in sorted order.
+    Training uses torchvision's decoder, and a random resized crop and flip in the worker. Evaluation uses timm's
+    preprocessing: scale the shorter side to `image_size / crop_pct`, crop the center. `val` is enough to evaluate.
+    With `num_classes=1000`, folders of some of the ILSVRC classes get their true indices, so that pretrained heads fit.
+    With as many classes as folders, the folders are numbered in sorted order.
 
     Args:
-        root: Folder of `train` and `val`.
-        image_backend: Decoder and scaler of evaluation: "pil" as for published numbers, or "torchvision", faster.
-        preset: Name of a timm model whose pretrained weights say mean, std, crop_pct and interpolation; explicit
-            values go before it.
+        root: Folder that contains `train` and `val`.
+        image_backend: Decoder and scaler of evaluation: "pil", as for published numbers, or "torchvision", which is
+            faster.
+        preset: Name of a timm model; its pretrained weights determine mean, std, crop_pct and interpolation where these
+            are None. Names that timm does not know are ignored.
         crop_pct: Share of the scaled image that evaluation keeps; None: the preset's, or 0.875.
         interpolation: "bilinear" or "bicubic"; None: the preset's, or bicubic.
         min_scale: Smallest share of the picture that a training crop covers.
-        flip: Probability of mirroring in training.
-        **common: See `DataModule`; `mean` and `std` None: the preset's, or ImageNet's.
+        flip: Probability of a horizontal flip in training.
+        **common: See `DataModule`. `mean` and `std` None: the preset's, or ImageNet's.
 
     Raises:
-        FewtokensError: If the data are missing, broken, or other than the settings say.
+        FewtokensError: The data are missing or unreadable, or do not fit the settings.
     """
 
     stamped: ClassVar[bool] = True
@@ -105,63 +107,80 @@ class ImageNet(DataModule):
         flip: float = 0.5,
         **common: Unpack[Common],
     ) -> None:
-        if image_backend not in ("pil", "torchvision"):
-            raise FewtokensError(
-                "Unknown data.image_backend", expected="pil or torchvision", got=image_backend, fix="choose one of them"
-            )
-        way = preprocessing(
-            preset, mean=common.get("mean"), std=common.get("std"), crop_pct=crop_pct, interpolation=interpolation
-        )
-        common["mean"], common["std"] = way.mean, way.std
+        check_choice("data.image_backend", image_backend, _BACKENDS)
+        check_choice("data.interpolation", interpolation, ("bilinear", "bicubic", None))
+        check(crop_pct is None or 0 < crop_pct <= 1, "data.crop_pct", "a float in (0, 1] or null", crop_pct)
+        check(0 < min_scale <= 1, "data.min_scale", "a float in (0, 1]", min_scale)
+        check(0 <= flip <= 1, "data.flip", "a float in [0, 1]", flip)
+        known = preprocessing(preset, crop_pct, interpolation)
+        common["mean"], common["std"] = common.get("mean") or known["mean"], common.get("std") or known["std"]
         super().__init__(**common)
-        self.root, self.preprocessing = Path(root).expanduser(), way
-        self.read = {"pil": folders.read_pil, "torchvision": folders.read_tensor}[image_backend]
-        mode = v2.InterpolationMode(way.interpolation)
+        self.root, self.read = Path(root).expanduser(), _BACKENDS[image_backend]
+        mode = v2.InterpolationMode(known["interpolation"])
         crop = v2.RandomResizedCrop(self.image_size, (min_scale, 1.0), interpolation=mode, antialias=True)
         self.train_crop = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
-        self.eval_crop = create_transform(
-            (3, self.image_size, self.image_size),
-            interpolation=way.interpolation,
-            crop_pct=way.crop_pct,
-            crop_mode=way.crop_mode,
-            normalize=False,
-        )
+        geometry = {name: known[name] for name in ("crop_pct", "interpolation", "crop_mode")}
+        self.eval_crop = create_transform((3, self.image_size, self.image_size), normalize=False, **geometry)
         self.description = f"ImageNet (class folders at {self.root})"
         self._parts: dict[Part, FolderDataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Lists the pictures and compares the classes with the facts; only fitting needs the folder `train`."""
+        """List the pictures and compare the classes with the settings. Only fitting needs the folder `train`."""
         training = stage == "fit" or (stage is None and (self.root / "train").is_dir())
-        wanted: tuple[Part, ...] = ("train", "val") if training else ("val",)
-        for part in wanted:
+        needed: tuple[Part, ...] = ("train", "val") if training else ("val",)
+        for part in needed:
             if part not in self._parts:
                 self._parts[part] = self._read(part)
                 self.verify(part)
         self._parts["test"] = self._parts["val"]
 
     def dataset(self, part: Part) -> FolderDataset | None:
-        """The pictures of a part."""
+        """Return the pictures of a part."""
         return self._parts.get(part)
 
     def _read(self, part: Part) -> FolderDataset:
         files = folders.scan(
             self.root / part,
-            f"lay the pictures out as {self.root}/{part}/n01440764/*.JPEG: get ILSVRC2012_img_{part}.tar from "
-            "https://image-net.org (free account) and unpack it there, for example with torchvision.datasets.ImageNet",
+            f"Store the pictures as {self.root}/{part}/n01440764/*.JPEG: get ILSVRC2012_img_{part}.tar from "
+            "https://image-net.org (free account) and unpack it, for example with torchvision.datasets.ImageNet",
         )
         read, crop = (folders.read_tensor, self.train_crop) if part == "train" else (self.read, self.eval_crop)
         return FolderDataset(files, self._labels(files), read, crop, self.seed)
 
     def _labels(self, files: folders.ClassFolders) -> Int64[Tensor, " k"]:
-        if len(files.classes) == self.num_classes:
-            return torch.arange(self.num_classes)
+        found = len(files.classes)
+        if found == self.num_classes:
+            return torch.arange(found)
         indices = {wnid: index for index, wnid in enumerate(ImageNetInfo().label_names())}
         unknown = [name for name in files.classes if name not in indices]
         if self.num_classes == _ILSVRC_CLASSES and not unknown:
             return torch.tensor([indices[name] for name in files.classes])
+        hint = f" ({unknown[0]} is no class of ILSVRC)" if unknown else ""
         raise FewtokensError(
-            f"data.num_classes is the number of class folders in {files.root}, or 1000 if they are some of ILSVRC's",
-            expected=f"{self.num_classes} folders",
-            got=f"{len(files.classes)} folders" + (f", among them {unknown[0]}" if unknown else ""),
-            fix=f"complete the folders, or set data.num_classes={len(files.classes)}",
+            f"`data.num_classes` must be the number of class folders in {files.root}, or 1000 if all of them are "
+            f"classes of ILSVRC; got {self.num_classes} with {found} folders{hint}. Set data.num_classes={found}, or "
+            "complete the folders."
         )
+
+
+def preprocessing(
+    preset: str | None, crop_pct: float | None = None, interpolation: str | None = None
+) -> dict[str, Any]:
+    """Return timm's preprocessing of a pretrained model, since a wrong normalization costs accuracy without an error.
+
+    Args:
+        preset: Name of a timm model, with or without a tag; else ImageNet's usual values are returned. Any name of a
+            backbone is allowed.
+        crop_pct: Replaces that of the preset.
+        interpolation: Replaces that of the preset.
+
+    Returns:
+        mean, std, crop_pct, interpolation and crop_mode.
+    """
+    try:
+        known = get_pretrained_cfg(preset) if preset else None
+    except RuntimeError:  # a known model with an unknown tag
+        known = None
+    return resolve_data_config(
+        {"crop_pct": crop_pct, "interpolation": interpolation}, pretrained_cfg=known.to_dict() if known else {}
+    )

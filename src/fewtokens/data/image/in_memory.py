@@ -1,15 +1,25 @@
-"""Data sets that fit in memory: one uint8 tensor, a whole batch by one gather."""
+"""Data sets that fit in memory: one uint8 tensor of images, from which a batch is gathered at once."""
 
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, Unpack
 
+import safetensors
 import torch
 from jaxtyping import Int64, UInt8
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fewtokens.data import seeding
 from fewtokens.data.datamodule import Common, DataModule, Part
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import check
+
+Tensors = dict[str, Tensor]
 
 
 class Samples(NamedTuple):
@@ -19,12 +29,12 @@ class Samples(NamedTuple):
     targets: Int64[Tensor, " n"]
 
     def take(self, indices: Int64[Tensor, " m"]) -> "Samples":
-        """The samples with these indices, in this order."""
+        """Return the samples with these indices, in this order."""
         return Samples(self.images[indices], self.targets[indices])
 
 
 class MemoryDataset(Dataset):
-    """Samples of which the DataLoader gets whole batches by `__getitems__` (9 times as fast as one by one)."""
+    """Samples that are read a batch at a time with `__getitems__`, 9 times as fast as one by one."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -36,61 +46,61 @@ class MemoryDataset(Dataset):
         return self.samples.images[index], self.samples.targets[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]:
-        """A batch, by one gather; index_select is several times as fast as indexing."""
+        """Return a batch. index_select is several times as fast as indexing."""
         chosen = torch.tensor(indices)
         return self.samples.images.index_select(0, chosen), self.samples.targets.index_select(0, chosen)
 
 
 class InMemory(DataModule):
-    """Base of data sets in memory; a subclass says in `read` where they come from."""
+    """Base class for data sets in memory. A subclass implements `read`."""
 
     def __init__(self, **common: Unpack[Common]) -> None:
         super().__init__(**common)
         self._parts: dict[Part, Samples] | None = None
 
     def read(self) -> dict[Part, Samples]:
-        """The parts of the data set; "val" is absent where nothing is held out."""
+        """Return the parts of the data set, without "val" if nothing is held out."""
         raise NotImplementedError
 
     def prepare_data(self) -> None:
-        """Downloads and decodes in one process per machine; the others find the cache."""
+        """Download and decode the data in one process per machine. The others find them in the cache."""
         if self._parts is None:
             self._parts = self.read()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the samples and compares them with the facts of the configuration."""
+        """Read the samples and compare them with the settings."""
         self.prepare_data()
         for part in ("train", "val", "test"):
             self.verify(part)
 
     def dataset(self, part: Part) -> MemoryDataset | None:
-        """The samples of a part."""
+        """Return the samples of a part; None if it is empty."""
         samples = (self._parts or {}).get(part)
         return MemoryDataset(samples) if samples is not None else None
 
     def verify(self, part: Part) -> None:
-        """Compares the number of classes, too."""
+        """Compare the number of classes in the training part with the settings, and see `DataModule.verify`."""
         samples = (self._parts or {}).get(part)
-        if samples is not None and (found := int(samples.targets.max()) + 1) != self.num_classes:
-            raise FewtokensError(
-                f"data.num_classes is the number of classes of {self.description}",
-                expected=f"data.num_classes={found}",
-                got=f"data.num_classes={self.num_classes}",
-                fix=f"set data.num_classes={found}",
-            )
+        if samples is not None and part == "train":  # a small validation part may lack some classes
+            found = int(samples.targets.max()) + 1
+            expected = f"{found}, the number of classes of {self.description}"
+            check(found == self.num_classes, "data.num_classes", expected, self.num_classes)
         super().verify(part)
 
 
 def hold_out(samples: Samples, count: int, seed: int) -> tuple[Samples, Samples]:
-    """Splits `count` samples off, every class by its share; (the rest, the split-off), both in the old order.
+    """Split off `count` samples, stratified by class.
 
     Args:
-        samples: What to split.
-        count: How many to split off; classes whose share is no whole number are rounded by largest remainder.
-        seed: Chooses which; independent of the run's seed, so that all runs are measured on the same samples.
+        samples: The samples to split.
+        count: Number of samples to split off. Fractional shares of a class are rounded by largest remainder.
+        seed: Chooses the samples. Independent of the run's seed, so that all runs are validated on the same samples.
+
+    Returns:
+        The remaining samples and those split off, both in their original order.
 
     Raises:
-        FewtokensError: If `count` leaves nothing to train on.
+        FewtokensError: `count` leaves nothing to train on.
     """
     check_held_out(count, len(samples.targets))
     sizes = torch.bincount(samples.targets).double() * (count / len(samples.targets))
@@ -105,11 +115,53 @@ def hold_out(samples: Samples, count: int, seed: int) -> tuple[Samples, Samples]
 
 
 def check_held_out(count: int, size: int) -> None:
-    """Raises a FewtokensError unless 0 <= count < size."""
-    if not 0 <= count < size:
-        raise FewtokensError(
-            "The validation part is held out of the training images",
-            expected=f"0 (none) to {size - 1} images",
-            got=count,
-            fix="change data.val_images",
-        )
+    """Raise a FewtokensError unless `count` of `size` training images can be held out for validation."""
+    check(0 <= count < size, "data.val_images", f"from 0 (no validation) to {size - 1}", count)
+
+
+def cached(path: Path, key: str, build: Callable[[], Tensors]) -> Tensors:
+    """Return the tensors stored in `path` if they are intact and were stored under `key`; else build and store them.
+
+    Args:
+        path: The cache file (safetensors: reading it runs no code).
+        key: Describes the state of the sources. Another key means that they are decoded again.
+        build: Decodes the sources.
+    """
+    tensors = _read(path, key)
+    if tensors is None:
+        tensors = build()
+        _write(path, key, tensors)
+    return tensors
+
+
+def _read(path: Path, key: str) -> Tensors | None:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("key") != key:
+            return None
+        tensors = load_file(path)
+    except (OSError, safetensors.SafetensorError):  # missing, truncated, or not such a file: it is built again
+        return None
+    return tensors if metadata.get("crc32") == _checksum(tensors) else None
+
+
+def _write(path: Path, key: str, tensors: Tensors) -> None:
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        save_file(tensors, temporary, metadata={"key": key, "crc32": _checksum(tensors)})
+        os.chmod(temporary, 0o644)  # mkstemp denies access to the other users of a shared data folder
+        os.replace(temporary, path)  # atomic: another process sees the old file or the complete new one
+    except (OSError, safetensors.SafetensorError) as error:
+        warnings.warn(f"Cannot write the cache {path} ({error}). Every start will decode the data again.", stacklevel=2)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _checksum(tensors: Tensors) -> str:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(tensors[name].contiguous().numpy().data, checksum)
+    return str(checksum)
