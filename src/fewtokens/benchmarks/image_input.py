@@ -1,9 +1,9 @@
-"""Images per second of the usual CIFAR-10 input (one PIL image at a time) and of this package's, side by side.
+"""Input speed on CIFAR-10, in images per second: the usual pipeline of one PIL image at a time, and this package's.
 
     python -m fewtokens.benchmarks.image_input --root data/cifar10      (or --generated, without data)
 
-Both augment alike: crop after padding by 4, flip, normalise. They take turns, and the table gives the median of the
-rounds with the lowest and highest one, since other work on the machine comes and goes.
+Both augment alike: crop after padding by 4, flip, normalize. They are measured in turns over several rounds, since the
+load of the machine varies. The table shows the median, the lowest and the highest round.
 """
 
 import argparse
@@ -12,8 +12,9 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,22 +24,25 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as tv
 
-from fewtokens.data.datamodule import Part
+from fewtokens.data.datamodule import Common, Part
 from fewtokens.data.image.cifar10 import Cifar10
 from fewtokens.data.image.in_memory import InMemory, Samples
 from fewtokens.data.seeding import generator
 from fewtokens.data.transforms.geometric import PadCrop, RandomFlip
 from fewtokens.data.transforms.normalize import Pipeline
+from fewtokens.errors import FewtokensError
 
 _SETTLING = 1.0  # seconds
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class Generated(InMemory):
-    """As many random images as CIFAR-10's training part."""
+    """50,000 random images, as many as CIFAR-10 has for training."""
+
+    description = "random images"
 
     def read(self) -> dict[Part, Samples]:
-        """Draws the images."""
+        """Generate the images."""
         images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)
         return {"train": Samples(images, torch.arange(50_000) % 10)}
 
@@ -64,7 +68,7 @@ class _Usual(Dataset):
 
 
 def usual(samples: Samples, batch_size: int, workers: int) -> Iterator[int]:
-    """Batch sizes as the usual pipeline delivers its batches, for ever."""
+    """Yield the size of every batch of the usual pipeline, without end."""
     loader = DataLoader(_Usual(samples), batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
     for _ in itertools.count():
         for images, _ in loader:
@@ -72,7 +76,7 @@ def usual(samples: Samples, batch_size: int, workers: int) -> Iterator[int]:
 
 
 def ours(data: InMemory) -> Iterator[int]:
-    """Batch sizes as this package delivers its batches, augmented and normalised, for ever."""
+    """Yield the size of every batch of this package's pipeline, augmented and normalized, without end."""
     pipeline = Pipeline([PadCrop(4), RandomFlip()], _MEAN, _STD)
     loader = data.train_dataloader()
     for epoch in itertools.count():
@@ -82,43 +86,44 @@ def ours(data: InMemory) -> Iterator[int]:
 
 
 def rate(batches: Iterator[int], seconds: float) -> float:
-    """Images per second over at least `seconds`."""
+    """Return the images per second, measured over at least `seconds`."""
     start, images = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         images += next(batches)
     return images / elapsed
 
 
-def measure(ways: dict[str, Callable[[], Iterator[int]]], seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Images per second of every way in every round, in turns."""
-    running = {name: start() for name, start in ways.items()}
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+def measure(pipelines: dict[str, Callable[[], Iterator[int]]], seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Return the images per second of each pipeline in each round, measured in turns."""
+    running = {name: start() for name, start in pipelines.items()}
+    rates: dict[str, list[float]] = {name: [] for name in pipelines}
     for _, (name, batches) in itertools.product(range(rounds), running.items()):
-        # Not counted: starting up, batches that the workers of the usual way have laid by, and their laying them by.
+        # The first second is not counted: the pipeline starts, and its workers deliver batches that were prefetched
+        # while the other pipeline was measured.
         rate(batches, _SETTLING)
         rates[name].append(rate(batches, seconds))
     return rates
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = found.add_mutually_exclusive_group(required=True)
     source.add_argument("--root", help="folder of CIFAR-10")
     source.add_argument("--generated", action="store_true", help="random images instead of CIFAR-10")
-    found.add_argument("--seconds", type=float, default=5.0, help="length of one measurement")
+    found.add_argument("--seconds", type=float, default=5.0, help="duration of one measurement")
     found.add_argument("--rounds", type=int, default=5)
     found.add_argument("--batch-size", type=int, default=512)
     found.add_argument("--workers", type=int, default=2, help="worker processes of the usual pipeline")
-    # One thread against two workers is unfair to us, but dependable: two threads on a busy machine wait for each other.
+    # One thread against two workers is a handicap, but reliable: on a busy machine two threads wait for each other.
     found.add_argument("--threads", type=int, default=1, help="threads of this package's pipeline")
-    found.add_argument("--write", type=Path, help="a json file for the figures")
+    found.add_argument("--write", type=Path, help="json file for the results")
     return found
 
 
 def show(found: dict[str, list[float]], title: str) -> dict[str, float]:
-    """Prints images/s of both ways and how many times faster the second is; gives the ratio back."""
-    table = Table("way", "images/s", "lowest", "highest", title=title)
+    """Print the images per second of both pipelines and return how many times faster the second is."""
+    table = Table("pipeline", "images/s", "lowest", "highest", title=title)
     for name, rates in found.items():
         table.add_row(name, *(f"{x:,.0f}" for x in (statistics.median(rates), min(rates), max(rates))))
     console = Console()
@@ -131,7 +136,7 @@ def show(found: dict[str, list[float]], title: str) -> dict[str, float]:
 
 
 def about() -> dict[str, str]:
-    """Where and when figures were measured."""
+    """Return the versions, the processor and the date of a measurement."""
     return {
         "torch": torch.__version__,
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -139,27 +144,32 @@ def about() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Reads the command line, measures, prints the table."""
-    args = parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    args = parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
-    facts = {"num_classes": 10, "image_size": 32, "batch_size": args.batch_size}
-    data: InMemory = Generated(**facts) if args.generated else Cifar10(args.root, val_images=0, **facts)
-    data.setup()
+    settings: Common = {"num_classes": 10, "image_size": 32, "batch_size": args.batch_size}
+    try:
+        data: InMemory = Generated(**settings) if args.generated else Cifar10(args.root, val_images=0, **settings)
+        data.setup()
+    except FewtokensError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
     samples = data.dataset("train")
     assert samples is not None
-    ways: dict[str, Callable[[], Iterator[int]]] = {
+    pipelines: dict[str, Callable[[], Iterator[int]]] = {
         f"usual: PIL, one by one, {args.workers} workers": lambda: usual(
             samples.samples, args.batch_size, args.workers
         ),
         f"fewtokens: batched, {args.threads} thread(s)": lambda: ours(data),
     }
-    found = measure(ways, args.seconds, args.rounds)
+    found = measure(pipelines, args.seconds, args.rounds)
     ratio = show(found, f"{data.description}, batch {args.batch_size}")
     if args.write is not None:
-        kind = {"data": "random images" if args.generated else "CIFAR-10", "batch_size": args.batch_size}
-        args.write.write_text(json.dumps({**kind, **about(), "images_per_s": found, **ratio}, indent=2) + "\n")
+        source = {"data": "random images" if args.generated else "CIFAR-10", "batch_size": args.batch_size}
+        args.write.write_text(json.dumps({**source, **about(), "images_per_s": found, **ratio}, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
