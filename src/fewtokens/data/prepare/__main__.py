@@ -1,6 +1,6 @@
 """Examine the videos of a data set and write the manifest that training and evaluation read.
 
-    python -m fewtokens.data.prepare --root data/k400/train --list data/k400/train.csv --write data/k400/train.csv ...
+    python -m fewtokens.data.prepare --root data/k400 --list data/k400/train.csv --write data/k400/train.manifest.csv
 
 Decodes every frame of every file. Videos that cannot be decoded are skipped, with the reason in the manifest. With
 --transcode it also writes copies that are much faster to sample from. The originals are never changed. The same command
