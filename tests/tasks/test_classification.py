@@ -72,12 +72,24 @@ def test_metrics_count_top1_and_top5() -> None:
     )
 
 
-def test_compiling_leaves_the_names_of_parameters() -> None:
-    assert classifier(compile=True).state_dict().keys() == classifier().state_dict().keys()
+@pytest.mark.parametrize("mode", ["layers", "model"])
+def test_compiling_leaves_the_names_of_parameters(mode: str) -> None:
+    assert classifier(compile=mode).state_dict().keys() == classifier().state_dict().keys()
+
+
+def test_an_unknown_way_to_compile_is_an_error() -> None:
+    with pytest.raises(FewtokensError, match=r"`task\.compile` must be 'none' or 'layers' or 'model', got 'layer'"):
+        classifier(compile="layer")
+
+
+def test_top5_is_no_metric_where_there_are_five_classes_or_fewer() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    assert "top5" not in Classifier(net, 5, optimizer=partial(torch.optim.SGD, lr=0.1)).test_metrics
+    assert "top5" in classifier().test_metrics
 
 
 def test_smoothing_out_of_range_is_refused() -> None:
-    with pytest.raises(FewtokensError, match="smoothing"):
+    with pytest.raises(FewtokensError, match=r"`task\.label_smoothing` must be a number in \[0, 1\), got 1\.0"):
         classifier(label_smoothing=1.0)
 
 
@@ -109,3 +121,9 @@ def test_mixing_is_off_at_zero_and_cuts_clips_alike_in_every_frame() -> None:
     torch.manual_seed(1)
     mixed, _ = Mix(7, mixup=0.0)(clips, target)
     assert torch.equal(mixed, mixed[:, :1].expand_as(mixed))
+
+
+@pytest.mark.parametrize("settings", [{"mixup": -1.0}, {"cutmix": -0.1}, {"probability": 1.1}])
+def test_mixing_refuses_numbers_out_of_range(settings: dict) -> None:
+    with pytest.raises(FewtokensError, match=rf"`task\.mix\.{next(iter(settings))}` must be"):
+        Mix(7, **settings)

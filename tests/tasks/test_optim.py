@@ -5,18 +5,18 @@ import torch
 
 from fewtokens.backbones.vit import vit
 from fewtokens.errors import FewtokensError
-from fewtokens.tasks.optim import parameter_groups, warmup_cosine
+from fewtokens.tasks.optim import parameter_groups, scale_learning_rates, warmup_cosine
 from fewtokens.tokenizers.token_learner import TokenLearner
 
 
 def model() -> torch.nn.Module:
-    recipe = {"at": 1, "build": lambda place: TokenLearner(place, num_tokens=2)}
+    recipe = {"at": 1, "build": lambda context: TokenLearner(context, num_tokens=2)}
     return vit(image_size=8, patch_size=2, num_classes=3, tokenizer=recipe, dim=8, depth=2, heads=2, pool="token")
 
 
 def test_matrices_decay_and_the_rest_does_not() -> None:
     net = model()
-    decayed, free = parameter_groups(net, 0.1)
+    free, decayed = parameter_groups(net, 0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim >= 2 for p in decayed["params"])
     ids = {id(p) for p in free["params"]}
@@ -34,6 +34,29 @@ def test_all_decay_and_frozen_ones_are_left_out() -> None:
     assert len(group["params"]) == len(list(net.parameters())) - 1
     with pytest.raises(FewtokensError, match="decay"):
         parameter_groups(net, 0.1, "some")  # type: ignore[arg-type]
+
+
+def test_layer_decay_lowers_the_learning_rate_from_layer_to_layer() -> None:
+    net = model()
+    optimizer = torch.optim.AdamW(parameter_groups(net, 0.1, layer_decay=0.5), lr=1.0)
+    scale_learning_rates(optimizer)
+    names = {id(p): name for name, p in net.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates["vit.head.weight"] == 1.0
+    assert rates["encoder.layers.1.block.mlp.fc1.weight"] == rates["encoder.layers.1.tokenizer.norm.weight"] == 0.5
+    assert rates["vit.norm.weight"] == 0.5  # belongs to the last block, as in timm
+    assert rates["encoder.layers.0.block.norm1.bias"] == 0.25
+    assert rates["vit.pos_embed"] == rates["vit.patch_embed.proj.weight"] == 0.125
+    assert len(rates) == len(list(net.parameters()))
+    assert all(group["weight_decay"] == 0 for group in optimizer.param_groups if group["params"][0].ndim == 1)
+    with pytest.raises(FewtokensError, match=r"`task\.layer_decay` must be .* got 1\.5"):
+        parameter_groups(net, 0.1, layer_decay=1.5)
+
+
+@pytest.mark.parametrize("settings", [{"warmup": -1}, {"final": 2.0}])
+def test_schedules_out_of_range_are_errors(settings: dict) -> None:
+    with pytest.raises(FewtokensError, match=rf"`schedule\.{next(iter(settings))}` must be"):
+        warmup_cosine(0, 10, **settings)
 
 
 def test_the_decay_of_the_keras_example_is_tfas() -> None:

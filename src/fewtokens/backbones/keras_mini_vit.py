@@ -58,6 +58,7 @@ def keras_mini_vit(
     key_dim: int = 128,
     channels: int = 3,
     dropout: float = 0.1,
+    grad_checkpointing: bool = False,
 ) -> ViT:
     """Build the example's `create_vit_classifier`, without its augmentation.
 
@@ -75,6 +76,7 @@ def keras_mini_vit(
         key_dim: Width of each head.
         channels: Number of image channels.
         dropout: Dropout rate of positions, attention weights and MLP.
+        grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
     """
     check_sizes(image_size, patch_size, dim, heads, depth)
     timm_model = VisionTransformer(
@@ -98,6 +100,7 @@ def keras_mini_vit(
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
     model = ViT(timm_model, tokenizer)
+    model.set_grad_checkpointing(grad_checkpointing)
     init_as_keras(model, heads)
     assert timm_model.pos_embed is not None
     timm_model.pos_embed.requires_grad_(False)  # in the example the positions are a constant of the graph

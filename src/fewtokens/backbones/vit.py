@@ -114,6 +114,14 @@ class ViT(nn.Module):
         """Return the names of the parameters without weight decay: positions, class and register tokens."""
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's description of the layers, from the embedding to the head, for learning-rate decay by layer."""
+        blocks = [
+            (r"^encoder\.layers\.(\d+)", None),
+            (r"^vit\.(?:fc_)?norm\.", (99999,)),
+        ]  # the norm: with the last layer
+        return {"stem": r"^vit\.(?!norm\.|fc_norm|head)", "blocks": blocks}
+
     def _pool(self, tokens: Tokens) -> Float[Tensor, "b c"]:
         """Apply timm's pooling, weighted by size and without padding."""
         vit = self.vit

@@ -1,4 +1,4 @@
-"""The one task: classification of images, and of videos as stacks of views."""
+"""Classification of images, and of videos as stacks of views."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,30 +12,34 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from fewtokens.errors import FewtokensError
+from fewtokens.backbones.encoder import EncoderLayer
+from fewtokens.errors import FewtokensError, check, check_choice
 from fewtokens.tasks.mixup import Mix
-from fewtokens.tasks.optim import Schedule, by_step, constant, parameter_groups
+from fewtokens.tasks.optim import Schedule, by_step, constant, parameter_groups, scale_learning_rates
 from fewtokens.tokenizers.base import Tokenizer
 
 Batch = tuple[Tensor, Tensor]
+RECOMPILE_LIMIT = 64
 
 
 class Classifier(LightningModule):
     """Trains and evaluates a model that maps samples to logits.
 
-    A sample is a stack of views: a batch is (views (B, V, *sample), targets (B,) or probabilities (B, classes)).
-    Training takes every view as a sample of its own; evaluation averages the logits over the views.
+    A sample is a stack of views. A batch is (views (B, V, *sample), targets), where targets are class numbers (B,) or
+    probabilities (B, classes). Training uses every view as a sample of its own; evaluation averages the logits over the
+    views.
 
     Args:
-        model: Samples (B, *sample) to logits (B, classes).
-        num_classes: Classes.
-        optimizer: Recipe, `optimizer(parameter_groups)`; its `weight_decay` is that of the decayed group.
-        schedule: `schedule(step, steps)` to a factor on the learning rate.
+        model: Maps samples (B, *sample) to logits (B, classes).
+        num_classes: Number of classes.
+        optimizer: Recipe, called as `optimizer(parameter_groups)`.
+        schedule: Called as `schedule(step, steps)`, returns a factor on the learning rate.
         weight_decay: Weight decay of the parameters that have one.
-        decay: Which do: "matrices" or "all".
-        label_smoothing: Of the cross-entropy.
+        decay: Which parameters have one: "matrices" or "all", see `parameter_groups`.
+        layer_decay: Factor on the learning rate from each layer to the one before it, or None.
+        label_smoothing: Label smoothing of the training loss, in [0, 1).
         mix: Mixup and CutMix, or None.
-        compile: torch.compile the model, in place, so that names of parameters stay as they are.
+        compile: "none", "layers" or "model", see `compile_model`.
     """
 
     def __init__(
@@ -46,78 +50,77 @@ class Classifier(LightningModule):
         schedule: Schedule = constant,
         weight_decay: float = 0.0,
         decay: str = "matrices",
+        layer_decay: float | None = None,
         label_smoothing: float = 0.0,
         mix: Mix | None = None,
-        compile: bool = False,
+        compile: str = "none",
     ) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise FewtokensError(
-                "Label smoothing is a share", expected="0 <= s < 1", got=label_smoothing, fix="set task.label_smoothing"
-            )
+        check(0 <= label_smoothing < 1, "task.label_smoothing", "a number in [0, 1)", label_smoothing)
         self.model, self.optimizer, self.schedule, self.mix = model, optimizer, schedule, mix
-        self.weight_decay, self.decay, self.label_smoothing = weight_decay, decay, label_smoothing
-        if compile:
-            self.model.compile()
+        self.weight_decay, self.decay, self.layer_decay = weight_decay, decay, layer_decay
+        self.label_smoothing = label_smoothing
+        compile_model(model, compile)
         self.train_loss = MeanMetric(nan_strategy="disable")
-        self.train_loss.persistent(True)  # an epoch that is resumed in its middle keeps the mean of its beginning
+        self.train_loss.persistent(True)  # a run that resumes in the middle of an epoch keeps the sum of its first part
         self.val_metrics, self.test_metrics = self._metrics(num_classes), self._metrics(num_classes)
         self.counts, self.confusion = self._counts(num_classes), None
 
     def forward(self, views: Float[Tensor, "b v *sample"]) -> Float[Tensor, "b classes"]:
-        """Logits (B, classes), averaged over the views, in float32."""
+        """Return the logits (B, classes) in float32, averaged over the views."""
         logits = self.model(views.flatten(0, 1)).float()
         return logits.unflatten(0, views.shape[:2]).mean(dim=1)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        """Cross-entropy of a batch, and what tokenizers with a loss of their own add to it."""
+        """Return the loss of a batch, including the losses of tokenizers that have one."""
         views, target = batch
         samples, target = views.flatten(0, 1), target.repeat_interleave(views.shape[1], dim=0)
         if self.mix is not None:
             samples, target = self.mix(samples, target)
         loss = self._loss(self.model(samples), target)
-        own = [
-            part for part in (t.loss() for t in self.model.modules() if isinstance(t, Tokenizer)) if part is not None
-        ]
-        if own:
-            loss = loss + torch.stack(own).sum()
+        tokenizer_losses = [module.loss() for module in self.model.modules() if isinstance(module, Tokenizer)]
+        loss = sum((part for part in tokenizer_losses if part is not None), start=loss)
         self.train_loss.update(loss.detach().expand(len(target)))
-        self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True, rank_zero_only=True)
+        # Not in the progress bar, which would copy the value from the device after every step.
+        self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, rank_zero_only=True)
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's mean loss over all ranks; a loss that is no number ends the run."""
+        """Log the mean loss of the epoch over all ranks.
+
+        Raises:
+            FewtokensError: The loss is not finite.
+        """
         loss = self.train_loss.compute()
         self.train_loss.reset()
-        self.log("train/loss_epoch", loss, rank_zero_only=True)
+        self.log("train/loss_epoch", loss, prog_bar=True, rank_zero_only=True)
         if not torch.isfinite(loss):
             raise FewtokensError(
-                "Training keeps a finite loss",
-                expected="a number",
-                got=f"{loss.item()} as mean of epoch {self.current_epoch}",
-                fix="lower optimizer.lr, set trainer.gradient_clip_val=1.0, or train in float32 (trainer.precision=32)",
+                f"The mean training loss of epoch {self.current_epoch} is {loss.item()}. Lower optimizer.lr, set "
+                "trainer.gradient_clip_val=1.0, or train in float32 (trainer.precision=32-true)."
             )
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        """Count a batch of the validation set."""
+        """Update the validation metrics."""
         self._evaluate(self.val_metrics, batch, "val")
 
     def test_step(self, batch: Batch, index: int) -> None:
-        """Count a batch of the test set."""
+        """Update the test metrics."""
         self._evaluate(self.test_metrics, batch, "test")
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over both parameter groups, and the schedule by step."""
-        optimizer = self.optimizer(parameter_groups(self.model, self.weight_decay, self.decay))
+        """Return the optimizer and its schedule."""
+        optimizer = self.optimizer(parameter_groups(self.model, self.weight_decay, self.decay, self.layer_decay))
+        scale_learning_rates(optimizer)
         steps = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": by_step(optimizer, self.schedule, steps)}
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics over all ranks."""
+        """Log the validation metrics over all ranks."""
         self._log(self.val_metrics, "val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics over all ranks, and keep the confusion matrix for whoever wants to draw it."""
+        """Log the test metrics over all ranks, and keep the confusion matrix for the measure that draws it."""
         self._log(self.test_metrics, "test")
         if self.counts is not None:
             self.confusion = self.counts.compute()
@@ -127,41 +130,64 @@ class Classifier(LightningModule):
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
 
     def _losses(self, logits: Float[Tensor, "b k"], target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Tensor:
-        """Of every sample (B,). Smoothing belongs to training: the reported loss is the plain cross-entropy."""
+        """Return the loss of every sample (B,), without label smoothing, which belongs to training."""
         return F.cross_entropy(logits, target, reduction="none")
 
-    def _truth(self, target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Int[Tensor, "b *k"]:
-        """What metrics compare with."""
+    def _labels(self, target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Int[Tensor, "b *k"]:
+        """Return the labels that metrics compare with."""
         return target if target.ndim == 1 else target.argmax(dim=1)
 
     def _metrics(self, num_classes: int) -> nn.ModuleDict:
-        top5 = min(5, num_classes)
-        return nn.ModuleDict(
-            {
-                "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-                "top5": MulticlassAccuracy(num_classes, top_k=top5, average="micro", validate_args=False),
-                # The default leaves out what is no number. "disable" ignores weights, so losses come one by one.
-                "loss": MeanMetric(nan_strategy="disable"),
-            }
-        )
+        metrics: dict[str, Metric] = {"top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False)}
+        if num_classes > 5:
+            metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
+        # By default torchmetrics drops NaN silently. "disable" ignores weights, so losses are passed one by one.
+        return nn.ModuleDict(metrics | {"loss": MeanMetric(nan_strategy="disable")})
 
     def _counts(self, num_classes: int) -> Metric | None:
-        """Collects the confusion matrix, where there is one."""
+        """Return the metric that collects the confusion matrix, or None."""
         return MulticlassConfusionMatrix(num_classes, validate_args=False)
 
     def _evaluate(self, metrics: nn.ModuleDict, batch: Batch, stage: str) -> None:
         views, target = batch
         logits = self(views)
-        losses, truth = self._losses(logits, target), self._truth(target)
+        losses, labels = self._losses(logits, target), self._labels(target)
         if stage == "test" and self.counts is not None:
-            self.counts.update(logits, truth)
+            self.counts.update(logits, labels)
         for name, metric in metrics.items():
             assert isinstance(metric, Metric)
-            metric.update(losses) if name == "loss" else metric.update(logits, truth)
+            metric.update(losses) if name == "loss" else metric.update(logits, labels)
 
     def _log(self, metrics: nn.ModuleDict, stage: str) -> None:
-        # Metric objects are gathered once, so every sample counts once on any ranks. Not in the step: a rank that has
-        # no sample, or none that could be read, takes no step, and the others would wait for it for ever.
+        # Metric objects are synchronized once, so that every sample counts once on any number of ranks. This cannot
+        # happen in the step: a rank without samples, or without readable ones, takes no step, and the others would wait
+        # for it.
         for name, metric in metrics.items():
             assert isinstance(metric, Metric)
             self.log(f"{stage}/{name}", metric, prog_bar=name in ("top1", "map"))
+
+
+def compile_model(model: nn.Module, mode: str, **settings: Any) -> None:
+    """Compile a model in place, so that the names of its parameters do not change.
+
+    Args:
+        model: The model.
+        mode: "layers" compiles every `EncoderLayer` on its own. Layers with the same shapes share one compilation, and
+            DDP can send the gradients of a layer while those of the next are computed. "model" compiles the model as
+            one graph. "none" does nothing.
+        settings: Arguments of torch.compile.
+
+    Raises:
+        FewtokensError: The mode is unknown.
+    """
+    check_choice("task.compile", mode, ("none", "layers", "model"))
+    if mode == "model":
+        model.compile(**settings)
+    elif mode == "layers":
+        # All layers run the same code, for which torch keeps at most 8 compilations by default. Each combination of
+        # tokenizer, number of tokens and training or evaluation is one.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, RECOMPILE_LIMIT)
+        for module in model.modules():
+            if isinstance(module, EncoderLayer):
+                module.compile(**settings)

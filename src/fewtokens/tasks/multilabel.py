@@ -1,4 +1,4 @@
-"""Several classes at once: a sigmoid for each, and mean average precision."""
+"""Classification with any number of classes per sample, measured by mean average precision."""
 
 from typing import Any
 
@@ -15,10 +15,16 @@ from fewtokens.tasks.classification import Classifier
 
 
 class MeanAveragePrecision(MultilabelAveragePrecision):
-    """Mean over those classes that some sample has: torchmetrics counts the others as 0."""
+    """The mean of the average precision over the classes that at least one sample has.
+
+    torchmetrics counts the other classes as 0.
+    """
 
     def sync(self, *args: Any, **settings: Any) -> None:
-        """A rank without samples takes part with none; torchmetrics' own stand-in has an axis too few."""
+        """Synchronize over ranks, some of which may have no samples.
+
+        The placeholder of torchmetrics for such a rank lacks the axis of classes.
+        """
         if not self.target:
             shape = (0, self.num_labels)
             self.preds.append(torch.empty(shape, device=self.device))
@@ -26,51 +32,45 @@ class MeanAveragePrecision(MultilabelAveragePrecision):
         super().sync(*args, **settings)
 
     def compute(self) -> Tensor:  # type: ignore[override]  # the curve's
-        """A number, NaN where there is no class at all."""
-        found = super().compute()
-        return found[dim_zero_cat(self.target).bool().any(dim=0)].mean()
+        """Return the mean, or NaN if no sample has a class."""
+        precision = super().compute()
+        return precision[dim_zero_cat(self.target).bool().any(dim=0)].mean()
 
 
 class MultilabelClassifier(Classifier):
-    """Trains and evaluates a model on samples with any number of classes each, none included (Charades, AViD).
+    """Trains and evaluates a model on samples with any number of classes each (Charades, AViD).
 
-    Targets are (B, classes), 1 where a class is there and 0 where not. The loss is the mean binary cross-entropy over
-    classes; `map` is the mean over classes of average precision (classes without a sample that has them are left out),
-    over the whole set on all ranks. Logits are averaged over views, as ever. Label smoothing draws targets to 1/2.
+    Targets are (B, classes), 1 for the classes of a sample and 0 for the others. The loss is the binary cross-entropy,
+    averaged over classes; label smoothing moves targets towards 1/2. The metric `map` is the mean average precision
+    over the whole set and all ranks, see `MeanAveragePrecision`. Logits are averaged over views.
 
     Args:
-        As those of `Classifier`.
+        The arguments are those of `Classifier`.
     """
 
     def _loss(self, logits: Float[Tensor, "b k"], target: Tensor) -> Tensor:
-        wanted = self._checked(logits, target)
-        wanted = wanted * (1 - self.label_smoothing) + self.label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits.float(), wanted)
+        target = self._checked(logits, target)
+        target = target * (1 - self.label_smoothing) + self.label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits.float(), target)
 
     def _losses(self, logits: Float[Tensor, "b k"], target: Tensor) -> Tensor:
-        wanted = self._checked(logits, target)
-        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
+        target = self._checked(logits, target)
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
 
-    def _truth(self, target: Tensor) -> Int[Tensor, "b k"]:
+    def _labels(self, target: Tensor) -> Int[Tensor, "b k"]:
         return (target > 0.5).long()
 
     def _metrics(self, num_classes: int) -> nn.ModuleDict:
-        return nn.ModuleDict(
-            {
-                "map": MeanAveragePrecision(num_classes, average="none", validate_args=False),
-                "loss": MeanMetric(nan_strategy="disable"),
-            }
-        )
+        mean_precision = MeanAveragePrecision(num_classes, average="none", validate_args=False)
+        return nn.ModuleDict({"map": mean_precision, "loss": MeanMetric(nan_strategy="disable")})
 
     def _counts(self, num_classes: int) -> Metric | None:
-        return None  # with several classes at once nothing is confused with one other
+        return None  # there is no confusion matrix for samples with several classes
 
     def _checked(self, logits: Tensor, target: Tensor) -> Tensor:
         if target.shape != logits.shape:
             raise FewtokensError(
-                "Multi-label targets have a number for every class",
-                expected=f"targets {tuple(logits.shape)}",
-                got=tuple(target.shape),
-                fix="choose data with several labels, or task=classification",
+                f"Multi-label targets must have one number per class and shape {tuple(logits.shape)}, got "
+                f"{tuple(target.shape)}. Use data with several labels (data.multilabel=true), or task=classification."
             )
         return target.float()
