@@ -1,4 +1,4 @@
-"""The record that flows: every method, on every combination of fields that it treats differently."""
+"""Every method of `Tokens`, on every combination of fields that it treats differently."""
 
 from dataclasses import FrozenInstanceError, replace
 
@@ -17,9 +17,9 @@ def rand(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def clip(**fields: object) -> Tokens:
-    """A clip of T frames with two prefix tokens."""
-    return replace(Tokens(rand(B, P + N, C), prefix=P, frames=T, grid=(H, W)), **fields)
+def clip(**changes: object) -> Tokens:
+    """Return a clip of T frames with two prefix tokens."""
+    return replace(Tokens(rand(B, P + N, C), prefix=P, frames=T, grid=(H, W)), **changes)
 
 
 def eye() -> Tensor:
@@ -34,9 +34,9 @@ def test_patches_are_what_follows_the_prefix() -> None:
     tokens = clip()
     torch.testing.assert_close(tokens.patches, tokens.x[:, P:], rtol=0, atol=0)
     assert tokens.num_patches == N
-    bare = Tokens(tokens.x)
-    assert bare.patches is tokens.x
-    assert bare.num_patches == P + N
+    without_prefix = Tokens(tokens.x)
+    assert without_prefix.patches is tokens.x
+    assert without_prefix.num_patches == P + N
 
 
 def test_per_frame_makes_every_frame_a_sample() -> None:
@@ -58,22 +58,22 @@ def test_update_changes_the_features_alone() -> None:
     tokens = clip(size=rand(B, P + N), mask=full_mask(), origin=eye(), trace=[])
     new = tokens.update(-tokens.x)
     assert torch.equal(new.x, -tokens.x)
-    fields = ("prefix", "frames", "grid", "size", "mask", "origin", "trace")
-    assert all(getattr(new, name) is getattr(tokens, name) for name in fields)
+    others = ("prefix", "frames", "grid", "size", "mask", "origin", "trace")
+    assert all(getattr(new, name) is getattr(tokens, name) for name in others)
 
 
-def test_lattice_of_an_intact_clip() -> None:
+def test_a_complete_clip_has_a_grid() -> None:
     assert clip().require_grid("X") == (H, W)
 
 
-@pytest.mark.parametrize("broken", [{"grid": None}, {"mask": full_mask()}], ids=["no grid", "padding"])
-def test_lattice_is_refused_once_broken(broken: dict) -> None:
+@pytest.mark.parametrize("change", [{"grid": None}, {"mask": full_mask()}], ids=["no grid", "padding"])
+def test_an_incomplete_grid_is_an_error(change: dict) -> None:
     said = (
-        r"^X needs patches on a lattice\. Expected: an intact \(height, width\) grid of patches\. "
-        r"Found: 24 patch tokens .*To do: place it before every tokenizer that drops or merges"
+        r"^X needs patch tokens on a complete \(height, width\) grid, but an earlier tokenizer dropped or merged some "
+        r"and left 24\. Place it before that tokenizer, or use token_learner_v11\.$"
     )
     with pytest.raises(FewtokensError, match=said):
-        clip(**broken).require_grid("X")
+        clip(**change).require_grid("X")
 
 
 def test_resample_replaces_the_patches_and_keeps_the_prefix() -> None:
@@ -87,7 +87,7 @@ def test_resample_replaces_the_patches_and_keeps_the_prefix() -> None:
     assert torch.equal(Tokens(tokens.x).resample(new, rand(B, 4, P + N)).x, new)
 
 
-def test_resampled_tokens_are_of_one_size_and_real() -> None:
+def test_resampled_tokens_have_size_one_and_no_padding() -> None:
     few = clip(size=rand(B, P + N) + 1, mask=full_mask()).resample(rand(B, 4, C), rand(B, 4, N))
     assert few.size is not None
     assert torch.equal(few.size, torch.ones(B, P + 4))
@@ -95,7 +95,7 @@ def test_resampled_tokens_are_of_one_size_and_real() -> None:
 
 
 def test_resample_keeps_the_dtype_of_the_record() -> None:
-    """Under autocast new tokens come in bfloat16; the residual stream stays what it was, with a prefix or without."""
+    """Under autocast the new tokens are bfloat16; the residual stream keeps its type, with or without a prefix."""
     for tokens in (clip(), Tokens(rand(B, N, C))):
         assert tokens.resample(rand(B, 4, C).bfloat16(), rand(B, 4, N).bfloat16()).x.dtype == torch.float32
 
@@ -161,7 +161,7 @@ def test_select_with_padding_on_top_of_padding() -> None:
     assert few.mask is not None
     assert few.mask.tolist() == [[True, True, False, True, False], [True, True, True, True, True]]
     assert few.origin is not None
-    assert few.origin[0, 2].sum() == 0  # padding comes from nowhere
+    assert few.origin[0, 2].sum() == 0  # padding has no origin
     assert few.origin[1, 2].tolist() == torch.eye(N)[3].tolist()
 
 
@@ -197,12 +197,12 @@ def test_bias_is_the_logarithm_of_the_size_and_minus_infinity_in_padding(dtype: 
     assert padding.flatten().tolist() == [0, 0, infinite]
 
 
-def test_mean_is_plain_where_all_tokens_are_alike() -> None:
+def test_mean_is_plain_if_all_tokens_count_equally() -> None:
     tokens = clip()
     assert torch.equal(tokens.mean(), tokens.x[:, P:].mean(dim=1))
 
 
-def test_mean_counts_sizes_and_leaves_out_padding_and_prefix() -> None:
+def test_mean_counts_sizes_and_skips_padding_and_prefix() -> None:
     x = torch.tensor([[[100.0], [1.0], [2.0], [7.0]]])
     size, mask = torch.tensor([[9.0, 3.0, 1.0, 5.0]]), torch.tensor([[True, True, True, False]])
     assert Tokens(x, prefix=1, size=size).mean().item() == pytest.approx((3 * 1 + 1 * 2 + 5 * 7) / 9)
@@ -214,7 +214,7 @@ def test_mean_of_padding_alone_is_zero_not_nan() -> None:
     assert Tokens(rand(1, 3, C), mask=torch.zeros(1, 3, dtype=torch.bool)).mean().tolist() == [[0.0] * C]
 
 
-def test_merge_is_a_mean_in_which_sizes_count() -> None:
+def test_merge_is_a_mean_weighted_by_size() -> None:
     x = torch.tensor([[[100.0], [1.0], [2.0], [7.0], [4.0]]])
     keep, source, target = torch.tensor([[3, 0]]), torch.tensor([[1, 2]]), torch.tensor([[1, 1]])
     tokens = Tokens(x, 1, grid=(2, 2), origin=torch.eye(4)[None])

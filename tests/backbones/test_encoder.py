@@ -1,12 +1,12 @@
-"""Where tokenizers stand, and the encoder that runs them."""
+"""The blocks that get a tokenizer, and the encoder that runs them."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 
 import jaxtyping
 import pytest
 import torch
-from torch import nn
 
 from fewtokens.backbones.encoder import At, Encoder, block_indices
 from fewtokens.errors import FewtokensError
@@ -33,7 +33,7 @@ def clip() -> Tokens:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong settings reach our own checks; where pytest's hook checks types, it would be the first to refuse them."""
+    """Disable pytest's type checks, which would reject wrong settings before our own checks do."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -49,7 +49,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
         (0.29, 100, [29]),  # 28.999999999999996 in binary
         (0.7, 10, [7]),
         ([3, 6, 9], 12, [3, 6, 9]),
-        ((9, 3), 12, [3, 9]),  # rising
+        ((9, 3), 12, [3, 9]),  # sorted
         ([0.25, 0.5, 0.75], 12, [3, 6, 9]),
         ([1, 0.5], 12, [1, 6]),
         ([], 12, []),
@@ -64,17 +64,21 @@ def test_block_indices(at: At, depth: int, indices: list[int]) -> None:
 
 
 OUTSIDE = [4, -1, 1.0, -0.5, float("nan"), float("inf"), [0, 4]]
-NOT_A_PLACE = ["2", "0.5", "", ":", "x:", "4:", "-1:", "1.5:", "1:2"]
+NOT_A_BLOCK = ["2", "0.5", "", ":", "x:", "4:", "-1:", "1.5:", "1:2"]
 NOT_A_NUMBER = [True, [True], [0, "1"], ["0.5:"], [[1]], [None], None]
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("at", [*OUTSIDE, *NOT_A_PLACE, *NOT_A_NUMBER], ids=repr)
-def test_places_outside_the_blocks_are_refused(at: At) -> None:
+@pytest.mark.parametrize(
+    ("at", "got"),
+    [(at, at) for at in (*OUTSIDE, *NOT_A_BLOCK, *NOT_A_NUMBER) if not isinstance(at, list)]
+    + [(at, at[-1]) for at in (*OUTSIDE, *NOT_A_NUMBER) if isinstance(at, list)],
+    ids=repr,
+)
+def test_invalid_blocks_are_an_error(at: At, got: object) -> None:
     said = (
-        r"^A tokenizer stands before a block of the backbone\. Expected: a block index 0\.\.3, a relative depth "
-        r"0 <= d < 1, or 'd:' for all blocks from there on\. Found: tokenizer\.at=.* for 4 blocks\. "
-        r"To do: set tokenizer\.at=0\.5"
+        r"^`tokenizer\.at` must be a block index from 0 to 3, a relative depth d with 0 <= d < 1, 'd:' for all blocks "
+        rf"from there on, or a list of blocks such as \[3,6,9\], got {re.escape(repr(got))}\.$"
     )
     with pytest.raises(FewtokensError, match=said):
         block_indices(at, 4)
@@ -83,16 +87,14 @@ def test_places_outside_the_blocks_are_refused(at: At) -> None:
 @pytest.mark.parametrize(
     ("at", "indices"), [([3, 3], r"\[3, 3\]"), ([0.5, 6], r"\[6, 6\]"), ([0.5, 0.51], r"\[6, 6\]")]
 )
-def test_a_block_named_twice_is_refused(at: Sequence[float], indices: str) -> None:
-    said = (
-        r"^One tokenizer stands before a block\. Expected: different blocks\. "
-        rf"Found: tokenizer\.at=\[.*\], which is blocks {indices} of 12\. To do: name each block once"
-    )
+def test_a_block_given_twice_is_an_error(at: Sequence[float], indices: str) -> None:
+    given = re.escape(str(at))
+    said = rf"^`tokenizer\.at` must name different blocks, got {given}, which are blocks {indices} of 12\.$"
     with pytest.raises(FewtokensError, match=said):
         block_indices(at, 12)
 
 
-def test_every_tokenizer_is_told_its_place() -> None:
+def test_every_tokenizer_gets_the_context_of_its_layer() -> None:
     seen: list[LayerContext] = []
 
     def build(context: LayerContext) -> Tokenizer:
@@ -104,7 +106,7 @@ def test_every_tokenizer_is_told_its_place() -> None:
     assert all((p.dim, p.heads, p.prefix, p.class_token, p.frames, p.grid) == (16, 2, 1, True, 2, (3, 4)) for p in seen)
 
 
-def test_the_place_counts_the_blocks_that_are_there() -> None:
+def test_the_context_holds_the_number_of_blocks() -> None:
     assert {tokenizer.context.depth for tokenizer in encoder(Tokenizer, 0, depth=3).tokenizers} == {3}
 
 
@@ -120,7 +122,7 @@ def test_tokenizers_carry_the_tokens_through_the_blocks_in_order() -> None:
 
 
 @torch.no_grad()
-def test_token_learners_can_stand_in_a_row() -> None:
+def test_several_token_learners_in_one_encoder() -> None:
     build = lambda context: TokenLearnerV11(context, num_tokens=6 - 2 * context.stage)  # noqa: E731
     assert encoder(build, [1, 3])(clip()).num_patches == 2 * 4
 
@@ -133,17 +135,17 @@ INNER = partial(TokenLearner, num_tokens=3)
     [INNER, TokenLearnerV11, TokenLearnerV11Grouped, partial(TokenFuser, inner=INNER)],
     ids=["1.0", "1.1", "1.1 grouped", "fuser"],
 )
-def test_no_two_places_share_parameters(build: object) -> None:
+def test_no_two_layers_share_parameters(build: object) -> None:
     model = encoder(build, "1:")
     pointers = [p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False)]
     assert len(set(pointers)) == len(pointers)
     one, other = (dict(model.tokenizers[i].named_parameters()) for i in (1, 2))
     assert one.keys() == other.keys()
-    assert any(not torch.equal(one[name], other[name]) for name in one)  # and each drew its own start
+    assert any(not torch.equal(one[name], other[name]) for name in one)  # each is initialized with other random values
 
 
 @torch.no_grad()
-def test_dense_runs_the_same_weights_as_the_plain_transformer() -> None:
+def test_without_reduction_runs_the_same_weights_as_the_plain_transformer() -> None:
     model, tokens = encoder(partial(TokenLearnerV11, num_tokens=3), "1:"), clip()
     plain = Encoder(list(model.blocks), Tokenizer, [], CONTEXT)
     reduced, reducing = model(tokens), model.tokenizers
@@ -153,10 +155,10 @@ def test_dense_runs_the_same_weights_as_the_plain_transformer() -> None:
     assert torch.equal(model(tokens).x, reduced.x)
 
 
-def test_dense_ends_when_an_error_leaves_it() -> None:
+def test_without_reduction_ends_with_an_exception() -> None:
     model = encoder(partial(TokenLearnerV11, num_tokens=3), 1)
-    names = set(model.state_dict())
+    names, tokenizers = set(model.state_dict()), model.tokenizers
     with pytest.raises(ZeroDivisionError), model.without_reduction():
         raise ZeroDivisionError
     assert set(model.state_dict()) == names
-    assert isinstance(model.tokenizers, nn.ModuleList)
+    assert all(one is other for one, other in zip(model.tokenizers, tokenizers, strict=True))

@@ -1,5 +1,6 @@
-"""Video models that start from image models: when they are the image model at first, and what is refused."""
+"""Initialization of video models from image models: when they equal the image model at first, and the errors."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +28,7 @@ KERNELS = ["central_frame", "filter_inflation"]
 
 
 def random(model: Any) -> Any:
-    """No parameter as at the start: all random, norms near one."""
+    """Return the model with all parameters random, and the weights of norms near one."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.3)
@@ -59,18 +60,18 @@ close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong settings reach our own checks; where pytest's hook checks types, it would be the first to refuse them."""
+    """Disable pytest's type checks, which would reject wrong settings before our own checks do."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-# --- where the video model is the image model at first
+# --- models that equal the image model at first
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("tubelet", [1, 2, 3])
-def test_model_1_of_a_still_clip_of_one_tubelet(kernel: str, pool: str, tubelet: int) -> None:
+def test_model_1_equals_the_image_model_on_a_still_clip_of_one_tubelet(kernel: str, pool: str, tubelet: int) -> None:
     image, video = image_model(pool), video_model(frames=tubelet, tubelet=tubelet, pool=pool)
     init_from_image(video, image.state_dict(), kernel=kernel)
     close(video(still(tubelet)), image(still(1)[:, :, 0]))
@@ -78,7 +79,7 @@ def test_model_1_of_a_still_clip_of_one_tubelet(kernel: str, pool: str, tubelet:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_model_1_with_mean_pooling_of_a_still_clip_of_any_length(kernel: str) -> None:
+def test_model_1_with_mean_pooling_equals_the_image_model_on_any_still_clip(kernel: str) -> None:
     image, video = image_model("avg"), video_model(pool="avg")
     init_from_image(video, image.state_dict(), kernel=kernel)
     close(video(still(6)), image(still(1)[:, :, 0]))
@@ -86,7 +87,7 @@ def test_model_1_with_mean_pooling_of_a_still_clip_of_any_length(kernel: str) ->
 
 @torch.no_grad()
 def test_model_1_with_a_class_token_is_not_the_image_model_over_several_steps() -> None:
-    """Its own key is one among more patches; the docstring says so."""
+    """The patches are repeated and outweigh the class token's own key, as the docstring says."""
     image, video = image_model(), video_model()
     init_from_image(video, image.state_dict())
     assert (video(still(6)) - image(still(1)[:, :, 0])).abs().max() > 1e-3
@@ -103,7 +104,7 @@ def test_model_1_with_a_class_token_is_not_the_image_model_over_several_steps() 
         ("factorised_encoder", "token"),
     ],
 )
-def test_models_2_and_3_are_the_mean_over_the_central_frames_of_any_clip(model: Model, pool: str, tubelet: int) -> None:
+def test_models_2_and_3_are_the_mean_over_the_central_frames(model: Model, pool: str, tubelet: int) -> None:
     image, video = image_model(pool), video_model(model, tubelet=tubelet, pool=pool, temporal_depth=0)
     init_from_image(video, image.state_dict())
     frames = clips()[:, :, tubelet // 2 :: tubelet].transpose(1, 2)
@@ -111,7 +112,7 @@ def test_models_2_and_3_are_the_mean_over_the_central_frames_of_any_clip(model: 
 
 
 @torch.no_grad()
-def test_filter_inflation_sees_the_mean_of_the_frames() -> None:
+def test_filter_inflation_is_the_image_model_on_the_mean_of_the_frames() -> None:
     image, video = image_model("avg"), video_model("factorised_self_attention", tubelet=3)
     init_from_image(video, image.state_dict(), kernel="filter_inflation")
     frames = clips().unflatten(2, (2, 3)).mean(dim=3).transpose(1, 2)
@@ -121,13 +122,13 @@ def test_filter_inflation_sees_the_mean_of_the_frames() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("model", ["factorised_dot_product", "factorised_encoder"])
 def test_models_that_are_not_the_image_model_at_first(model: Model) -> None:
-    """Half of the heads see one position only; the temporal encoder is random."""
+    """In model 4 half of the heads attend to one position only; model 2's temporal encoder is random."""
     image, video = image_model("avg"), video_model(model, pool="avg")
     init_from_image(video, image.state_dict())
     assert (video(still(6)) - image(still(1)[:, :, 0])).abs().max() > 1e-3
 
 
-def test_temporal_attention_learns_though_it_adds_nothing_at_first() -> None:
+def test_temporal_attention_adds_nothing_at_first_and_learns() -> None:
     video = video_model("factorised_self_attention")
     init_from_image(video, image_model("avg").state_dict())
     block: Any = video.encoder.blocks[0]
@@ -144,12 +145,12 @@ def test_temporal_attention_learns_though_it_adds_nothing_at_first() -> None:
     assert all(g is not None and g.abs().sum() > 0 for g in gradients.values())
 
 
-# --- where weights come from and where they go
+# --- names and shapes
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", get_args(Model))
-def test_every_model_from_either_pooling_reports_what_starts_anew(model: Model) -> None:
+def test_every_model_reports_the_parameters_that_stay_random(model: Model) -> None:
     for pool in ("token", "avg"):
         video = video_model(model)
         before = {name: value.clone() for name, value in video.state_dict().items()}
@@ -157,17 +158,18 @@ def test_every_model_from_either_pooling_reports_what_starts_anew(model: Model) 
         assert not set(started.loaded) & set(started.missing)
         assert set(started.loaded) | set(started.missing) == set(before)
         assert all(torch.equal(before[name], video.state_dict()[name]) for name in started.missing)
-        lattice = model not in ("spatio_temporal", "factorised_encoder")
-        assert started.unexpected == (["vit.cls_token"] if lattice and pool == "token" else [])
+        over_time = model not in ("spatio_temporal", "factorised_encoder")
+        assert started.unexpected == (["vit.cls_token"] if over_time and pool == "token" else [])
         new = {name.split(".")[1] for name in started.missing if not name.startswith("temporal.")}
-        assert new == ({"cls_token"} if not lattice and pool == "avg" else set())
+        assert new == ({"cls_token"} if not over_time and pool == "avg" else set())
         assert any(n.startswith("temporal.encoder") for n in started.missing) == (model == "factorised_encoder")
         assert any(name.endswith("head.weight") for name in started.loaded)
-        assert f"{len(started.loaded)} tensors from the image model; start anew: " in str(started)
+        assert f"{len(started.loaded)} tensors loaded from the image model; random: " in str(started)
+        assert f"; unused: {', '.join(started.unexpected) or 'none'}" in str(started)
 
 
 @torch.no_grad()
-def test_model_2_gets_the_class_token_too() -> None:
+def test_model_2_gets_the_class_token() -> None:
     image, video = image_model(), video_model("factorised_encoder")
     init_from_image(video, image.state_dict())
     assert torch.equal(video.vit.cls_token, image.vit.cls_token)
@@ -196,7 +198,7 @@ def test_positions_of_another_grid_are_resampled_as_timm_does(size: Any, grid: t
 
 
 @torch.no_grad()
-def test_a_head_of_another_size_starts_anew() -> None:
+def test_a_head_of_another_size_stays_random() -> None:
     video = video_model()
     started = init_from_image(video, image_model(num_classes=7).state_dict())
     heads = ["vit.head.bias", "vit.head.weight"]
@@ -215,7 +217,7 @@ def test_a_norm_after_the_pooling_becomes_the_one_before_it() -> None:
 
 
 @torch.no_grad()
-def test_tokenizers_of_the_same_shapes_come_along() -> None:
+def test_tokenizers_of_the_same_shapes_are_loaded() -> None:
     learner = {"at": 1, "build": partial(TokenLearnerV11, num_tokens=2)}
     image = image_model(tokenizer=learner)
     started = init_from_image(video_model(), image.state_dict())
@@ -246,7 +248,7 @@ def test_weights_in_timms_names(name: str) -> None:
 
 
 @torch.no_grad()
-def test_register_tokens_come_along_where_there_are_as_many() -> None:
+def test_the_same_number_of_register_tokens_is_loaded() -> None:
     image, video = image_model(options={"reg_tokens": 2}), video_model(options={"reg_tokens": 2})
     assert not init_from_image(video, image.state_dict()).missing
     assert torch.equal(video.vit.pos_embed[0, :3], image.vit.pos_embed[0, :3])
@@ -277,7 +279,7 @@ def test_a_run_a_checkpoint_or_a_file_of_weights(tmp_path: Path) -> None:
     assert FromImage(str(tmp_path), positions="resize", grid=[2, 3])(video).missing == []
 
 
-def test_a_name_of_timms_is_asked_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_of_timm_downloads_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     original, asked = timm.create_model, []
 
     def create(name: str, pretrained: bool = False, **settings: Any) -> Any:
@@ -292,7 +294,7 @@ def test_a_name_of_timms_is_asked_of_timm(monkeypatch: pytest.MonkeyPatch) -> No
     assert True in asked
 
 
-# --- refusals
+# --- errors
 
 
 def changed(**changes: Any) -> dict[str, Tensor]:
@@ -304,22 +306,34 @@ def changed(**changes: Any) -> dict[str, Tensor]:
     ("state", "said"),
     [
         (partial(changed, dim=32), r"of another shape \['vit\.pos_embed', .* and 29 in all"),
-        (partial(changed, depth=3), r"unexpected \['encoder\.blocks\.2\."),
-        (partial(changed, depth=1), r"missing \['encoder\.blocks\.1\."),
+        (partial(changed, depth=3), r"unexpected \['encoder\.layers\.2\.block\."),
+        (partial(changed, depth=1), r"missing \['encoder\.layers\.1\.block\."),
         (partial(changed, patch_size=2, image_size=(4, 6)), r"of another shape \['vit\.patch_embed\.proj\.weight'\]"),
         (partial(changed, channels=1), r"of another shape \['vit\.patch_embed\.proj\.weight'\]"),
-        (partial(changed, options={"init_values": 0.1}), r"unexpected \['encoder\.blocks\.0\.ls1\.gamma'"),
-        (partial(changed, options={"qk_norm": True}), r"unexpected \['encoder\.blocks\.0\.attn\.k_norm"),
+        (partial(changed, options={"init_values": 0.1}), r"unexpected \['encoder\.layers\.0\.block\.ls1\.gamma'"),
+        (partial(changed, options={"qk_norm": True}), r"unexpected \['encoder\.layers\.0\.block\.attn\.k_norm"),
         (partial(changed, options={"pos_embed": "none"}), r"missing \['vit\.pos_embed'\]"),
-        (dict, r"missing \['encoder\.blocks"),
+        (dict, r"missing \['encoder\.layers\.0\.block"),
         (lambda: timm.create_model("resnet18").state_dict(), r"unexpected \['vit\.bn1"),
-        (lambda: video_model().state_dict(), r"^The kernel of an image model .* Found: \(16, 3, 2, 4, 4\)"),
-        (partial(changed, image_size=16), r"^Positions are tiled over time.* Found: 'tile' with a grid of \(4, 4\)"),
-        (partial(changed, image_size=(4, 28)), r"^The image model's positions lie on a grid\. .* a table of 8 rows"),
-        (partial(changed, options={"no_embed_class": True}), r"^A class token has a position in both models or in "),
+        (
+            lambda: video_model().state_dict(),
+            r"^`init_image\.weights` must be the weights of an image model, .*, got \(16, 3, 2, 4, 4\)\. Continue a",
+        ),
+        (
+            partial(changed, image_size=16),
+            r"^The image model has a grid of 4x4 patches and the video model one of 2x3\. Set .*positions=resize",
+        ),
+        (
+            partial(changed, image_size=(4, 28)),
+            r"^The image model has 8 positions, 1 of them for class .* do not form a grid of \[2, 3\] or a square",
+        ),
+        (
+            partial(changed, options={"no_embed_class": True}),
+            r"^The class token has a position in only one .* 6 positions .*Set backbone\.options\.no_embed_class=true",
+        ),
     ],
 )
-def test_image_models_that_do_not_fit_are_refused_and_nothing_changes(state: Any, said: str) -> None:
+def test_image_models_that_do_not_fit_are_an_error_and_nothing_changes(state: Any, said: str) -> None:
     for model in ("spatio_temporal", "factorised_encoder"):
         video = video_model(model)
         before = {name: value.clone() for name, value in video.state_dict().items()}
@@ -332,19 +346,29 @@ def test_image_models_that_do_not_fit_are_refused_and_nothing_changes(state: Any
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"kernel": "average"}, r"^The kernel of an image model is inflated in one of two ways\."),
-        ({"positions": "stretch"}, r"^Positions are tiled over time, .* Found: 'stretch'"),
-        ({"grid": (3, 3)}, r"^The image model's positions lie on a grid\. Expected: 6 patches on a grid of \(3, 3\)"),
+        (
+            {"kernel": "average"},
+            r"^`init_image\.kernel` must be 'central_frame' or 'filter_inflation', got 'average'\.",
+        ),
+        ({"positions": "stretch"}, r"^`init_image\.positions` must be 'tile' or 'resize', got 'stretch'\."),
+        (
+            {"grid": (3, 3)},
+            r"^The image model has 7 positions, 1 of them .*do not form the grid \[3, 3\]\. Set init_image\.grid=",
+        ),
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_an_error(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(FewtokensError, match=said):
         init_from_image(video_model(), image_model().state_dict(), **settings)
 
 
-def test_weights_that_are_not_there_and_models_of_images(tmp_path: Path) -> None:
+def test_missing_weights_and_image_models_are_an_error(tmp_path: Path) -> None:
     for weights in (tmp_path / "none.ckpt", tmp_path):
-        with pytest.raises(FewtokensError, match=r"^init_image\.weights names an image model\. .* Found: /"):
+        said = rf"^`init_image\.weights` must be a run directory .*, got {re.escape(repr(str(weights)))}\.$"
+        with pytest.raises(FewtokensError, match=said):
             FromImage(str(weights))(video_model())
-    with pytest.raises(FewtokensError, match=r"^init_image starts a video model\. Expected: a vivit_\* backbone"):
+    said = (
+        r"^init_image starts a video model, but the backbone is a ViT\. Set backbone=vivit_base, or init_image=none\.$"
+    )
+    with pytest.raises(FewtokensError, match=said):
         FromImage("weights.pth")(image_model())

@@ -1,4 +1,4 @@
-"""The Keras example's mini ViT: its published counts, its start, and what sets it apart from an ordinary ViT."""
+"""The Keras example's mini ViT: its published counts, its initialization, and its differences from an ordinary ViT."""
 
 from functools import partial
 
@@ -35,14 +35,14 @@ def example(build: object = Tokenizer, at: int = 3, depth: int = 4) -> ViT:
         (Tokenizer, 8, 2_657_418),
     ],
 )
-def test_as_many_trainable_parameters_as_keras_counts(build: object, depth: int, count: int) -> None:
+def test_the_number_of_trainable_parameters_is_keras_count(build: object, depth: int, count: int) -> None:
     model = example(build, depth=depth)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
     frozen = {name: p.shape for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {"vit.pos_embed": (1, 64, 128)}  # the only thing that Keras leaves out
+    assert frozen == {"vit.pos_embed": (1, 64, 128)}  # the only parameter that is not trained in Keras
 
 
-def test_positions_stay_as_they_were_drawn() -> None:
+def test_positions_are_not_trained() -> None:
     model = example()
     positions = model.vit.pos_embed.clone()
     model(torch.rand(2, 3, 48, 48)).square().sum().backward()
@@ -61,7 +61,7 @@ def test_kernels_start_glorot_uniform_with_kerass_fans_and_biases_at_zero() -> N
     block, learner = model.encoder.blocks[0], model.encoder.tokenizers[3]
     expected = {
         model.vit.patch_embed.proj: 36 * (3 + 128),
-        block.attn.qkv: 128 * (4 + 128),  # (width, heads, head width): Keras takes the width for a window
+        block.attn.qkv: 128 * (4 + 128),  # (width, heads, head width): Keras treats the width as a window
         block.attn.proj: 4 * (128 + 128),
         block.mlp.fc1: 128 + 256,
         block.mlp.fc2: 256 + 128,
@@ -93,7 +93,7 @@ def test_heads_are_as_wide_as_the_model_and_the_mlp_ends_in_a_gelu() -> None:
     assert torch.equal(mlp(x), gelu(mlp.fc2(gelu(mlp.fc1(x)))))
 
 
-def test_dropout_is_everywhere_but_on_the_output_of_the_attention() -> None:
+def test_dropout_acts_everywhere_except_on_the_output_of_attention() -> None:
     model = example()
     assert model.vit.pos_drop.p == 0.1
     for block in model.encoder.blocks:
@@ -110,16 +110,16 @@ def test_the_head_is_norm_mean_dense() -> None:
 
 
 def test_sizes_are_checked_as_for_every_vit() -> None:
-    with pytest.raises(FewtokensError, match=r"^Patches tile the image\."):
+    with pytest.raises(FewtokensError, match=r"^Patches of 7x7 pixels do not tile an image of 48x48\."):
         keras_mini_vit(image_size=48, patch_size=7, num_classes=10, tokenizer={"at": 0, "build": Tokenizer})
-    with pytest.raises(FewtokensError, match=r"^The heads share the width"):
+    with pytest.raises(FewtokensError, match=r"^`backbone\.heads` must be a divisor of backbone\.dim=128, got 3\."):
         keras_mini_vit(image_size=48, patch_size=6, num_classes=10, heads=3, tokenizer={"at": 0, "build": Tokenizer})
 
 
 @pytest.mark.parametrize("init", ["gentle", "official"])
 @torch.no_grad()
 def test_a_fuser_inside_still_starts_as_the_identity(init: str) -> None:
-    """Keras's initialisation is that of the example's parts; a fuser is none of them and keeps its own."""
+    """Keras's initialization applies to the parts of the example only; a fuser keeps its own."""
     inner = partial(TokenLearnerV11, num_tokens=4)
     model, images = example(partial(TokenFuser, inner=inner, init=init)), torch.rand(1, 3, 48, 48)
     before, after = model.trace(images)[2].x, model.encoder(model.embed(images)).x

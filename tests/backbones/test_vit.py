@@ -1,5 +1,6 @@
-"""ViT: what it builds, what it pools, what it refuses."""
+"""The ViT: the models it builds, its poolings, and its errors."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -34,13 +35,13 @@ def images(*shape: int) -> Tensor:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong settings reach our own checks; where pytest's hook checks types, it would be the first to refuse them."""
+    """Disable pytest's type checks, which would reject wrong settings before our own checks do."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pool", POOLS)
-def test_the_plain_model_is_timms_of_the_same_arguments(pool: str) -> None:
+def test_the_plain_model_equals_timms_with_the_same_arguments(pool: str) -> None:
     ours = build(pool=pool, options={"mlp_ratio": 2, "reg_tokens": 2})
     torch.manual_seed(0)
     theirs = VisionTransformer(
@@ -59,7 +60,7 @@ def test_the_plain_model_is_timms_of_the_same_arguments(pool: str) -> None:
 
 
 @torch.no_grad()
-def test_embed_tells_prefix_and_grid() -> None:
+def test_embed_returns_prefix_and_grid() -> None:
     tokens = build(options={"reg_tokens": 2}).embed(images())
     assert (tokens.prefix, tokens.frames, tokens.grid) == (3, 1, (2, 4))
     assert tokens.x.shape == (2, 3 + 8, 16)
@@ -67,11 +68,11 @@ def test_embed_tells_prefix_and_grid() -> None:
 
 
 @torch.no_grad()
-def test_sizes_may_be_pairs_and_patches_oblong() -> None:
+def test_sizes_may_be_pairs_and_patches_rectangular() -> None:
     assert build(image_size=[8, 12], patch_size=[4, 2]).embed(images(1, 3, 8, 12)).grid == (2, 6)
 
 
-def test_places_know_the_backbone() -> None:
+def test_the_context_describes_the_backbone() -> None:
     context = build(options={"reg_tokens": 2}).encoder.tokenizers[1].context
     assert (context.dim, context.heads, context.block, context.depth) == (16, 2, 1, 2)
     assert (context.prefix, context.class_token, context.frames, context.grid) == (3, True, 1, (2, 4))
@@ -85,7 +86,7 @@ def test_dynamic_image_size_gives_the_grid_of_each_image() -> None:
     assert model(images(1, 3, 12, 20)).shape == (1, 5)
 
 
-def test_patch_dropout_breaks_the_lattice_in_training_alone() -> None:
+def test_with_patch_dropout_there_is_no_grid_in_training_only() -> None:
     model = build(options={"patch_drop_rate": 0.5})
     assert model.train().embed(images()).grid is None
     assert model.eval().embed(images()).grid == (2, 4)
@@ -111,11 +112,11 @@ def test_trace_of_a_fuser_shows_the_few_tokens_in_the_block() -> None:
     assert all(r.origin.shape == (2, r.num_patches, 8) for r in records)
 
 
-# --- the head, when tokens have sizes and slots are padded
+# --- the head, for tokens with sizes and padding
 
 
 def pooled(pool: str, **options: Any) -> tuple[ViT, Tokens]:
-    """A model with a class token wherever timm allows one, and what its encoder could give it."""
+    """Return a model with a class token wherever timm allows one, and tokens as its encoder could return them."""
     model = build(pool=pool, options={"class_token": True, **options})
     return model, Tokens(torch.randn(2, 1 + 6, 16), prefix=1)
 
@@ -148,7 +149,7 @@ def test_no_weight_decay_names_positions_class_and_register_tokens() -> None:
     assert model.no_weight_decay() & named == {"vit.pos_embed", "vit.cls_token", "vit.reg_token"}
 
 
-# --- refusals
+# --- errors
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -157,41 +158,40 @@ def test_no_weight_decay_names_positions_class_and_register_tokens() -> None:
     [
         (
             {"patch_size": 5},
-            r"Patches tile the image\. Expected: a patch size that divides 8x16\. Found: 5x5\. "
-            r"To do: set backbone\.patch_size",
+            r"Patches of 5x5 pixels do not tile an image of 8x16\. Set backbone\.patch_size to a divisor, or resize "
+            r"the data with data\.image_size\.$",
         ),
-        ({"patch_size": 0}, r"Patches tile the image\..* Found: 0x0\."),
-        ({"patch_size": 16}, r"Patches tile the image\..* Found: 16x16\."),
-        ({"patch_size": (4, 3)}, r"Patches tile the image\..* Found: 4x3\."),
-        (
-            {"heads": 3},
-            r"heads share the width among them\. Expected: a number of heads that divides 16\. Found: 3\. "
-            r"To do: set backbone\.heads or backbone\.dim",
-        ),
-        ({"heads": 0}, r"heads share the width .* Found: 0\."),
-        ({"dim": 0}, r"heads share the width"),
-        ({"depth": 0}, r"A ViT has blocks\. Expected: backbone\.depth >= 1\. Found: 0\. To do: set backbone\.depth=4"),
+        ({"patch_size": 0}, r"Patches of 0x0 pixels do not tile"),
+        ({"patch_size": 16}, r"Patches of 16x16 pixels do not tile"),
+        ({"patch_size": (4, 3)}, r"Patches of 4x3 pixels do not tile"),
+        ({"heads": 3}, r"`backbone\.heads` must be a divisor of backbone\.dim=16, got 3\.$"),
+        ({"heads": 0}, r"`backbone\.heads` must be a divisor of backbone\.dim=16, got 0\.$"),
+        ({"dim": 0}, r"`backbone\.dim` must be an int >= 1, got 0\.$"),
+        ({"depth": 0}, r"`backbone\.depth` must be an int >= 1, got 0\.$"),
         (
             {"options": {"mlp_rato": 2}},
-            r"backbone\.options are arguments of timm's VisionTransformer\. Expected: names and values that it takes\. "
-            r"Found: .*mlp_rato.*\. To do: see help\(timm",
+            r"`backbone\.options` must be arguments of timm's VisionTransformer, got \{.*'mlp_rato': 2\}: "
+            r".*'mlp_rato'.*\. See help\(timm\.models\.vision_transformer\.VisionTransformer\)\.$",
         ),
-        ({"pool": "median"}, r"backbone\.options are arguments .* Found: .*median"),
-        ({"options": {"class_token": False}}, r"backbone\.options are arguments .* Found: .*'class_token': False"),
-        ({"options": {"norm_layer": "nonorm"}}, r"backbone\.options are arguments .* Found: .*nonorm"),
+        ({"pool": "median"}, r"`backbone\.options` must be arguments of timm's .*'median'"),
+        (
+            {"options": {"class_token": False}},
+            r"`backbone\.options` must be arguments of timm's .*'class_token': False",
+        ),
+        ({"options": {"norm_layer": "nonorm"}}, r"`backbone\.options` must be arguments of timm's .*nonorm"),
     ],
 )
-def test_settings_that_cannot_be(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(FewtokensError, match=f"(?s){said}"):
+def test_invalid_settings_are_an_error(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(FewtokensError, match=f"(?s)^{said}"):
         build(**changes)
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 8, 16), (3, 8, 16), (2, 4, 3, 8, 16)], ids=str)
-def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+def test_images_of_another_size_are_an_error(shape: tuple[int, ...]) -> None:
     said = (
-        r"^A ViT takes images of the size that it was built for\. Expected: \(batch, channels, height, width\) = "
-        r"\(B, 3, 8, 16\)\. Found: \([\d, ]+\)\. To do: set data\.image_size and data\.channels"
+        r"^The model was built for images \(batch, channels, height, width\) = \(B, 3, 8, 16\), got "
+        rf"{re.escape(str(shape))}\. Set data\.image_size and data\.channels to those of the data\.$"
     )
     check: Callable[[Tensor], object] = build().embed
     with pytest.raises(FewtokensError, match=said):
@@ -199,7 +199,10 @@ def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 16), (2, 3, 9, 16)], ids=str)
-def test_a_dynamic_image_size_still_needs_whole_patches_and_the_right_channels(shape: tuple[int, ...]) -> None:
-    said = r"^A ViT takes images .* Expected: .* = \(B, 3, a multiple of 4, a multiple of 4\)\. Found: \([\d, ]+\)\."
+def test_a_dynamic_image_size_still_needs_complete_patches_and_the_right_channels(shape: tuple[int, ...]) -> None:
+    said = (
+        r"^The model was built for images .* = \(B, 3, a multiple of 4, a multiple of 4\), got "
+        rf"{re.escape(str(shape))}\. Set data\.image_size"
+    )
     with pytest.raises(FewtokensError, match=said):
         build(options={"dynamic_img_size": True}).embed(images(*shape))

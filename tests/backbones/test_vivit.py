@@ -1,5 +1,6 @@
-"""ViViT: its four models, their published cost, tokenizers in each, and what they refuse."""
+"""ViViT: its four models, their published costs, tokenizers in each, and errors."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
@@ -31,7 +32,7 @@ from fewtokens.tokens import Tokens
 
 NONE = {"at": [], "build": Tokenizer}
 MODELS = get_args(Model)
-ON_A_LATTICE = MODELS[2:]
+OVER_TIME = MODELS[2:]  # models that attend over the time steps of every position
 CUT = Tubelets(clip_frames=6, image_size=(8, 12), frames=2, height=4, width=4)  # 3 time steps of 2 x 3
 SIZES: dict[str, Any] = {"num_classes": 5, "dim": 16, "depth": 3, "heads": 2, "temporal_depth": 2}
 
@@ -48,11 +49,11 @@ def clips(count: int = 2, cut: Tubelets = CUT) -> Tensor:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong settings reach our own checks; where pytest's hook checks types, it would be the first to refuse them."""
+    """Disable pytest's type checks, which would reject wrong settings before our own checks do."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-# --- what it is
+# --- the models
 
 
 @pytest.mark.parametrize(
@@ -65,8 +66,8 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
         ("factorised_dot_product", 277.1, 88.9),
     ],
 )
-def test_cost_of_vivit_b_is_the_published_one_within_a_percent(model: Model, gmacs: float, million: float) -> None:
-    """Paper, table 1. Ours are 0.3 to 0.8 % lower: softmax, norms and GELU are no products, and not counted."""
+def test_cost_of_vivit_b_is_within_one_percent_of_the_published_one(model: Model, gmacs: float, million: float) -> None:
+    """Paper, table 1. Ours are 0.3 to 0.8 % lower, since softmax, norms and GELU are not counted."""
     with torch.device("meta"):
         cut = Tubelets(clip_frames=32, image_size=224)
         net = vivit(tubelets=cut, num_classes=400, tokenizer=NONE, dim=768, depth=12, heads=12, model=model)
@@ -75,8 +76,8 @@ def test_cost_of_vivit_b_is_the_published_one_within_a_percent(model: Model, gma
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(million, rel=1e-3)
 
 
-def test_cost_of_token_learner_in_vivit_l_is_the_published_one_within_a_percent() -> None:
-    """16 tokens per time step before block 12 of L/16, 766 of 1446 GFLOPs a view: TokenLearner's journal text."""
+def test_cost_of_token_learner_in_vivit_l_is_within_one_percent_of_the_published_one() -> None:
+    """With 16 tokens per time step before block 12 of L/16: 766 of 1446 GFLOPs per view (TokenLearner, journal)."""
     counts = []
     for build_tokenizer, at in ((Tokenizer, []), (partial(TokenLearner, num_tokens=16), 12)):
         with torch.device("meta"):
@@ -128,7 +129,7 @@ def test_models_share_encoder_blocks_and_names(model: Model, kind: type, block: 
     assert (net.sample_shape, image.sample_shape) == ((3, 6, 8, 12), (3, 8, 12))
 
 
-def test_the_two_orders_of_model_3_differ_in_nothing_else() -> None:
+def test_the_two_orders_of_model_3_have_the_same_parameters() -> None:
     one, other = build("factorised_self_attention"), build("factorised_self_attention_time_space")
     for parameter in one.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -136,7 +137,7 @@ def test_the_two_orders_of_model_3_differ_in_nothing_else() -> None:
     assert not torch.allclose(one(clips()), other(clips()), atol=1e-2)
 
 
-def test_places_know_the_time_steps() -> None:
+def test_the_context_holds_the_time_steps() -> None:
     for model in MODELS:
         context = build(model).encoder.tokenizers[1].context
         assert (context.frames, context.grid) == (1 if model == "factorised_encoder" else 3, (2, 3))
@@ -178,21 +179,21 @@ def test_model_1_of_one_frame_is_the_vit(pool: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_sees_the_order_of_time(model: Model) -> None:
+def test_every_model_depends_on_the_order_of_the_frames(model: Model) -> None:
     net = build(model)
     assert not torch.allclose(net(clips()), net(clips().flip(2)), atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", MODELS)
-def test_a_clip_is_the_same_alone_and_in_a_batch(model: Model) -> None:
+def test_a_clip_has_the_same_logits_alone_and_in_a_batch(model: Model) -> None:
     net = build(model)
     torch.testing.assert_close(torch.cat([net(clip) for clip in clips(3).split(1)]), net(clips(3)))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", MODELS)
-def test_sampled_frames_are_the_only_ones_seen(model: Model) -> None:
+def test_only_the_sampled_frames_are_used(model: Model) -> None:
     cut = Tubelets(clip_frames=8, image_size=8, frames=1, height=4, width=4, sampled_frames=2)
     net, clip = build(model, tubelets=cut), clips(1, cut)
     other = torch.randn_like(clip)
@@ -218,7 +219,7 @@ def test_settings_reach_both_encoders_of_model_2() -> None:
         found = [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.blocks]
         assert found == pytest.approx(rates)
     assert (net.vit.head_drop.p, net.temporal.vit.head_drop.p) == (0.0, 0.3)
-    assert isinstance(net.temporal.vit.patch_drop, nn.Identity)  # all time steps stay
+    assert isinstance(net.temporal.vit.patch_drop, nn.Identity)  # no time step is dropped
     assert net.train().embed(clips()).x.shape == (6, 1 + 3, 16)
     assert net(clips()).shape == (2, 5)
 
@@ -247,31 +248,31 @@ def test_half_precision_and_autocast(model: Model) -> None:
 
 
 def record(model: Model, build_tokenizer: Callable, **changes: Any) -> Tokens:
-    """The tokens after the first of three blocks, in front of which the tokenizer stands."""
+    """Return the tokens after the first of three blocks, which is the one with the tokenizer."""
     return build(model, tokenizer={"at": 0, "build": build_tokenizer}, **changes).trace(clips())[0]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("learner", [TokenLearner, TokenLearnerV11, PatchMerger], ids=lambda t: t.__name__)
-def test_token_learner_makes_s_tokens_of_every_time_step(model: Model, learner: type) -> None:
+def test_token_learner_makes_s_tokens_per_time_step(model: Model, learner: type) -> None:
     tokens = record(model, partial(learner, num_tokens=2))
     joint = model != "factorised_encoder"
     assert tokens.num_patches == (6 if joint else 2)
     assert tokens.frames == (3 if joint else 1)
     assert tokens.origin is not None
-    if joint:  # a token holds patches of its own time step alone
+    if joint:  # a token has a share only in patches of its own time step
         own = torch.block_diag(*[torch.ones(2, 6)] * 3).bool()
         assert tokens.origin[:, ~own].abs().max() == 0
         assert tokens.origin[:, own].min() > 0
     counts = tokens_per_block(build(model, tokenizer={"at": 1, "build": partial(learner, num_tokens=2)}), clips())
-    token = {"spatio_temporal": 1, "factorised_encoder": 3}.get(model, 0)  # one of its own in every time step
+    token = {"spatio_temporal": 1, "factorised_encoder": 3}.get(model, 0)  # model 2: one per time step
     assert counts == [18 + token, 6 + token, 6 + token]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", MODELS)
-def test_a_fuser_gives_every_time_step_its_lattice_back(model: Model) -> None:
+def test_a_fuser_restores_the_grid_of_every_time_step(model: Model) -> None:
     inner = partial(TokenLearnerV11, num_tokens=2)
     net = build(model, tokenizer={"at": "1:", "build": partial(TokenFuser, inner=inner)})
     out = net.encoder(net.embed(clips()))
@@ -280,9 +281,11 @@ def test_a_fuser_gives_every_time_step_its_lattice_back(model: Model) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model", ON_A_LATTICE)
-@pytest.mark.parametrize("kept", [partial(FixedPattern, keep_rate=0.5), partial(Pool, window=(1, 3))], ids=["fixed", "pool"])
-def test_reducing_every_time_step_alike_leaves_attention_over_time(model: Model, kept: Callable) -> None:
+@pytest.mark.parametrize("model", OVER_TIME)
+@pytest.mark.parametrize(
+    "kept", [partial(FixedPattern, keep_rate=0.5), partial(Pool, window=(1, 3))], ids=["fixed", "pool"]
+)
+def test_the_same_reduction_in_every_time_step_allows_attention_over_time(model: Model, kept: Callable) -> None:
     tokens = record(model, kept)
     assert (tokens.frames, tokens.num_patches) == (3, 3 * (3 if kept.func is FixedPattern else 2))
 
@@ -308,7 +311,7 @@ def test_model_1_drops_and_merges_over_space_and_time(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*DROPPING, "learner"])
-def test_model_2_works_on_every_time_step_as_a_vit_on_an_image(name: str) -> None:
+def test_model_2_treats_every_time_step_as_a_vit_treats_an_image(name: str) -> None:
     tokenizer = {"at": "1:", "build": {**DROPPING, "learner": partial(TokenLearner, num_tokens=2)}[name]}
     tokenizer["at"] = 1 if name == "learner" else tokenizer["at"]
     cut = Tubelets(clip_frames=3, image_size=(8, 12), frames=1, height=4, width=4)
@@ -325,34 +328,36 @@ def test_model_2_works_on_every_time_step_as_a_vit_on_an_image(name: str) -> Non
 @torch.no_grad()
 @pytest.mark.parametrize("model", MODELS[:2])
 @pytest.mark.parametrize(
-    "all_kept", [partial(ATS, budget="all"), partial(TopK, keep_rate=1.0), partial(EViT, keep_rate=1.0), partial(ToMe, r=0)]
+    "all_kept",
+    [partial(ATS, budget="all"), partial(TopK, keep_rate=1.0), partial(EViT, keep_rate=1.0), partial(ToMe, r=0)],
 )
-def test_nothing_dropped_is_the_plain_model(model: Model, all_kept: Callable) -> None:
+def test_keeping_all_tokens_is_the_plain_model(model: Model, all_kept: Callable) -> None:
     assert torch.equal(build(model, tokenizer={"at": "0:", "build": all_kept})(clips()), build(model)(clips()))
 
 
-@pytest.mark.parametrize("model", ON_A_LATTICE)
+@pytest.mark.parametrize("model", OVER_TIME)
 @pytest.mark.parametrize("name", ["tome", "random"])
-def test_what_breaks_the_lattice_is_refused_where_time_is_attended_to(model: Model, name: str) -> None:
+def test_methods_that_drop_single_tokens_are_an_error_with_attention_over_time(model: Model, name: str) -> None:
+    kind = {"tome": "ToMe", "random": "RandomDrop"}[name]
     said = (
-        r"^Attention over time needs the same tokens in every time step\. .* Found: (ToMe|RandomDrop), which drops or "
-        r"merges them one by one\. To do: set backbone\.model=spatio_temporal"
+        rf"^Attention over time needs the same tokens in every time step, but {kind} drops or merges tokens one by "
+        r"one\. Set backbone\.model=spatio_temporal or factorised_encoder, or use a tokenizer that keeps the time steps"
     )
     with pytest.raises(FewtokensError, match=said):
         build(model, tokenizer={"at": 1, "build": DROPPING[name]})
 
 
-@pytest.mark.parametrize("model", ON_A_LATTICE)
+@pytest.mark.parametrize("model", OVER_TIME)
 @pytest.mark.parametrize("name", ["ats", "top_k", "evit"])
-def test_what_needs_a_class_token_is_refused_where_there_is_none(model: Model, name: str) -> None:
+def test_methods_that_need_a_class_token_are_an_error_without_one(model: Model, name: str) -> None:
     with pytest.raises(FewtokensError, match="class token"):
         build(model, tokenizer={"at": 1, "build": DROPPING[name]})
 
 
-# --- refusals
+# --- errors
 
 
-@pytest.mark.parametrize("model", ON_A_LATTICE)
+@pytest.mark.parametrize("model", OVER_TIME)
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
@@ -362,8 +367,13 @@ def test_what_needs_a_class_token_is_refused_where_there_is_none(model: Model, n
         ({"options": {"patch_drop_rate": 0.5}}, r"patch_drop_rate=0\.5"),
     ],
 )
-def test_tokens_without_a_position_in_time_are_refused(model: Model, changes: dict[str, Any], found: str) -> None:
-    said = rf"^{model} attends over the time steps of every position, .* Found: {found}\. To do: set backbone\.pool=avg"
+def test_tokens_without_a_position_are_an_error_with_attention_over_time(
+    model: Model, changes: dict[str, Any], found: str
+) -> None:
+    said = (
+        rf"^backbone\.model={model} attends over the time steps of every position, so it can have no class or register "
+        rf"token and no patch dropout, got {found}\. Set backbone\.pool=avg, or backbone\.model="
+    )
     with pytest.raises(FewtokensError, match=said):
         build(model, **changes)
 
@@ -372,18 +382,21 @@ def test_tokens_without_a_position_in_time_are_refused(model: Model, changes: di
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": "model_1"}, r"^ViViT comes in several models\. Expected: spatio_temporal or .* Found: 'model_1'\."),
-        ({"heads": 3}, r"^The heads share the width among them\."),
-        ({"depth": 0}, r"^A ViT has blocks\."),
-        ({"options": {"mlp_rato": 2}}, r"^backbone\.options are arguments of timm's .*mlp_rato"),
-        ({"options": {"dynamic_img_size": True}}, r"^backbone\.options .*clips have one size"),
-        ({"options": {"embed_dim": 8}}, r"^backbone\.options .*embed_dim"),
-        ({"pool": "median"}, r"^backbone\.options .*median"),
-        ({"model": "factorised_dot_product", "heads": 1}, r"^Half of the heads attend over time, half over space\."),
+        ({"model": "model_1"}, r"`backbone\.model` must be 'spatio_temporal' or .*, got 'model_1'\."),
+        ({"heads": 3}, r"`backbone\.heads` must be a divisor of backbone\.dim=16, got 3\.$"),
+        ({"depth": 0}, r"`backbone\.depth` must be an int >= 1, got 0\.$"),
+        ({"options": {"mlp_rato": 2}}, r"`backbone\.options` must be arguments of timm's .*'mlp_rato': 2"),
+        ({"options": {"dynamic_img_size": True}}, r"`backbone\.options` .*: clips have a fixed size"),
+        ({"options": {"embed_dim": 8}}, r"`backbone\.options` .*'embed_dim': 8\}"),
+        ({"pool": "median"}, r"`backbone\.options` .*'median'"),
+        (
+            {"model": "factorised_dot_product", "heads": 1},
+            r"`backbone\.heads` must be even, since half attend over time, got 1\.$",
+        ),
     ],
 )
-def test_settings_that_cannot_be(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(FewtokensError, match=f"(?s){said}"):
+def test_invalid_settings_are_an_error(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(FewtokensError, match=f"(?s)^{said}"):
         build(**changes)
 
 
@@ -391,11 +404,10 @@ def test_settings_that_cannot_be(changes: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     "shape", [(2, 3, 4, 8, 12), (2, 6, 3, 8, 12), (2, 3, 6, 8, 8), (2, 3, 8, 12), (3, 6, 8, 12)], ids=str
 )
-def test_clips_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+def test_clips_of_another_size_are_an_error(shape: tuple[int, ...]) -> None:
     said = (
-        r"^A ViViT takes clips of the size that it was built for\. "
-        r"Expected: \(batch, channels, frames, height, width\) = \(B, 3, 6, 8, 12\)\. "
-        r"Found: \([\d, ]+\)\. To do: set data\.frames"
+        r"^The model was built for clips \(batch, channels, frames, height, width\) = \(B, 3, 6, 8, 12\), got "
+        rf"{re.escape(str(shape))}\. Set data\.frames, data\.image_size and data\.channels to those of the data\.$"
     )
     with pytest.raises(FewtokensError, match=said):
         build()(torch.randn(shape))
@@ -405,7 +417,7 @@ def test_clips_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def moving_bars(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A bar that moves to the right (1), or the same clip backwards (0): no single frame says which."""
+    """Return clips of a bar that moves right (1) or left (0), which no single frame shows, and their classes."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(2, (count,), generator=generator)
     columns = torch.randint(5, (count, 1), generator=generator) + torch.arange(4)
@@ -414,7 +426,7 @@ def moving_bars(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_learns_where_a_bar_moves(model: Model) -> None:
+def test_every_model_learns_the_direction_of_motion(model: Model) -> None:
     cut = Tubelets(clip_frames=4, image_size=8, channels=1, frames=2, height=8, width=2)
     tokenizer = {"at": 1, "build": partial(TokenLearnerV11, num_tokens=4)}
     net = build(model, tubelets=cut, num_classes=2, depth=2, temporal_depth=1, tokenizer=tokenizer)

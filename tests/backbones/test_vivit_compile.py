@@ -1,21 +1,20 @@
 """The models of ViViT under torch.compile and torch.export."""
 
-import subprocess
-import sys
 from functools import partial
 from typing import get_args
 
 import pytest
 import torch
 
+from conftest import run_without_type_checks
 from fewtokens.backbones.vivit import Model, ViViT, vivit
 from fewtokens.layers.embedding import Tubelets
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 
 MODELS = get_args(Model)
 CLIPS = torch.randn(2, 3, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-HOOKED = hasattr(vivit, "__wrapped__")  # pytest's jaxtyping hook, whose checks torch.compile cannot trace
-unhooked = pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the last test")
+HOOKED = hasattr(vivit, "__wrapped__")  # jaxtyping's hook, whose checks torch.compile cannot trace
+unhooked = pytest.mark.skipif(HOOKED, reason="runs in its own process, see the last test")
 
 
 def build(model: Model) -> ViViT:
@@ -60,11 +59,6 @@ def test_exported_equals_eager(model: Model) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HOOKED, reason="nothing to do: the tests above ran")
+@pytest.mark.skipif(not HOOKED, reason="the tests above ran")
 def test_compiled_equals_eager_in_a_process_without_type_checks() -> None:
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "test_compiled_equals_eager["]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout
-    assert f"{len(MODELS)} passed" in run.stdout
+    assert f"{len(MODELS)} passed" in run_without_type_checks(__file__, "-k", "test_compiled_equals_eager[")

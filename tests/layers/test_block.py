@@ -1,4 +1,4 @@
-"""Attention and Block: timm's numbers, what the state says, and that padding touches nothing."""
+"""Attention and Block: equality with timm, the attention state, sizes and padding."""
 
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ def block(**settings: Any) -> Block:
 
 
 def explicit_attention(state: AttentionState) -> Tensor:
-    """Softmax of q k^T / sqrt(D) + bias, one query at a time in float64."""
+    """Compute softmax(q k^T / sqrt(D) + bias), one query at a time in float64."""
     query, key = state.query.double(), state.key.double()
     rows = []
     for n in range(query.shape[2]):
@@ -40,7 +40,7 @@ def explicit_attention(state: AttentionState) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [{}, {"qk_norm": True}, {"scale_norm": True}, {"gated": True}], ids=str)
-def test_attention_is_timms_to_the_bit(settings: dict[str, bool]) -> None:
+def test_attention_equals_timms_bit_for_bit(settings: dict[str, bool]) -> None:
     torch.manual_seed(0)
     ours = Attention(24, 3, qkv_bias=True, norm_layer=nn.LayerNorm, **settings)
     theirs = TimmAttention(24, 3, qkv_bias=True, norm_layer=nn.LayerNorm, **settings)
@@ -50,7 +50,7 @@ def test_attention_is_timms_to_the_bit(settings: dict[str, bool]) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"init_values": 0.1}, {"drop_path": 0.5}, {"proj_drop": 0.3}], ids=str)
-def test_block_is_timms_to_the_bit_in_training_too(settings: dict[str, float]) -> None:
+def test_block_equals_timms_bit_for_bit_in_training(settings: dict[str, float]) -> None:
     ours = block(**settings).train()
     theirs = TimmBlock(24, 3, qkv_bias=True, norm_layer=norm_layer, **settings).train()
     theirs.load_state_dict(ours.state_dict())
@@ -64,7 +64,7 @@ def test_block_is_timms_to_the_bit_in_training_too(settings: dict[str, float]) -
 @torch.no_grad()
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_rows_of_the_evidence_are_the_softmax_that_mixed_the_values(qk_norm: bool, biased: bool) -> None:
+def test_attention_rows_are_the_softmax_that_weights_the_values(qk_norm: bool, biased: bool) -> None:
     layer = block(qk_norm=qk_norm)
     size, mask = torch.rand(2, 6) + 0.5, torch.ones(2, 6, dtype=torch.bool)
     mask[1, 4:] = False
@@ -80,7 +80,7 @@ def test_rows_of_the_evidence_are_the_softmax_that_mixed_the_values(qk_norm: boo
 
 
 @torch.no_grad()
-def test_rows_are_float32_for_half_precision_evidence() -> None:
+def test_attention_rows_of_a_half_precision_state_are_float32() -> None:
     query, key, value = (randn(1, 2, 5, 4, seed=i).bfloat16() for i in range(3))
     rows = AttentionState(query, key, value, None, scale=0.5).attention_rows(1)
     assert rows.dtype == torch.float32
@@ -88,7 +88,7 @@ def test_rows_are_float32_for_half_precision_evidence() -> None:
 
 
 @torch.no_grad()
-def test_rows_are_float32_under_autocast() -> None:
+def test_attention_rows_under_autocast_are_float32() -> None:
     query, key, value = (randn(1, 2, 5, 4, seed=i).bfloat16() for i in range(3))
     state = AttentionState(query, key, value, None, scale=0.5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -98,19 +98,19 @@ def test_rows_are_float32_under_autocast() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
-def test_choosing_first_gives_what_choosing_afterwards_gives(padded: bool) -> None:
+def test_choosing_before_attention_equals_selecting_after_it(padded: bool) -> None:
     layer = block(init_values=0.1, qk_norm=True)
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, 5:] = False
     tokens = Tokens(randn(2, 7, 24), prefix=2, size=randn(2, 7).abs() + 0.5, mask=mask if padded else None)
     index, kept = torch.tensor([[4, 0, 1], [2, 0, 1]]), torch.tensor([[True, True, True], [True, True, False]])
     seen: list[AttentionState] = []
-    first, state = layer.attend(tokens, lambda e: seen.append(e) or (index, kept))
-    after, whole = layer.attend(tokens)
+    first, state = layer.attend(tokens, lambda state: seen.append(state) or (index, kept))
+    after, complete = layer.attend(tokens)
     assert seen == [state]
-    torch.testing.assert_close(state.query, whole.query[:, :, :2])  # of the prefix alone
-    torch.testing.assert_close(state.key, whole.key)
-    torch.testing.assert_close(state.value, whole.value)
+    torch.testing.assert_close(state.query, complete.query[:, :, :2])  # only of the prefix
+    torch.testing.assert_close(state.key, complete.key)
+    torch.testing.assert_close(state.value, complete.value)
     after = after.select(index, kept)
     torch.testing.assert_close(first.x, after.x)
     assert torch.equal(first.mask, after.mask)
@@ -119,17 +119,19 @@ def test_choosing_first_gives_what_choosing_afterwards_gives(padded: bool) -> No
 
 
 @torch.no_grad()
-def test_forward_is_attend_then_feed() -> None:
+def test_forward_is_attend_then_feed_forward() -> None:
     layer, tokens = block(init_values=0.1), Tokens(randn(2, 5, 24))
     attended, _ = layer.attend(tokens)
     normed = layer.norm1(tokens.x)
-    assert torch.equal(attended.x, tokens.x + layer.ls1(layer.attn.attend(layer.attn.project_qkv(normed, None), normed)))
+    assert torch.equal(
+        attended.x, tokens.x + layer.ls1(layer.attn.attend(layer.attn.project_qkv(normed, None), normed))
+    )
     assert torch.equal(layer.feed_forward(attended).x, attended.x + layer.ls2(layer.mlp(layer.norm2(attended.x))))
     assert torch.equal(layer(tokens).x, layer.feed_forward(attended).x)
 
 
 @torch.no_grad()
-def test_attention_dropout_acts_in_training_alone() -> None:
+def test_attention_dropout_acts_in_training_only() -> None:
     layer, tokens = block(attn_drop=0.5), Tokens(randn(2, 5, 24))
     layer.eval()
     assert torch.equal(layer(tokens).x, layer(tokens).x)
@@ -139,7 +141,7 @@ def test_attention_dropout_acts_in_training_alone() -> None:
 
 @pytest.mark.parametrize("count", [5, 600])
 def test_half_precision_training_follows_float32(count: int) -> None:
-    """On a CPU, short sequences take another way then."""
+    """On a CPU, short sequences take another code path."""
     layer, x = block().train(), randn(2, count, 24)
     wide = layer(Tokens(x.clone().requires_grad_())).x
     with torch.autocast("cpu", torch.bfloat16):
@@ -150,7 +152,7 @@ def test_half_precision_training_follows_float32(count: int) -> None:
 
 
 @torch.no_grad()
-def test_a_block_records_what_leaves_it_when_asked() -> None:
+def test_a_block_appends_its_output_to_the_trace() -> None:
     layer, trace = block(), []
     out = layer(Tokens(randn(2, 5, 24), trace=trace))
     assert [record.x for record in trace] == [out.x]
@@ -160,7 +162,7 @@ def test_a_block_records_what_leaves_it_when_asked() -> None:
 @pytest.mark.parametrize("garbage", [0.0, 1.0, 1e4], ids=lambda g: f"garbage {g}")
 @pytest.mark.parametrize("sized", [False, True], ids=["no sizes", "sizes"])
 def test_padding_never_changes_real_tokens(garbage: float, sized: bool) -> None:
-    """Two blocks and the mean of 6 real tokens among 10 slots equal those of the 6 alone, whatever pads."""
+    """Two blocks and the mean give the same for 6 tokens alone and among 4 padding tokens of any content."""
     layers = [block(), block(qk_norm=True)]
     slots = torch.tensor([0, 1, 3, 4, 8, 9])
     real, sizes = randn(2, 6, 24), randn(2, 6, seed=3).abs() + 0.5
@@ -182,7 +184,7 @@ def test_padding_never_changes_real_tokens(garbage: float, sized: bool) -> None:
 
 @torch.no_grad()
 def test_a_token_of_size_three_acts_as_three_equal_tokens() -> None:
-    """Proportional attention (ToMe, section 3) and the mean."""
+    """This holds for proportional attention (ToMe, section 3) and for the mean."""
     layer, x = block(), randn(2, 5, 24)
     size = torch.tensor([[1.0, 3.0, 1.0, 2.0, 1.0]]).expand(2, -1)
     copies = x.repeat_interleave(torch.tensor([1, 3, 1, 2, 1]), dim=1)

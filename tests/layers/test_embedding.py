@@ -1,4 +1,4 @@
-"""Tubelets: which pixels of a clip go into which token, and which frames are looked at."""
+"""Tubelets: the pixels of a clip in each token, and the frames that are embedded."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from fewtokens.layers.embedding import Pixels, TubeletEmbed, Tubelets, uniform_f
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong settings reach our own checks; where pytest's hook checks types, it would be the first to refuse them."""
+    """Disable pytest's type checks, which would reject wrong settings before our own checks do."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -24,7 +24,7 @@ def embed(tubelets: Tubelets, per_step: bool = False, **settings: Any) -> Tubele
 
 
 def explicit(layer: TubeletEmbed, clip: Tensor) -> Tensor:
-    """Token by token: every pixel of its box times its weight (T, H, W, C)."""
+    """Compute the tokens (T, H, W, C) one by one, as the weighted sum of the pixels in the box of each."""
     cut = layer.tubelets
     clip = clip[:, cut.indices]
     tokens = torch.zeros(cut.steps, *cut.grid, 5, dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_a_time_step_shows_its_middle_frame(frames: int, sampled: int | None, sh
         (8, 2, [3, 5]),
         (32, 2, [11, 21]),
         (16, 5, [3, 5, 8, 11, 13]),
-        (5, 1, [2]),  # 2.5, to the even
+        (5, 1, [2]),  # 2.5, rounded to the even number
         (3, 1, [2]),  # 1.5
         (4, 4, [0, 1, 2, 3]),
         (4, 9, [0, 1, 2, 3]),
@@ -88,7 +88,7 @@ def test_uniform_frames(total: int, count: int, indices: list[int]) -> None:
     assert uniform_frames(total, count) == indices
 
 
-def test_exactly_as_many_frames_as_asked_and_the_official_ones_where_those_are_as_many() -> None:
+def test_the_number_of_frames_is_exact_and_the_frames_equal_the_official_ones_of_that_number() -> None:
     agreed = 0
     for total in range(1, 65):
         for count in range(1, total):
@@ -105,7 +105,7 @@ def test_exactly_as_many_frames_as_asked_and_the_official_ones_where_those_are_a
 
 
 @torch.no_grad()
-def test_sampled_frames_are_no_part_of_the_weights_and_follow_the_device() -> None:
+def test_sampled_frames_are_not_saved_and_move_with_the_device() -> None:
     layer = embed(Tubelets(9, 4, frames=1, height=2, width=2, sampled_frames=2))
     assert set(layer.state_dict()) == {"proj.weight", "proj.bias"}
     assert layer.to("meta")(torch.zeros(1, 3, 9, 4, 4, device="meta", dtype=torch.float64)).shape == (1, 8, 5)
@@ -121,28 +121,40 @@ def test_pixels_are_tokens_row_by_row() -> None:
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        ({"frames": 3}, "3 frames of 4x4"),
-        ({"frames": 0}, "0 frames of 4x4"),
-        ({"frames": 8}, "8 frames of 4x4"),
-        ({"height": 3}, "2 frames of 3x4"),
-        ({"width": 16}, "2 frames of 4x16"),
-        ({"sampled_frames": 3}, "2 frames of 4x4"),
+        ({"frames": 3}, "3 frames of 4x4 pixels do not tile 4 frames"),
+        ({"frames": 0}, "0 frames of 4x4 pixels do not tile 4 frames"),
+        ({"frames": 8}, "8 frames of 4x4 pixels do not tile 4 frames"),
+        ({"height": 3}, "2 frames of 3x4 pixels do not tile 4 frames"),
+        ({"width": 16}, "2 frames of 4x16 pixels do not tile 4 frames"),
+        ({"sampled_frames": 3}, "2 frames of 4x4 pixels do not tile 3 frames"),
     ],
 )
-def test_tubelets_that_do_not_tile_the_clip_are_refused(settings: dict[str, int], found: str) -> None:
-    said = rf"^Tubelets tile the clip\. .* Found: {found}\. To do: set backbone\.tubelets\.frames"
+def test_tubelets_that_do_not_tile_the_clip_are_an_error(settings: dict[str, int], found: str) -> None:
+    said = (
+        rf"^Tubelets of {found} of 8x8\. Set backbone\.tubelets\.frames, \.height and \.width to divisors, or "
+        r"data\.frames and data\.image_size\.$"
+    )
     with pytest.raises(FewtokensError, match=said):
         Tubelets(4, 8, **{"height": 4, "width": 4, **settings})
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("settings", [{"clip_frames": 0}, {"clip_frames": 4, "sampled_frames": 0}], ids=str)
-def test_a_clip_has_frames(settings: dict[str, int]) -> None:
-    with pytest.raises(FewtokensError, match=r"^A clip has frames\."):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"clip_frames": 0}, r"`data\.frames` must be an int >= 1, got 0\."),
+        (
+            {"clip_frames": 4, "sampled_frames": 0},
+            r"`backbone\.tubelets\.sampled_frames` must be an int >= 1 or null, got 0\.",
+        ),
+    ],
+)
+def test_no_frames_are_an_error(settings: dict[str, int], said: str) -> None:
+    with pytest.raises(FewtokensError, match=f"^{said}$"):
         Tubelets(image_size=8, **settings)
 
 
 @pytest.mark.parametrize("settings", [{"dynamic_img_pad": True}, {"strict_img_size": False}, {"norm_layer": None}])
-def test_clips_of_any_size_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="one size"):
+def test_options_for_images_of_any_size_are_an_error(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^clips have a fixed size and no embedding norm: "):
         embed(Tubelets(2, 16), **settings)

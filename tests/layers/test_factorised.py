@@ -1,4 +1,4 @@
-"""Blocks of ViViT's models 3 and 4: who attends to whom, token by token in float64, and what they refuse."""
+"""Blocks of ViViT's models 3 and 4: their attention, compared with explicit masks in float64, and errors."""
 
 from dataclasses import replace
 from typing import Any
@@ -31,7 +31,7 @@ def clip(frames: int, positions: int) -> Tokens:
 
 
 def attended(layer: Attention, x: Tensor, seen: Tensor) -> Tensor:
-    """Attention of one sequence (N, C) under a mask (heads, N, N), head by head."""
+    """Compute attention in one sequence (N, C) under a mask (heads, N, N), head by head."""
     query, key, value = layer.qkv(x).reshape(len(x), 3, HEADS, -1).unbind(1)
     out = torch.zeros(len(x), HEADS, DIM // HEADS, dtype=x.dtype)
     for head in range(HEADS):
@@ -41,7 +41,7 @@ def attended(layer: Attention, x: Tensor, seen: Tensor) -> Tensor:
 
 
 def masks(frames: int, positions: int) -> tuple[Tensor, Tensor]:
-    """Who may see whom in the same time step, and at the same position (heads, N, N)."""
+    """Return the masks (heads, N, N) of tokens in the same time step, and of tokens at the same position."""
     step = torch.arange(frames * positions) // positions
     position = torch.arange(frames * positions) % positions
     return tuple((t[:, None] == t).expand(HEADS, -1, -1) for t in (step, position))
@@ -86,7 +86,7 @@ def test_timms_settings_reach_both_attentions(kind: type, settings: dict[str, An
         assert over_time == {n for n in names if "_time." in n}
 
 
-def test_the_two_attentions_of_model_3_start_differently_and_both_learn() -> None:
+def test_the_two_attentions_of_model_3_start_with_different_values_and_both_learn() -> None:
     torch.manual_seed(0)
     layer = SelfAttentionBlock(3, dim=DIM, num_heads=HEADS, qkv_bias=True, attn_layer=Attention).double()
     assert not torch.equal(layer.attn.qkv.weight, layer.attn_time.qkv.weight)
@@ -94,7 +94,7 @@ def test_the_two_attentions_of_model_3_start_differently_and_both_learn() -> Non
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
 
 
-def test_stochastic_depth_and_dropout_act_in_training_alone() -> None:
+def test_stochastic_depth_and_dropout_act_in_training_only() -> None:
     for kind in (SelfAttentionBlock, DotProductBlock):
         layer, tokens = build(kind, 3, drop_path=0.5, attn_drop=0.3, proj_drop=0.3), clip(3, 4)
         assert not torch.equal(layer.train()(tokens).x, layer(tokens).x)
@@ -114,7 +114,7 @@ def test_half_precision(kind: type) -> None:
 
 
 @torch.no_grad()
-def test_the_evidence_of_model_3_is_that_of_space() -> None:
+def test_the_state_of_model_3_is_that_of_spatial_attention() -> None:
     layer, tokens = build(SelfAttentionBlock, 3), clip(3, 4)
     _, state = layer.attend(tokens)
     assert state.attention_rows(1).shape == (2 * 3, HEADS, 1, 4)
@@ -128,21 +128,26 @@ def test_the_evidence_of_model_3_is_that_of_space() -> None:
         {"prefix": 3},
         {"mask": torch.ones(2, 12, dtype=torch.bool)},
         {"size": torch.ones(2, 12, dtype=torch.float64)},
-        {"keep_mask": torch.ones(2, 12, dtype=torch.float64)},  # decisions that this attention would not heed
+        {"keep_mask": torch.ones(2, 12, dtype=torch.float64)},  # this attention would ignore it
     ],
     ids=lambda c: next(iter(c)),
 )
-def test_tokens_that_are_not_the_same_in_every_time_step_are_refused(kind: type, change: dict[str, Any]) -> None:
-    with pytest.raises(FewtokensError, match=r"^Attention over time needs the same tokens in every time step\."):
+def test_tokens_that_are_not_the_same_in_every_time_step_are_an_error(kind: type, change: dict[str, Any]) -> None:
+    prefix, frames = change.get("prefix", 0), change.get("frames", 3)
+    said = (
+        r"^Attention over time needs 3 time steps with the same patch tokens, none of them dropped, merged or padded, "
+        rf"got {12 - prefix} patch tokens in {frames} time steps and {prefix} other tokens\. Set backbone\.model="
+    )
+    with pytest.raises(FewtokensError, match=said):
         build(kind, 3)(replace(clip(3, 4), **change))
 
 
-def test_choosing_inside_is_refused() -> None:
-    with pytest.raises(FewtokensError, match="the same tokens in every time step"):
+def test_choosing_in_the_block_is_an_error() -> None:
+    with pytest.raises(FewtokensError, match=r"^Attention over time needs 3 time steps with the same patch tokens"):
         build(SelfAttentionBlock, 3).attend(clip(3, 4), lambda state: (torch.zeros(2, 1).long(), None))
 
 
-def test_an_odd_number_of_heads_cannot_be_halved() -> None:
-    said = r"^Half of the heads attend over time, half over space\. Expected: an even number of heads\. Found: 3\."
+def test_an_odd_number_of_heads_is_an_error() -> None:
+    said = r"^`backbone\.heads` must be even, since half attend over time, got 3\.$"
     with pytest.raises(FewtokensError, match=said):
         DotProductBlock(3, dim=DIM, num_heads=3, qkv_bias=True, attn_layer=Attention)
