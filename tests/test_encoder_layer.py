@@ -115,13 +115,13 @@ BACKBONES: dict[str, tuple[Callable[[], ViT], tuple[int, ...]]] = {
         (2, 3, 32, 32),
     ),
     "timm": (
-        lambda: timm_vit(name="vit_tiny_patch16_224", image_size=64, num_classes=5, tokenizer=LEARNER,
+        lambda: timm_vit(name="vit_tiny_patch16_224", image_size=64, num_classes=5, tokenizer=PLAIN,
                          grad_checkpointing=True, options={"depth": 4}),
-        (2, 3, 64, 64),
+        (32, 3, 64, 64),
     ),
     "keras_mini_vit": (
-        lambda: keras_mini_vit(image_size=24, patch_size=6, num_classes=5, tokenizer=PLAIN, grad_checkpointing=True),
-        (2, 3, 24, 24),
+        lambda: keras_mini_vit(image_size=48, patch_size=6, num_classes=5, tokenizer=PLAIN, grad_checkpointing=True),
+        (16, 3, 48, 48),
     ),
     **{
         model: (partial(clip_model, model), (2, 3, 8, 16, 16))
