@@ -124,8 +124,8 @@ class DataModule(L.LightningDataModule):
 
     # Evaluation without padding (see EvalSampler) leaves ranks without a batch, which Lightning refuses by default.
     allow_zero_length_dataloader_with_multiple_devices = True
-    stamped: ClassVar[bool] = False
-    holds_clips: ClassVar[bool] = False
+    stamped: ClassVar[bool] = False  # whether the data set needs the epoch with every index, see `TrainSampler`
+    holds_clips: ClassVar[bool] = False  # whether a sample may have several frames
     description = "images"
 
     def __init__(
@@ -157,7 +157,8 @@ class DataModule(L.LightningDataModule):
     def _check_settings(self) -> None:
         least = {"num_classes": 1, "image_size": 1, "channels": 1, "frames": 1, "batch_size": 1, "eval_batch_size": 1}
         for name, bound in (least | {"num_workers": 0, "seed": 0}).items():
-            check(getattr(self, name) >= bound, f"data.{name}", f"an int >= {bound}", getattr(self, name))
+            value = getattr(self, name)
+            check(isinstance(value, int) and value >= bound, f"data.{name}", f"an int >= {bound}", value)
         check(self.frames == 1 or self.holds_clips, "data.frames", "1, since these data are images", self.frames)
         per_channel = f"one number per channel, {self.channels} in all"
         check(len(self.mean) in (1, self.channels), "data.mean", per_channel, self.mean)
@@ -179,10 +180,12 @@ class DataModule(L.LightningDataModule):
         check(stored == self.channels, "data.channels", f"{stored}, as {self.description} has", self.channels)
         height, width = pipeline(batch[0], seeding.generator(0)).shape[-2:]
         if (height, width) != (self.image_size, self.image_size):
+            advice = (
+                f"Set data.image_size={height}" if height == width else "Make them square with Resize or CenterCrop"
+            )
             raise FewtokensError(
                 f"`data.image_size` must be the side of the images after the transforms, which is {height} x {width} "
-                f"pixels in the {part} part, got {self.image_size}. Set data.image_size={height}, or change the "
-                "transforms."
+                f"pixels in the {part} part, got {self.image_size}. {advice}, or change the transforms."
             )
 
     def train_dataloader(self) -> Loader:

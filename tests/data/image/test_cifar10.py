@@ -292,6 +292,8 @@ def test_a_folder_that_cannot_be_written_to_costs_a_warning(make_folders, monkey
         ({"channels": 1, "mean": [0.5], "std": [0.5]}, r"`data\.channels` must be 3"),
         ({"mean": [0.5, 0.5]}, r"`data\.mean` must be one number per channel"),
         ({"batch_size": 0}, r"`data\.batch_size` must be an int >= 1"),
+        ({"batch_size": 2.5}, r"`data\.batch_size` must be an int >= 1, got 2\.5"),
+        ({"seed": "one"}, r"`data\.seed` must be an int >= 0, got 'one'"),
         ({"num_workers": -1}, r"`data\.num_workers` must be an int >= 0"),
         ({"frames": 4}, r"`data\.frames` must be 1"),
     ],
@@ -323,6 +325,11 @@ def test_pictures_of_another_size_are_named(make_folders) -> None:
     picture.save(root / "test" / "c" / "0003.png")
     with pytest.raises(FewtokensError, match=r"32 x 32 pixels, but .*test/c/0003.png has 40 x 32 pixels"):
         data(root).setup()
+
+
+def test_pictures_must_be_square(make_folders) -> None:
+    with pytest.raises(FewtokensError, match=r"32 x 40 pixels in the train part, got 32. Make them square with Resize"):
+        data(make_folders(size=(40, 32))).setup()
 
 
 @pytest.mark.parametrize("name", ["d", "e"])
