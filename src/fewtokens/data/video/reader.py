@@ -71,7 +71,7 @@ class Reader:
         short_side: int | None,
         key_frames: int,
     ) -> VideoInfo:
-        """Decode a whole file and copy a section of it to `target`; see `fewtokens.data.prepare.transcode.examine`.
+        """Decode a whole file and copy a section of it to `target`; see `fewtokens.data.video.transcode.examine`.
 
         The copy appears at `target` only when it is complete and was checked.
 
@@ -122,8 +122,7 @@ def functions(allocate: Allocate) -> Functions:
     The decoders are imported here, in the other process only. Nothing that this module imports loads torch, so that the
     process is small and starts fast.
     """
-    from fewtokens.data.prepare import transcode
-    from fewtokens.data.video import container, decoders
+    from fewtokens.data.video import container, decoders, transcode
 
     def read(path: str, info: dict[str, Any] | None, **arguments: Any) -> tuple[int, ...]:
         known = None if info is None else VideoInfo(**info)
