@@ -59,8 +59,8 @@ def _test_numbers(read: float, skipped: float, numbers: dict[str, float]) -> dic
         found["test/top1_of_listed"] = numbers["test/top1"] * read / (read + skipped)
     if skipped:
         log.warning(
-            "Test results are over the %d videos that were read, without the %d skipped ones; test/top1_of_listed "
-            "counts those as wrong",
+            "Test results are over the %d videos that were read, without the %d skipped; test/top1_of_listed "
+            "counts the skipped ones as wrong",
             read,
             skipped,
         )
@@ -74,4 +74,4 @@ def _write(job: Job, skipped: list[Skipped]) -> None:
         writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(Skipped._fields)
         writer.writerows(skipped)
-    log.warning("%d videos were skipped, for the reasons in %s", len(skipped), path)
+    log.warning("Skipped videos: %d. The reasons are in %s", len(skipped), path)

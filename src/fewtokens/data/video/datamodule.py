@@ -115,7 +115,7 @@ class Videos(DataModule):
             self._lists[source] = (videos, skipped)
         self._skipped_at_setup[part] = [video._replace(part=part) for video in skipped]
         if skipped:
-            log.warning("%d videos of the %s part are skipped from the start", len(skipped), part)
+            log.warning("Videos of the %s part that are skipped from the start: %d", part, len(skipped))
         classes = self.num_classes if self.multilabel else None
         sampling = self.sampling[part]
         return VideoDataset(self.root, videos, sampling, self.reader, part=part, seed=self.seed, classes=classes)
