@@ -134,7 +134,9 @@ def test_held_out_samples_are_stratified_and_exact() -> None:
 def test_configurations_build_their_datamodules(path: Path, tmp_path: Path) -> None:
     if path.stem not in ("digits", "cifar10", "imagenet"):
         pytest.skip("tested with its own data set")
-    config = OmegaConf.create({"seed": 5, "paths": {"data": str(tmp_path)}, "data": OmegaConf.load(path)})
+    loaded = OmegaConf.load(path)
+    node = loaded.get("data", loaded)  # a config of the global package also sets defaults of other groups
+    config = OmegaConf.create({"seed": 5, "paths": {"data": str(tmp_path)}, "data": node})
     found = instantiate(config.data)
     assert found.seed == 5
     for fact in ("num_classes", "image_size", "channels", "frames"):
