@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from fewtokens.data import seeding
 from fewtokens.data.datamodule import ClipSettings, DataModule, Loader, Part
 from fewtokens.data.transforms.normalize import Pipeline
-from fewtokens.data.video import parts as listing
 from fewtokens.data.video.dataset import Clips, VideoDataset
 from fewtokens.data.video.manifest import ManifestRow
+from fewtokens.data.video.parts import ordered_class_names, read_part
 from fewtokens.data.video.reader import Reader
 from fewtokens.data.video.records import Skipped, Video
 from fewtokens.data.video.sampling import FixedViews, RandomClip, Sampling
@@ -122,10 +123,8 @@ class Videos(DataModule):
 
     def _read_list(self, part: Part, source: str) -> tuple[Sequence[Video | ManifestRow], list[Skipped]]:
         order = [self.parts.get("train"), source]
-        names = listing.ordered_class_names(self.root, self.classes, order, self.num_classes, self.multilabel)
-        return listing.read_part(
-            self.root, source, part, self.num_classes, multilabel=self.multilabel, classes=names or None
-        )
+        names = ordered_class_names(self.root, self.classes, order, self.num_classes, self.multilabel)
+        return read_part(self.root, source, part, self.num_classes, multilabel=self.multilabel, classes=names or None)
 
     def dataset(self, part: Part) -> VideoDataset | None:
         """Return the videos of a part; None if it does not exist."""
@@ -186,9 +185,7 @@ class Videos(DataModule):
     @property
     def skipped(self) -> list[Skipped]:
         """The videos skipped so far by this process, with the reason for each."""
-        return [video for videos in self._skipped_at_setup.values() for video in videos] + list(
-            self._unreadable.values()
-        )
+        return [*chain.from_iterable(self._skipped_at_setup.values()), *self._unreadable.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of `DataModule` and the unreadable training videos."""
