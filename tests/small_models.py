@@ -45,6 +45,8 @@ class Select(Tokenizer):
 class Adaptive(Tokenizer):
     """Keeps the patches with a positive sum, padded: selection, each image in its own number."""
 
+    adaptive = True
+
     def forward(self, tokens, block):
         tokens, _ = block.attend(tokens)
         keep = tokens.patches.sum(dim=2) > 0

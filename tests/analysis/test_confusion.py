@@ -12,12 +12,17 @@ from fewtokens.analysis.confusion import Confusion, draw
 from fewtokens.tasks.classification import Classifier
 
 
+def read(folder: Path) -> list[dict[str, str]]:
+    with (folder / "confusion.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_accuracy_class_by_class_after_a_test(tmp_path: Path) -> None:
     task = Classifier(nn.Flatten(), 4, optimizer=partial(torch.optim.SGD, lr=0.1))
-    task.log = lambda *a, **k: None  # outside a trainer there is nowhere to log
-    said = torch.tensor([0, 0, 1, 2, 2, 2])
-    target = torch.tensor([0, 1, 1, 2, 2, 0])  # of class 3 there is no sample
-    logits = nn.functional.one_hot(said, 4).float()[:, None, :, None, None]
+    task.log = lambda *a, **k: None  # self.log needs a trainer
+    predicted = torch.tensor([0, 0, 1, 2, 2, 2])
+    target = torch.tensor([0, 1, 1, 2, 2, 0])  # class 3 has no sample
+    logits = nn.functional.one_hot(predicted, 4).float()[:, None, :, None, None]
     for part in (slice(0, 4), slice(4, 6)):
         task.test_step((logits[part], target[part]), 0)
     task.on_test_epoch_end()
@@ -27,12 +32,25 @@ def test_accuracy_class_by_class_after_a_test(tmp_path: Path) -> None:
         "test/top1_class_mean": pytest.approx((0.5 + 0.5 + 1) / 3),
         "test/top1_class_worst": pytest.approx(0.5),
     }
-    with (tmp_path / "confusion.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read(tmp_path)
     assert [(row["samples"], row["top1"]) for row in rows][2:] == [("2", "1.000000"), ("0", "")]
     assert [rows[0][str(column)] for column in range(4)] == ["1", "0", "1", "0"]
+    assert [row["class"] for row in rows] == ["0", "1", "2", "3"]
     assert measure.picture == tmp_path / "pictures" / "confusion.png"
     assert measure.picture.stat().st_size > 1000
+
+
+def test_classes_have_the_names_of_the_datamodule(tmp_path: Path) -> None:
+    task, data = LightningModule(), LightningDataModule()
+    task.confusion = torch.tensor([[3, 1], [0, 2]])
+    data.class_names = ["cat", "dog"]
+    Confusion()(task, data, tmp_path)
+    rows = read(tmp_path)
+    assert [(row["class"], row["cat"], row["dog"]) for row in rows] == [("cat", "3", "1"), ("dog", "0", "2")]
+    [axis] = draw(np.array([[3, 1], [0, 2]]), ["cat", "dog"]).axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["cat", "dog"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["cat", "dog"]
+    assert [text.get_text() for text in axis.texts] == ["0.75", "0.25", "0.0", "1.0"]
 
 
 def test_without_a_test_it_does_nothing(tmp_path: Path) -> None:
@@ -43,4 +61,7 @@ def test_without_a_test_it_does_nothing(tmp_path: Path) -> None:
 
 
 def test_many_classes_make_a_picture_of_limited_size() -> None:
-    assert max(draw(np.ones((400, 400), dtype=np.int64)).get_size_inches()) <= 12
+    figure = draw(np.ones((400, 400), dtype=np.int64), [str(number) for number in range(400)])
+    assert max(figure.get_size_inches()) <= 12
+    assert not figure.axes[0].texts
+    assert not figure.axes[0].get_xticklabels()

@@ -8,7 +8,8 @@ from matplotlib.image import imread
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewtokens.analysis.cost import Cost, evaluating, macs, test_images, tokens_per_block
+from fewtokens.analysis.cost import Cost, macs, tokens_per_block
+from fewtokens.analysis.evaluation import evaluating, load_test_images
 from fewtokens.backbones.keras_mini_vit import keras_mini_vit
 from fewtokens.backbones.vit import vit
 from fewtokens.tokenizers.base import Tokenizer
@@ -188,7 +189,7 @@ def test_an_adaptive_tokenizer_costs_the_mean_over_the_whole_test_set(adaptive, 
     task, data = measured(adaptive, count=31)
     measure = Cost()
     found = measure(task, data, tmp_path)
-    each = torch.tensor([macs(adaptive, image) for image in test_images(task, data, 100).split(1)]).double() / 1e9
+    each = torch.tensor([macs(adaptive, image) for image in load_test_images(task, data, 100).split(1)]).double() / 1e9
     assert found["cost/images"] == len(each) == 31
     for name, value in {
         "": each.mean(),
@@ -198,7 +199,7 @@ def test_an_adaptive_tokenizer_costs_the_mean_over_the_whole_test_set(adaptive, 
     }.items():
         assert found[f"cost/gmacs{name}"] == pytest.approx(value.item())
     assert found["cost/gmacs_std"] > 0
-    padded = [macs(adaptive, part) for part in test_images(task, data, 100).split(3)]
+    padded = [macs(adaptive, part) for part in load_test_images(task, data, 100).split(3)]
     assert found["cost/gmacs_padded"] == pytest.approx(sum(padded) / 31 / 1e9)
     assert found["cost/gmacs"] < found["cost/gmacs_padded"] < found["cost/gmacs_dense"] * 1.05
     with (tmp_path / "cost_histogram.csv").open() as file:
@@ -210,10 +211,32 @@ def test_an_adaptive_tokenizer_costs_the_mean_over_the_whole_test_set(adaptive, 
     assert imread(measure.picture).shape[:2] == (360, 1080)
 
 
+@pytest.mark.parametrize("num_images", [None, 5])
+def test_a_static_tokenizer_is_counted_on_one_batch(make, measured, tmp_path, num_images):
+    task, data = measured(make(partial(TokenLearner, num_tokens=4), at=[1]))
+    found = Cost(num_images)(task, data, tmp_path)
+    assert found["cost/images"] == 3
+    assert found["cost/gmacs"] == macs(task.model, torch.zeros(1, 3, 8, 12)) / 1e9
+
+
+def test_an_adaptive_tokenizer_is_counted_on_all_images_even_if_the_first_are_equal(make, measured, tmp_path):
+    class Alike(Tokenizer):
+        adaptive = True
+
+    assert Cost()(*measured(make(Alike, at=[1])), tmp_path)["cost/images"] == 7
+
+
+def test_images_that_differ_are_all_counted_even_if_the_tokenizer_is_not_called_adaptive(
+    make, methods, measured, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(methods["adaptive"], "adaptive", False)
+    assert Cost()(*measured(make(methods["adaptive"], at=[1])), tmp_path)["cost/images"] == 7
+
+
 def test_the_tail_of_a_batch_that_is_not_asked_for_is_not_counted(adaptive, measured, tmp_path):
     task, data = measured(adaptive)
     found = Cost(4)(task, data, tmp_path)
-    pictures = test_images(task, data, 4)
+    pictures = load_test_images(task, data, 4)
     assert found["cost/images"] == 4
     assert found["cost/gmacs_padded"] == pytest.approx(
         (macs(adaptive, pictures[:3]) + macs(adaptive, pictures[3:])) / 4e9
@@ -236,10 +259,10 @@ def test_a_fuser_costs_less_than_dense(make, measured, tmp_path):
     assert found["cost/gmacs"] < found["cost/gmacs_dense"]
 
 
-def test_test_images_are_the_first_views_of_as_many_as_asked(make, measured):
+def test_load_test_images_returns_the_first_views_of_as_many_as_asked(make, measured):
     task, data = measured(make().bfloat16())
-    images = test_images(task, data, 5)
+    images = load_test_images(task, data, 5)
     assert images.shape == (5, 3, 8, 12)
     assert images.dtype == torch.bfloat16
     torch.testing.assert_close(images, (data.images[:5].float() / 128 - 1).bfloat16())
-    assert len(test_images(task, data, 100)) == 7
+    assert len(load_test_images(task, data, 100)) == 7

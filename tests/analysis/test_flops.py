@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewtokens.analysis import flops as counting
 from fewtokens.analysis.cost import macs, tokens_per_block
-from fewtokens.analysis.flops import Alone, count, run
+from fewtokens.analysis.flops import SingleImageMacs, count, count_forward
 from fewtokens.tokenizers.ats import ATS
 from fewtokens.tokenizers.token_learner import TokenLearner
 
@@ -58,7 +58,9 @@ def test_selection_by_hand(make, methods):
 
 def test_one_image_is_run_where_all_cost_the_same(make, monkeypatch):
     calls = []
-    monkeypatch.setattr(counting, "run", lambda model, batch: calls.append(len(batch)) or run(model, batch))
+    monkeypatch.setattr(
+        counting, "count_forward", lambda model, batch: calls.append(len(batch)) or count_forward(model, batch)
+    )
     count(make(partial(TokenLearner, num_tokens=4), at=[1]), images(9).split(4))
     assert calls == [4, 1, 4, 1]
 
@@ -67,7 +69,7 @@ def test_an_image_that_keeps_others_alone_costs_what_it_costs_alone(make):
     model = make(ATS, at=[0, 1, 2]).eval()
     image = images(1)
     with torch.no_grad():
-        assert Alone(model)(image, [25, 2, 2, 2]) == macs(model, image)
+        assert SingleImageMacs(model)(image, [25, 2, 2, 2]) == macs(model, image)
 
 
 @pytest.mark.parametrize("build", [ATS, partial(TokenLearner, num_tokens=4)])
@@ -76,8 +78,8 @@ def test_the_count_is_that_of_torch_where_torch_counts_all(make, build):
     with sdpa_kernel([SDPBackend.MATH]), torch.no_grad():  # the CPU's fused kernel counts 0 there
         with FlopCounterMode(display=False) as counter:
             model(pictures)
-        assert run(model, pictures)[0] == counter.get_total_flops() // 2
-    assert run(model, pictures)[0] == counter.get_total_flops() // 2
+        assert count_forward(model, pictures)[0] == counter.get_total_flops() // 2
+    assert count_forward(model, pictures)[0] == counter.get_total_flops() // 2
 
 
 def test_nothing_is_left_on_the_model(make):

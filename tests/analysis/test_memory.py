@@ -54,7 +54,13 @@ def test_of_an_mlp_and_not_of_its_weights():
     assert trained == 4 * 100 * (300 + 300 + 100)
 
 
-METHODS = [partial(TopK, keep_rate=0.8), partial(EViT, keep_rate=0.8), partial(ToMe, r=3), partial(KMedoids, keep_rate=0.8), ATS]
+METHODS = [
+    partial(TopK, keep_rate=0.8),
+    partial(EViT, keep_rate=0.8),
+    partial(ToMe, r=3),
+    partial(KMedoids, keep_rate=0.8),
+    ATS,
+]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,15 +4,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fewtokens.analysis.throughput import Throughput
-from fewtokens.analysis.timing import interleaved, spread
+from fewtokens.analysis.throughput import Throughput, interquartile_range, time_in_turns
 from fewtokens.errors import FewtokensError
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 
 KEYS = {"images_per_s", "images_per_s_dense", "speedup", "speedup_spread", "batch_size"}
 
 
-def test_interleaved_takes_turns_and_rotates():
+def test_time_in_turns_takes_turns_and_rotates():
     order = []
     candidates = {name: partial(order.append, name) for name in "abc"}
 
@@ -20,39 +19,39 @@ def test_interleaved_takes_turns_and_rotates():
         run()
         return times * {"a": 1.0, "b": 2.0, "c": 3.0}[order[-1]]
 
-    times = interleaved(candidates, 18.0, clock)
+    times = time_in_turns(candidates, 18.0, clock)
     assert times == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [3.0] * 3}
     assert "".join(order[-9:]) == "abcbcacab"
 
 
-def test_interleaved_repeats_short_calls_and_warms_up():
+def test_time_in_turns_repeats_short_calls_and_warms_up():
     seen = []
 
     def clock(run, times):
         seen.append(times)
         return 0.001 * times
 
-    times = interleaved({"short": lambda: None}, 1.0, clock, sample=0.02)
+    times = time_in_turns({"short": lambda: None}, 1.0, clock, sample=0.02)
     assert seen[0] == 1
     assert set(seen[3:]) == {20}
     assert times["short"] == pytest.approx([0.001] * len(times["short"]))
     assert 0.001 * sum(seen) == pytest.approx(1.2, abs=0.05)
 
 
-def test_interleaved_times_a_slow_candidate_once():
-    times = interleaved({"slow": lambda: None, "slower": lambda: None}, 1.0, lambda run, times: 30.0 * times)
+def test_time_in_turns_times_a_slow_candidate_once():
+    times = time_in_turns({"slow": lambda: None, "slower": lambda: None}, 1.0, lambda run, times: 30.0 * times)
     assert times == {"slow": [30.0], "slower": [30.0]}
 
 
-def test_spread_is_the_interquartile_range():
-    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
-    assert spread([7.0]) == 0.0
+def test_interquartile_range():
+    assert interquartile_range([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
+    assert interquartile_range([7.0]) == 0.0
 
 
-@pytest.mark.parametrize("settings", [{"seconds": 0.0}, {"batch_size": 0}, {"seconds": -1.0}])
-def test_settings_out_of_range(settings):
-    with pytest.raises(FewtokensError, match=r"measure\.throughput"):
-        Throughput(**settings)
+@pytest.mark.parametrize("wrong", [{"seconds": 0.0}, {"batch_size": 0}, {"seconds": -1.0}, {"precision": "float8"}])
+def test_settings_out_of_range(wrong):
+    with pytest.raises(FewtokensError, match=rf"`measure\.throughput\.{next(iter(wrong))}` must be"):
+        Throughput(**wrong)
 
 
 @pytest.mark.parametrize("precision", [None, "32-true", "bf16-mixed"])
@@ -60,9 +59,7 @@ def test_measure_leaves_the_model_as_it_was(make, measured, tmp_path, precision)
     model = make(partial(TokenLearnerV11, num_tokens=4), at=[1]).train()
     reducing = model.encoder.tokenizers
     seen = []
-    model.vit.head.register_forward_hook(
-        lambda module, args, out: seen.append((out.dtype, module.training, len(out)))
-    )
+    model.vit.head.register_forward_hook(lambda module, args, out: seen.append((out.dtype, module.training, len(out))))
     found = Throughput(seconds=0.05, batch_size=5, precision=precision)(*measured(model), tmp_path)
     assert found.keys() == {f"throughput/{key}" for key in KEYS}
     assert found["throughput/batch_size"] == 5

@@ -1,4 +1,4 @@
-"""Peak memory: the most bytes that a computation holds at once."""
+"""Peak memory: the largest number of bytes that a computation holds at once."""
 
 import weakref
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that a call holds at once, beyond those that are there before it.
+    """Return the largest number of bytes of tensors that a call holds at once, beyond those that existed before it.
 
-    On CUDA as its allocator counts them, the working memory of kernels included. Elsewhere the tensors that operations
-    return are counted (`LiveTensors`): neither what a kernel takes for itself while it runs nor what Python, libraries
-    and the allocator's reserve hold, which the size of the process would mix in.
+    On CUDA, the allocator counts, and the working memory of kernels is included. Elsewhere `LiveTensors` counts the
+    results of operations. It misses what a kernel allocates for itself, but unlike the size of the process it does not
+    include Python, libraries and memory that the allocator keeps in reserve.
 
     Args:
-        run: Is called once, after it was called once to warm up.
-        device: That it computes on.
+        run: Called twice: to warm up, and to measure.
+        device: The device on which it computes.
     """
     run()
     if device.type != "cuda":
@@ -35,9 +35,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Within it, the bytes of tensors that operations made and that are still held: `now`, and at most `peak`.
+    """A context that counts the bytes of the tensors that operations create in it, and that still exist.
 
-    Views count once, with what they are views of; what was made before counts not at all.
+    `now` is their current number and `peak` the largest so far. A view counts together with the tensor it views, and
+    only once. Tensors that existed before do not count.
     """
 
     def __init__(self) -> None:
@@ -46,24 +47,24 @@ class LiveTensors(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and note what it made."""
+        """Run an operation and count its results."""
         for storage in _storages((args, kwargs)):
-            self._note(storage, 0)
+            self._add(storage, 0)
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
-            self._note(storage, storage.nbytes())
+            self._add(storage, storage.nbytes())
         return result
 
-    def _note(self, storage: UntypedStorage, size: int) -> None:
+    def _add(self, storage: UntypedStorage, size: int) -> None:
         key = storage._cdata
         if key in self._known:
             return
         self._known.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
+        weakref.finalize(storage, self._remove, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
 

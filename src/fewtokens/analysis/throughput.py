@@ -1,55 +1,57 @@
-"""Images per second, as a measure of a run; `python -m fewtokens.benchmarks.throughput` compares tokenizers."""
+"""Images per second: the measure of a run, and the timing that `fewtokens.benchmarks` uses, too."""
 
+import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import lightning as L
 import torch
 from torch import nn
 
-from fewtokens.analysis.cost import evaluating, plain, test_images
-from fewtokens.analysis.timing import interleaved, seconds_on, spread
-from fewtokens.benchmarks.comparison import AUTOCAST
-from fewtokens.errors import FewtokensError
+from fewtokens.analysis.evaluation import evaluating, load_test_images, unwrap_compiled
+from fewtokens.errors import check, check_choice
 from fewtokens.tokenizers.base import Tokenizer
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+Run = Callable[[], None]
 
 
 class Throughput:
-    """The measure of speed: forward passes in evaluation, with the tokenizer and without, the same weights.
+    """The measure of speed: forward passes in evaluation, with the tokenizer and without it, with the same weights.
 
     Args:
-        seconds: Time to spend, warm-up not included (about a fifth more). A model too slow for it is timed once.
-        batch_size: Test images per forward pass; fewer if there are no more.
-        precision: "32-true", "bf16-mixed" or "16-mixed"; None for what the task's trainer has.
+        seconds: Time to measure; warming up takes about a fifth more. A model that is slower than this is timed once.
+        batch_size: Test images per forward pass; fewer if the test set is smaller.
+        precision: "32-true", "bf16-mixed" or "16-mixed"; None for that of the task's trainer.
+
+    Raises:
+        FewtokensError: A setting is out of range.
     """
 
     def __init__(self, seconds: float = 4.0, batch_size: int = 64, precision: str | None = None) -> None:
-        if seconds <= 0 or batch_size < 1:
-            raise FewtokensError(
-                "Timing needs time and a batch",
-                expected="seconds > 0 and batch_size >= 1",
-                got=f"seconds={seconds}, batch_size={batch_size}",
-                fix="set measure.throughput.seconds=4 measure.throughput.batch_size=64",
-            )
+        check(seconds > 0, "measure.throughput.seconds", "a number > 0", seconds)
+        check(batch_size >= 1, "measure.throughput.batch_size", "an int >= 1", batch_size)
+        check_choice("measure.throughput.precision", precision, (None, "32-true", *AUTOCAST))
         self.seconds, self.batch_size, self.precision = seconds, batch_size, precision
 
     def __call__(self, task: L.LightningModule, datamodule: L.LightningDataModule, run_dir: Path) -> dict[str, float]:
-        """Times the model of a task, compiled if it is, on test images that lie on its device already.
+        """Time the model of a task on test images that are on its device already. A compiled model is timed compiled.
 
         Args:
             task: Its `.model` is timed.
             datamodule: Set up for testing.
-            run_dir: Not written to.
+            run_dir: Not used.
 
         Returns:
             `throughput/images_per_s`, `throughput/images_per_s_dense`: medians over the rounds;
-            `throughput/speedup`: the median of the ratios within a round, `throughput/speedup_spread` their
-            interquartile range; `throughput/batch_size`: what came of the setting.
+            `throughput/speedup`: median of the ratios within a round; `throughput/speedup_spread`: their interquartile
+            range; `throughput/batch_size`: images per forward pass.
         """
-        images = test_images(task, datamodule, self.batch_size)
-        model, encoder = task.model, plain(task.model).encoder
+        images = load_test_images(task, datamodule, self.batch_size)
+        model, encoder = task.model, unwrap_compiled(task.model).encoder
         assert isinstance(model, nn.Module)
         reducing = encoder.tokenizers
         with encoder.without_reduction():
@@ -62,7 +64,7 @@ class Throughput:
         candidates = {"tokenizer": partial(forward, reducing), "dense": partial(forward, dense)}
         try:
             with evaluating(model), torch.inference_mode(), self._autocast(task):
-                times = interleaved(candidates, self.seconds, partial(seconds_on, device=images.device))
+                times = time_in_turns(candidates, self.seconds, partial(seconds_on, device=images.device))
         finally:
             encoder.replace_tokenizers(reducing)
         ratios = [slow / fast for slow, fast in zip(times["dense"], times["tokenizer"], strict=True)]
@@ -70,11 +72,87 @@ class Throughput:
             "throughput/images_per_s": len(images) / median(times["tokenizer"]),
             "throughput/images_per_s_dense": len(images) / median(times["dense"]),
             "throughput/speedup": median(ratios),
-            "throughput/speedup_spread": spread(ratios),
+            "throughput/speedup_spread": interquartile_range(ratios),
             "throughput/batch_size": float(len(images)),
         }
 
     def _autocast(self, task: L.LightningModule) -> AbstractContextManager:
-        trainer = getattr(task, "_trainer", None)  # the public property raises where there is none
+        trainer = getattr(task, "_trainer", None)  # the public property raises an error if there is none
         dtype = AUTOCAST.get(self.precision or (trainer.precision if trainer is not None else "32-true"))
         return nullcontext() if dtype is None else torch.autocast(task.device.type, dtype)
+
+
+def time_in_turns(
+    candidates: Mapping[str, Run],
+    seconds: float,
+    clock: Callable[[Run, int], float],
+    sample: float = 0.02,
+) -> dict[str, list[float]]:
+    """Time several candidates in rounds, with one sample of each per round and another one first in every round.
+
+    A slow phase of a shared machine, or a processor that heats up, then affects all candidates alike, and the values of
+    one round can be compared with each other.
+
+    Args:
+        candidates: Functions to time. Each is called at least twice: to warm up, and to be timed.
+        seconds: Time to measure; the round in which it is used up is finished. Warming up takes a fifth of it before.
+        clock: Returns the seconds that `times` calls of a function take: `clock(run, times)`.
+        sample: Minimum seconds per sample. A shorter function is called several times in a row, so that on a GPU its
+            kernels queue up and the time to launch them is hidden.
+
+    Returns:
+        Seconds per call of every candidate, one value per round, in the order of the rounds.
+    """
+    names = list(candidates)
+    calls = {name: _warm_up(candidates[name], seconds / 5 / len(names), clock, sample) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    spent = 0.0
+    while spent < seconds:
+        for name in names:
+            took = clock(candidates[name], calls[name])
+            spent += took
+            times[name].append(took / calls[name])
+        names = names[1:] + names[:1]
+    return times
+
+
+def _warm_up(run: Run, seconds: float, clock: Callable[[Run, int], float], sample: float) -> int:
+    """Return how many calls make up a sample, after calling the function for some seconds."""
+    clock(run, 1)  # lazy initialization, compilation, choice of algorithms
+    spent, calls = 0.0, 1
+    while spent < seconds:
+        took = clock(run, calls)
+        spent += took
+        calls = max(1, round(sample * calls / max(took, 1e-9))) if took < sample else calls
+    return calls
+
+
+def seconds_on(run: Run, times: int, device: torch.device) -> float:
+    """Return the seconds that `times` calls take: between two events on CUDA, by the clock elsewhere."""
+    _synchronize(device)
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(times):
+            run()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def interquartile_range(values: list[float]) -> float:
+    """Return the interquartile range of the values, 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -15,64 +15,64 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import check_choice
 
 log = logging.getLogger(__name__)
 
 
 class CsvLogger(Logger):
-    """Appends to `metrics.csv`: one row per call, a column per metric, `step` first.
+    """Appends to `metrics.csv`: one row per call and one column per metric, with `step` first.
 
-    Lightning's own overwrites the file when a run resumes.
+    Lightning's CSVLogger is not used because it deletes the existing file when a run resumes.
 
     Args:
-        directory: Of the run.
+        directory: Folder of the run.
     """
 
     def __init__(self, directory: str) -> None:
         super().__init__()
         self.path = Path(directory) / "metrics.csv"
-        self.columns = self._rows()[0] if self.path.exists() else []
+        self.columns = self._read()[0] if self.path.exists() else []
 
     @property
     def name(self) -> str:
-        """For Lightning."""
+        """Return the name of the logger, which Lightning requires."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """For Lightning."""
+        """Return no version: a run has one file."""
         return ""
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The config lies beside the file already."""
+        """Do nothing: the folder of the run contains the config already."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row, and new columns where there are any."""
+        """Append a row. New metrics add columns."""
         row = {"step": step, **metrics}
         new = [name for name in row if name not in self.columns]
         if new:
-            old = self._rows()[1] if self.path.exists() else []
+            old = self._read()[1] if self.path.exists() else []
             self.columns += new
-            self._write(old)
+            self._rewrite(old)
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Forget what was logged after that step, because the run continues from there and will log it again."""
+        """Delete the rows from `step` on, because a run that resumes there will log them again."""
         if self.path.exists():
-            self._write([row for row in self._rows()[1] if row["step"] and int(row["step"]) < step])
+            self._rewrite([row for row in self._read()[1] if row["step"] and int(row["step"]) < step])
 
-    def _rows(self) -> tuple[list[str], list[dict[str, str]]]:
+    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
-            rows = [row for row in reader if None not in row.values()]  # a row cut short by a kill
+            rows = [row for row in reader if None not in row.values()]  # skips a row that a kill cut short
             return list(reader.fieldnames or []), rows
 
-    def _write(self, rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".csv.part")
         with part.open("w", newline="") as file:
@@ -83,15 +83,18 @@ class CsvLogger(Logger):
 
 
 class WandbRun(WandbLogger):
-    """Weights & Biases: online with an account and a network, otherwise offline; resumed under the same run id.
+    """Weights & Biases, online with an account and a network, otherwise offline. A resumed run keeps its run id.
 
     Args:
-        directory: Of the run; holds `wandb/` and the run's id.
+        directory: Folder of the run, for `wandb/` and the run id.
         project: Project at Weights & Biases.
-        name: Name of the run there.
-        group: Group of the run there.
-        tags: Tags of the run there.
-        mode: "auto", "online" or "offline".
+        name: Name of the run.
+        group: Group of the run.
+        tags: Tags of the run.
+        mode: "online", "offline", or "auto", which is online if there is an account and the server responds.
+
+    Raises:
+        FewtokensError: The mode is unknown.
     """
 
     def __init__(
@@ -103,13 +106,7 @@ class WandbRun(WandbLogger):
         tags: list[str] | None = None,
         mode: str = "auto",
     ) -> None:
-        if mode not in ("auto", "online", "offline"):
-            raise FewtokensError(
-                "W&B has three modes",
-                expected="auto, online or offline",
-                got=repr(mode),
-                fix="set logger.wandb.mode=auto",
-            )
+        check_choice("logger.wandb.mode", mode, ("auto", "online", "offline"))
         reason = why_offline() if mode == "auto" else None
         if reason:
             log.info("Weights & Biases runs offline: %s", reason)
@@ -127,7 +124,7 @@ class WandbRun(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run; offline when the server does not answer after all."""
+        """Return the W&B run. If the server rejects it, return an offline run."""
         import wandb
 
         try:
@@ -140,7 +137,7 @@ class WandbRun(WandbLogger):
 
 
 def why_offline() -> str | None:
-    """The reason not to try a connection, or None."""
+    """Return the reason why no connection should be tried, or None."""
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
@@ -149,7 +146,7 @@ def why_offline() -> str | None:
     try:
         socket.create_connection((host.hostname or "", host.port or 443), timeout=3).close()
     except OSError:
-        return f"{host.hostname} does not answer"
+        return f"{host.hostname} does not respond"
     return None
 
 
@@ -159,7 +156,7 @@ def _in_netrc(host: str) -> bool:
 
 
 def _run_id(path: Path) -> str:
-    """Kept in the run directory, so that a resumed run goes on under its id."""
+    """Return the run id in the folder of the run, which a resumed run continues. Create it if there is none."""
     if not path.exists() and getattr(rank_zero_only, "rank", 0) in (None, 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4))

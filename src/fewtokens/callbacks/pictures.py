@@ -1,4 +1,4 @@
-"""Pictures of where the tokens look, as training goes on; of clips a gif, too."""
+"""Pictures of the tokens during training, and gifs for clips."""
 
 import os
 from pathlib import Path
@@ -6,77 +6,79 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torch import Tensor
 
-from fewtokens.analysis.cost import plain
+from fewtokens.analysis.evaluation import unwrap_compiled
 from fewtokens.analysis.pictures.drawing import draw, pixels
 from fewtokens.analysis.pictures.token_maps import token_columns
 from fewtokens.analysis.pictures.token_video import strip, write_gif
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import check
 
 Picture = UInt8[np.ndarray, "height width 3"]
 
 
 class Pictures(Callback):
-    """Draws the first validation images at the end of every n-th epoch's validation, on rank 0.
+    """Draws the tokens of the first validation samples after the validation of every n-th epoch, on rank 0.
 
-    The picture goes to `epoch_<number>.png` in a directory, and to every logger that takes images (Weights & Biases,
-    TensorBoard). It is that of `analysis.pictures.token_maps`, for clips that of `analysis.pictures.token_video`,
-    with `epoch_<number>.gif`, which goes to loggers that take videos. Where no tokenizer reduces anything there is
-    none. The images are those that validation has loaded anyway, and no random numbers are used up: training and its
-    resuming go on as without. Next to a callback that validates an average of the weights it stands first, and draws
-    the average.
+    The picture is that of `analysis.pictures.token_maps`, or for clips that of `analysis.pictures.token_video`. It goes
+    to `epoch_<number>.png` and to every logger that accepts images (Weights & Biases, TensorBoard). Clips also get
+    `epoch_<number>.gif`, which goes to loggers that accept videos. If no tokenizer reduces anything, there is none.
+
+    The samples are those that validation has loaded, and no random numbers are consumed, so that training and resuming
+    are the same as without pictures. A callback that validates an average of the weights must come after this one,
+    which then draws the average.
 
     Args:
-        directory: Of the png files.
+        directory: Folder of the png files.
         every_n_epochs: Epochs from one picture to the next.
-        num_images: Rows, or time steps of the first clips (one clip at least); fewer if this process has fewer.
-        max_columns: At most so many tokens, or stages of a method that acts in many blocks.
+        num_images: Number of rows: images, or time steps of the first clips (at least one clip); fewer if this process
+            has fewer.
+        max_columns: Largest number of tokens, or of stages of a method that acts in many blocks.
+
+    Raises:
+        FewtokensError: A setting is out of range.
     """
 
     def __init__(self, directory: str, every_n_epochs: int = 1, num_images: int = 8, max_columns: int = 16) -> None:
-        if min(every_n_epochs, num_images, max_columns) < 1:
-            raise FewtokensError(
-                "Pictures are drawn of some images, every so many epochs",
-                expected="every_n_epochs, num_images and max_columns of at least 1",
-                got=(every_n_epochs, num_images, max_columns),
-                fix="set callbacks.pictures.every_n_epochs=10, or leave the callback out",
-            )
+        check(every_n_epochs >= 1, "callbacks.pictures.every_n_epochs", "an int >= 1", every_n_epochs)
+        check(num_images >= 1, "callbacks.pictures.num_images", "an int >= 1", num_images)
+        check(max_columns >= 1, "callbacks.pictures.max_columns", "an int >= 1", max_columns)
         self.directory, self.every_n_epochs = Path(directory), every_n_epochs
         self.num_images, self.max_columns = num_images, max_columns
-        self._images: list[Float[Tensor, "b c *t h w"]] = []
+        self._batches: list[tuple[Tensor, Tensor]] = []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to collect."""
-        self._images = []
+        """Forget the samples of the last epoch."""
+        self._batches = []
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep the first views of the first images, as the model gets them."""
-        missing = self.num_images - sum(map(len, self._images))
+        """Keep the first views and the targets of the first samples, as the model gets them."""
+        missing = self.num_images - sum(len(images) for images, _ in self._batches)
         if missing > 0 and self._due(trainer):
-            self._images.append(batch[0][:missing, 0])
+            self._batches.append((batch[0][:missing, 0], batch[1][:missing]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw and log."""
-        images, self._images = self._images, []
-        if not images or not sum(map(len, images)):
+        """Draw the samples, write the files and log them."""
+        batches, self._batches = self._batches, []
+        if not sum(len(images) for images, _ in batches):
             return
         task, path = pl_module, self.directory / f"epoch_{trainer.current_epoch + 1}.png"
-        model = plain(task.model)
+        model, datamodule = unwrap_compiled(task.model), getattr(trainer, "datamodule", None)
+        images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        images = images.to(next(task.parameters()).dtype)
         with isolate_rng():
-            clips = torch.cat(images).to(next(task.parameters()).dtype)
-            columns = token_columns(model, clips, self.max_columns, self.num_images)
+            columns = token_columns(model, images, self.max_columns, self.num_images, targets, datamodule)
         if not columns:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        steps, video = len(model.pictures(clips[:1])), path.with_suffix(".gif")
+        steps, video = len(model.pictures(images[:1])), path.with_suffix(".gif")
         picture = pixels(strip(columns, steps, self.max_columns) if steps > 1 else draw(columns))
         part = path.with_suffix(".png.part")
         Image.fromarray(picture).save(part, format="png")
@@ -94,28 +96,28 @@ class Pictures(Callback):
 
 
 def log_picture(logger: Logger, name: str, picture: Picture, step: int) -> None:
-    """Hand a picture to a logger, if it takes pictures.
+    """Log a picture, if the logger accepts pictures.
 
     Args:
-        logger: Any.
-        name: What the picture shows.
+        logger: Any logger.
+        name: Name of the picture.
         picture: (H, W, 3).
-        step: Training step that it belongs to.
+        step: Training step of the picture.
     """
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(name, picture, step, dataformats="HWC")
-    elif hasattr(logger, "log_image"):  # Weights & Biases, and whatever has learnt it from there
+    elif hasattr(logger, "log_image"):  # Weights & Biases, and loggers with the same method
         logger.log_image(name, [picture], step=step)
 
 
 def log_video(logger: Logger, name: str, path: Path, step: int) -> None:
-    """Hand a gif to a logger, if it takes gifs: W&B does. TensorBoard's wants a package of its own to make one.
+    """Log a gif, if the logger accepts gifs: Weights & Biases does. TensorBoard would need another package to do it.
 
     Args:
-        logger: Any.
-        name: What the video shows.
-        path: Of the file.
-        step: Training step that it belongs to.
+        logger: Any logger.
+        name: Name of the video.
+        path: Path of the gif.
+        step: Training step of the video.
     """
     if hasattr(logger, "log_video"):
         logger.log_video(name, [str(path)], step=step)

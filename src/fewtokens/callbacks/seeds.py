@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class StepSeeds(Callback):
-    """Seeds Python's, NumPy's and torch's generators before every training step from (seed, rank, epoch, batch).
+    """Seeds the generators of Python, NumPy and torch before every training step from (seed, rank, epoch, batch).
 
-    Dropout, stochastic depth, mixup and random tokenizers then differ between ranks and steps (Lightning seeds the
-    main process of every rank alike), and no generator's state need be saved.
+    Dropout, stochastic depth, mixup and random tokenizers then differ between ranks and steps (Lightning seeds the main
+    processes of all ranks alike), and no state of a generator needs to be saved.
 
     Args:
         seed: The run's seed.
@@ -22,11 +22,11 @@ class StepSeeds(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed the step."""
+        """Seed the generators."""
         entropy = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
         words = np.random.SeedSequence(entropy).generate_state(4)
         seed = int(words[0]) << 32 | int(words[1])
-        # What torch.manual_seed does, without the 0.1 ms that it spends on devices that are not in use.
+        # As torch.manual_seed does, without the 0.1 ms that it spends on devices that are not in use.
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(seed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from fewtokens.analysis.pictures.drawing import coloured, covered, displayed, heat
+from fewtokens.analysis.pictures.drawing import colored, covered, displayed, heat
 from fewtokens.analysis.pictures.token_maps import TokenMaps, kind_of, token_columns
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
@@ -75,6 +75,20 @@ def test_adaptive_numbers_are_noted_per_image(make, methods, measured, tmp_path)
     assert measure.picture is not None
 
 
+def test_the_first_column_shows_label_and_prediction(make, measured):
+    model, images, targets = make(learner, at=[1]), torch.randn(3, 3, 8, 12), torch.tensor([0, 4, 1])
+    predicted = model(images).argmax(dim=1).tolist()
+    first, *others = token_columns(model, images, targets=targets)
+    assert first.notes == [f"true: {a}\npred: {b}" for a, b in zip(targets.tolist(), predicted, strict=True)]
+    assert {note for column in others for note in column.notes} == {""}
+    data = measured(model)[1]
+    data.class_names = ["cat", "dog", "ship", "a class with a long name", "frog"]
+    first, *_ = token_columns(model, images, rows=2, targets=targets, datamodule=data)
+    shown = ["cat", "dog", "ship", "a class with a…", "frog"]
+    assert first.notes == [f"true: {shown[a]}\npred: {shown[b]}" for a, b in zip([0, 4], predicted[:2], strict=True)]
+    assert set(token_columns(model, images, targets=torch.ones(3, 5).long())[0].notes) == {""}, "several labels"
+
+
 def test_a_dense_model_has_no_picture(make, measured, tmp_path):
     measure = TokenMaps()
     measure(*measured(make(learner, at=[1])), tmp_path / "few")
@@ -95,7 +109,7 @@ def test_maps_are_bright_where_the_token_looks():
     assert flat.max() - flat.min() < 0.75 * (bright.max() - bright.min())
 
 
-def test_dropped_patches_are_covered_and_groups_coloured():
+def test_dropped_patches_are_covered_and_groups_colored():
     pictures = displayed(torch.rand(1, 3, 4, 4))
     side = pictures.shape[2] // 2
     kept = torch.tensor([[True, False, True, True]])
@@ -104,7 +118,7 @@ def test_dropped_patches_are_covered_and_groups_coloured():
     assert same[:side, :side].all()
     assert not same[:side, side:].any()
     assert same[side:].all()
-    tinted = coloured(pictures, torch.tensor([[0, 1, 2, 2]]), (2, 2))
+    tinted = colored(pictures, torch.tensor([[0, 1, 2, 2]]), (2, 2))
     changed = (tinted != pictures).any(dim=1)[0]
     assert not changed[: side - 1].any()
     assert changed[side + 1 :].all()

@@ -139,6 +139,16 @@ def test_a_long_clip_has_all_its_steps_in_the_gif_and_some_in_the_strip(tmp_path
     assert len(frames_of(tmp_path / "maps.gif")) == STEPS
 
 
+def test_label_and_prediction_stand_on_the_first_frame_of_the_strip_and_on_every_frame_of_the_gif() -> None:
+    net, targets = build(tokenizer=learner, at=[1]), torch.tensor([3, 0])
+    columns = token_columns(net, clips(), targets=targets)
+    predicted = net(clips()).argmax(dim=1).tolist()
+    notes = [f"true: {a}\npred: {b}" for a, b in zip([3, 0], predicted, strict=True)]
+    assert columns[0].notes == [note for note in notes for _ in range(STEPS)]
+    shown = [text.get_text() for axis in strip(columns, STEPS).axes for text in axis.texts]
+    assert sum(text.startswith("true:") for text in shown) == 2, "once for each clip"
+
+
 def test_images_and_dense_models_have_none(make, measured, tmp_path: Path) -> None:
     measure = TokenVideo()
     assert measure(*measured(make(learner, at=[1])), tmp_path) == {}
@@ -149,5 +159,5 @@ def test_images_and_dense_models_have_none(make, measured, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("wrong", [{"num_clips": 0}, {"max_columns": 0}, {"milliseconds": 0}])
 def test_wrong_numbers_are_answered_with_a_sentence(wrong: dict[str, int]) -> None:
-    with pytest.raises(FewtokensError, match=r"measure\.token_video"):
+    with pytest.raises(FewtokensError, match=rf"`measure\.token_video\.{next(iter(wrong))}` must be"):
         TokenVideo(**wrong)

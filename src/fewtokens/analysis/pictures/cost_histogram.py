@@ -1,4 +1,4 @@
-"""How the cost of images is spread: a table of bins, and a picture."""
+"""The distribution of the cost over images, as a table of bins and as a picture."""
 
 import csv
 from pathlib import Path
@@ -14,7 +14,7 @@ BINS = 20
 
 
 def histogram(counts: Counts) -> list[tuple[float, float, int]]:
-    """How many images need from so many to so many GMACs: equal bins, or a single one where all need the same."""
+    """Return (GMACs from, GMACs to, number of images) for equal bins, or for one bin if all images cost the same."""
     gmacs = counts.macs.double().numpy() / GIGA
     if gmacs.min() == gmacs.max():
         return [(gmacs[0].item(), gmacs[0].item(), len(gmacs))]
@@ -23,7 +23,7 @@ def histogram(counts: Counts) -> list[tuple[float, float, int]]:
 
 
 def write_histogram(counts: Counts, path: Path) -> None:
-    """The same as a csv file, a row for each bin."""
+    """Write the histogram as a csv file with a row for each bin."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -32,27 +32,27 @@ def write_histogram(counts: Counts, path: Path) -> None:
 
 
 def write_picture(counts: Counts, dense: int, path: Path) -> None:
-    """Both pictures, of images that differ, in one png file.
+    """Draw the histogram, and the tokens after every block, into one png file.
 
     Args:
-        counts: Of images that do not all cost the same.
+        counts: Those of images that do not all cost the same.
         dense: Multiply-adds of an image without the tokenizer.
-        path: Of the file.
+        path: Path of the file.
     """
     figure = Figure(figsize=(9, 3), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     low, high, images = zip(*histogram(counts), strict=True)
     left.bar(low, images, width=np.subtract(high, low), align="edge", color="0.75")
-    alone, padded = counts.macs.double().mean().item(), counts.padded.mean().item()
-    means = {"mean, alone": alone, "mean, padded": padded, "dense": float(dense)}
-    for (name, value), colour in zip(means.items(), ("C0", "C1", "0.3"), strict=True):
-        left.axvline(value / GIGA, color=colour, label=f"{name}: {value / GIGA:.3g}")
+    single, padded = counts.macs.double().mean().item(), counts.padded.mean().item()
+    means = {"mean, alone": single, "mean, padded": padded, "dense": float(dense)}
+    for (name, value), color in zip(means.items(), ("C0", "C1", "0.3"), strict=True):
+        left.axvline(value / GIGA, color=color, label=f"{name}: {value / GIGA:.3g}")
     left.set(xlabel="GMACs of an image", ylabel="images")
     tokens = counts.tokens.double()
-    passed = np.arange(tokens.shape[1])
-    right.fill_between(passed, tokens.amin(dim=0), tokens.amax(dim=0), color="0.85", label="least to most")
-    right.plot(passed, tokens.mean(dim=0), color="C0", label="mean")
-    right.set(xlabel="blocks passed", ylabel="tokens alive", ylim=(0, None))
+    blocks = np.arange(tokens.shape[1])
+    right.fill_between(blocks, tokens.amin(dim=0), tokens.amax(dim=0), color="0.85", label="minimum to maximum")
+    right.plot(blocks, tokens.mean(dim=0), color="C0", label="mean")
+    right.set(xlabel="blocks applied", ylabel="tokens", ylim=(0, None))
     right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right):
         axes.legend(fontsize=7)

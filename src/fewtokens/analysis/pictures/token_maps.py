@@ -1,13 +1,15 @@
-"""A picture of where tokens look: one row per test image, drawn from `Tokens.origin` and thus the same for all methods.
+"""Pictures of the tokens of test images, drawn from `Tokens.origin` in the same way for all methods.
 
-A clip has a row for every time step, and pictures of its own in `token_video`. What a column shows is decided by the
-origin (B, tokens, patches) alone:
+Every image is a row. A clip has a row for every time step, and pictures of its own in `token_video`. The origin
+(B, tokens, patches) alone determines what the columns show:
 
-- every patch belongs to one token at most, every token has one patch: selection; what was dropped is covered;
-- every patch belongs to one token at most: merging; groups of several patches are coloured;
-- a few tokens of many patches each: one heat map per token; where they are many: groups by the largest share.
+- Selection, if every patch belongs to at most one token and every token has one patch: dropped patches are covered.
+- Merging, if every patch belongs to at most one token: groups of several patches are colored.
+- Mixing of many patches in each token: a heat map for every token or, if there are many tokens, groups of the patches
+  that have their largest share in the same token.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -15,24 +17,27 @@ from typing import Literal
 import lightning as L
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
-from fewtokens.analysis.cost import evaluating, plain, test_images
-from fewtokens.analysis.pictures.drawing import Column, coloured, covered, displayed, draw, heat
+from fewtokens.analysis.evaluation import class_names, evaluating_eagerly, load_test_samples, unwrap_compiled
+from fewtokens.analysis.pictures.drawing import Column, colored, covered, displayed, draw, heat
 from fewtokens.backbones.vit import ViT
 from fewtokens.tokens import Tokens
 
 Kind = Literal["selection", "groups", "maps"]
+NAME_LENGTH = 15  # characters of a class name that fit into a picture
 
 
 class TokenMaps:
-    """The measure that draws; it has no numbers. `picture` is the file of the last call, None if nothing was reduced.
+    """The measure that draws the tokens of test images. It returns no numbers.
+
+    After a call, `picture` is the file that was drawn, or None if no tokenizer reduced anything.
 
     Args:
-        num_images: Rows: the first test images, or the time steps of the first clips (one clip at least).
-        max_columns: At most so many tokens, or stages of a method that acts in many blocks, evenly spread.
+        num_images: Number of rows: test images, or time steps of the first clips (at least one clip).
+        max_columns: Largest number of tokens, or of stages of a method that acts in many blocks, evenly spaced.
     """
 
     def __init__(self, num_images: int = 8, max_columns: int = 16) -> None:
@@ -40,16 +45,17 @@ class TokenMaps:
         self.picture: Path | None = None
 
     def __call__(self, task: L.LightningModule, datamodule: L.LightningDataModule, run_dir: Path) -> dict[str, float]:
-        """Writes `run_dir/pictures/token_maps.png`.
+        """Write `run_dir/pictures/token_maps.png`.
 
         Args:
-            task: Its `.model` is looked at.
-            datamodule: Set up for testing.
-            run_dir: Made if there is none.
+            task: The tokens of its `.model` are drawn.
+            datamodule: Set up for testing. Its `class_names`, if it has them, name the classes.
+            run_dir: Folder of the run; created if it does not exist.
         """
         self.picture = None
-        model, images = plain(task.model), test_images(task, datamodule, self.num_images)
-        columns = token_columns(model, images, self.max_columns, self.num_images)
+        model = unwrap_compiled(task.model)
+        images, targets = load_test_samples(task, datamodule, self.num_images)
+        columns = token_columns(model, images, self.max_columns, self.num_images, targets, datamodule)
         if columns:
             path = run_dir / "pictures" / "token_maps.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,44 +65,68 @@ class TokenMaps:
 
 
 def token_columns(
-    model: ViT, images: Float[Tensor, "b c *t h w"], most: int = 16, rows: int | None = None
+    model: ViT,
+    images: Float[Tensor, "b c *t h w"],
+    most: int = 16,
+    rows: int | None = None,
+    targets: Int[Tensor, "b *k"] | None = None,
+    datamodule: L.LightningDataModule | None = None,
 ) -> list[Column]:
-    """The columns of the picture, the images themselves first; none where no tokenizer reduced anything.
+    """Return the columns of the picture, with the images themselves first, or none if no tokenizer reduced anything.
 
     Args:
-        model: Any ViT or ViViT.
-        images: As the model gets them.
-        most: Columns after the first, at most.
-        rows: At most so many, if need be of the first clips alone, one clip at least; None for all.
+        model: A ViT or ViViT.
+        images: Images or clips, as the model gets them.
+        most: Largest number of columns after the first.
+        rows: Largest number of rows; the number of clips is reduced to keep to it, but at least one clip is drawn. None
+            for all.
+        targets: Class numbers (B,), to note the label and the prediction of every image in the first column; None, or
+            several labels per image (B, classes), for no notes.
+        datamodule: Its `class_names`, if it has them, name the classes.
     """
     images = images if rows is None else images[: max(1, rows // len(model.pictures(images[:1])))]
-    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with evaluating_eagerly(model):
         start, trace = model.embed(images), model.trace(images)
     blocks = reducing_blocks([start, *trace])
     if not blocks or start.grid is None:
         return []
-    shown = model.pictures(images)
-    steps = len(shown) // len(images)
-    pictures = displayed(shown, steps)
-    columns = [Column("image" if images.ndim == 4 else "frame", pictures, [""] * len(pictures))]
-    first = origin_by_step(trace[blocks[0]], start.frames)
-    of_clip = steps if trace[blocks[0]].frames != start.frames else 1  # pictures that a token spans
+    frames = model.pictures(images)
+    steps = len(frames) // len(images)
+    notes = [""] * len(images)
+    if targets is not None and targets.ndim == 1:
+        with evaluating_eagerly(model):
+            logits = model.classify(trace[-1])
+        notes = _label_notes(targets[: len(images)], logits, class_names(datamodule, logits.shape[1]))
+    title = "image" if images.ndim == 4 else "frame"
+    column = Column(title, displayed(frames, steps), [note for note in notes for _ in range(steps)])
+    return [column, *_map_columns(column.pictures, start, trace, blocks, most)]
+
+
+def _map_columns(
+    pictures: Float[Tensor, "b 3 h w"], start: Tokens, trace: Sequence[Tokens], blocks: Sequence[int], most: int
+) -> list[Column]:
+    assert start.grid is not None
+    tokens = trace[blocks[0]]
+    first = origin_by_step(tokens, start.frames)
     if kind_of(first, most) == "maps":
-        covers = first.unbind(1)
-        titles = [f"token {number}" for number in range(1, len(covers) + 1)]
+        together = 1 if tokens.frames == start.frames else len(pictures) // len(tokens.x)  # pictures that a token spans
+        titles = [f"token {number}" for number in range(1, first.shape[1] + 1)]
         titles[0] = f"block {blocks[0]}\n{titles[0]}"
-        return columns + [
-            Column(title, heat(pictures, shares, start.grid, of_clip), [""] * len(pictures))
-            for title, shares in zip(titles, covers, strict=True)
+        return [
+            Column(title, heat(pictures, shares, start.grid, together), [""] * len(pictures))
+            for title, shares in zip(titles, first.unbind(1), strict=True)
         ]
     if len(blocks) > most:
         blocks = [blocks[i] for i in np.linspace(0, len(blocks) - 1, most).round().astype(int)]
     origins = {block: origin_by_step(trace[block], start.frames) for block in blocks}
-    return columns + [_stage(block, origin, pictures, start.grid) for block, origin in origins.items()]
+    return [_stage_column(block, origin, pictures, start.grid) for block, origin in origins.items()]
 
 
 def origin_by_step(tokens: Tokens, steps: int) -> Float[Tensor, "bt n patches"]:
-    """What is held of every time step (B*T, tokens, H*W): by its own tokens, or by all where they belong to no step."""
+    """Return each token's shares of the patches of every time step (B*T, tokens, H*W).
+
+    If the tokens are laid out in time steps, those of a step are returned for that step; otherwise all tokens are.
+    """
     assert tokens.origin is not None
     origin = tokens.origin.float().cpu().unflatten(2, (steps, -1))
     if tokens.frames == steps:
@@ -104,34 +134,40 @@ def origin_by_step(tokens: Tokens, steps: int) -> Float[Tensor, "bt n patches"]:
     return origin.movedim(2, 1).flatten(0, 1)
 
 
-def reducing_blocks(records: list[Tokens]) -> list[int]:
-    """Blocks that have fewer tokens after them than before; `records` are those before and after every block."""
-    counts = [_alive(tokens).sum(dim=1).float().mean().item() for tokens in records]
+def reducing_blocks(records: Sequence[Tokens]) -> list[int]:
+    """Return the blocks that have fewer tokens after them than before, from the records before and after all blocks."""
+    counts = [_present(tokens).sum(dim=1).float().mean().item() for tokens in records]
     return [block for block, (before, after) in enumerate(pairwise(counts)) if after < before]
 
 
 def kind_of(origin: Float[Tensor, "b n patches"], few: int) -> Kind:
-    """How to draw tokens of this origin; up to `few` that overlap get a map each."""
+    """Return how to draw tokens of this origin. Up to `few` overlapping tokens get a heat map each."""
     held = origin > 1e-6 * origin.amax(dim=(1, 2), keepdim=True)
     if (held.sum(dim=1) <= 1).all():
         return "selection" if (held.sum(dim=2) <= 1).all() else "groups"
     return "maps" if origin.shape[1] <= few else "groups"
 
 
-def _stage(
+def _stage_column(
     block: int, origin: Float[Tensor, "b n patches"], pictures: Float[Tensor, "b 3 h w"], grid: tuple[int, int]
 ) -> Column:
-    counts = (origin.amax(dim=2) > 0).sum(dim=1).tolist()  # padding holds nothing
-    present = origin.amax(dim=1) > 0
+    counts = (origin.amax(dim=2) > 0).sum(dim=1).tolist()  # the origin of padding is zero
+    kept = origin.amax(dim=1) > 0
     if kind_of(origin, 0) == "selection":
-        drawn = covered(pictures, present, grid)
+        drawn = covered(pictures, kept, grid)
     else:
-        drawn = covered(coloured(pictures, origin.argmax(dim=1), grid), present, grid)
+        drawn = covered(colored(pictures, origin.argmax(dim=1), grid), kept, grid)
     same = min(counts) == max(counts)
     title = f"block {block}\n" + (f"{counts[0]} tokens" if same else f"{min(counts)} to {max(counts)} tokens")
     return Column(title, drawn, [""] * len(counts) if same else [str(count) for count in counts])
 
 
-def _alive(tokens: Tokens) -> Bool[Tensor, "b n"]:
-    whole = tokens.x.new_ones(tokens.x.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
-    return whole[:, tokens.prefix :]
+def _label_notes(targets: Int[Tensor, " b"], logits: Float[Tensor, "b classes"], names: Sequence[str]) -> list[str]:
+    short = [name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…" for name in names]
+    predicted = logits.argmax(dim=1).tolist()
+    return [f"true: {short[a]}\npred: {short[b]}" for a, b in zip(targets.tolist(), predicted, strict=True)]
+
+
+def _present(tokens: Tokens) -> Bool[Tensor, "b n"]:
+    mask = tokens.x.new_ones(tokens.x.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
+    return mask[:, tokens.prefix :]
