@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import videos
-from conftest import CONFIGS
+from fewtokens.data.video.records import Skipped
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import config as saved
 from fewtokens.runs import eval as evaluation
+from fewtokens.runs import skipped_videos
 from fewtokens.runs import train as training
 
 TINY = [
@@ -58,6 +58,13 @@ def test_a_run_says_what_it_could_not_read_and_how_it_counted(composed, tmp_path
     assert any("over the 2 videos that were read, without the 1 skipped" in record.message for record in caplog.records)
 
 
+def test_skipped_csv_holds_file_names_of_any_kind(tmp_path: Path) -> None:
+    skipped = [Skipped("test", name, "there is no such file") for name in ("a\r.mp4", "a,\n.mp4", "\udcff.mp4")]
+    skipped_videos._write(tmp_path, skipped)
+    with open(tmp_path / "skipped.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        assert [Skipped(*row) for row in csv.reader(file)][1:] == skipped
+
+
 def test_a_measured_run_counts_its_views_and_shows_tokens_over_time(composed, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
@@ -84,8 +91,7 @@ def test_two_processes_count_every_video_once_with_all_its_views(script, compose
     assert report["test/videos"] == 2
     assert report["test/skipped"] == 1
     assert report["data/train_replaced"] == 1
-    folder = saved.overlay(saved.config_of(saved.checkpoint_of(str(run))), "eval", CONFIGS)
-    again = composed(f"checkpoint={run}", "trainer=cpu", "measure=none", base="job", folder=folder, directory="again")
+    again = composed(f"checkpoint={run}", "trainer=cpu", "measure=none", base="eval", directory="again")
     alone = evaluation.run(again)
     assert {n: v for n, v in alone.items() if n.startswith("test/")} == pytest.approx(
         {n: v for n, v in report.items() if n.startswith("test/")}, abs=1e-6

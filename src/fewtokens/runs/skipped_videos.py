@@ -2,6 +2,7 @@
 
 import csv
 import logging
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -42,7 +43,7 @@ def summarize(job: Job, numbers: dict[str, float]) -> dict[str, float]:
     if replaced:
         counts["data/train_replaced"] = replaced
     if skipped and job.trainer.is_global_zero:
-        _write(job, skipped)
+        _write(job.directory, skipped)
     if any(name.startswith("test/") for name in numbers):
         counts |= _test_numbers(tested, untested + job.data.skipped_at_setup("test"), numbers)
     return counts
@@ -67,8 +68,8 @@ def _test_numbers(read: float, skipped: float, numbers: dict[str, float]) -> dic
     return found
 
 
-def _write(job: Job, skipped: list[Skipped]) -> None:
-    path = job.directory / "skipped.csv"
+def _write(directory: Path, skipped: list[Skipped]) -> None:
+    path = directory / "skipped.csv"
     with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         # All fields are quoted, since csv.writer does not quote a carriage return in a file name by itself.
         writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)

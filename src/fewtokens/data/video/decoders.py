@@ -56,12 +56,8 @@ def read(
         FewtokensError: An index is out of range, or the decoder is not installed.
     """
     info = info or container.video_info(path)
+    _check_frame_numbers(path, indices, info)
     wanted, back = np.unique(np.asarray(indices, np.int64), return_inverse=True)
-    if not len(wanted) or wanted[0] < 0 or wanted[-1] >= info.frames:
-        raise FewtokensError(
-            f"Frame numbers of {path} must be from 0 to {info.frames - 1}, got {list(indices)}. If a manifest lists "
-            "this file, write the manifest again."
-        )
     width, height = info.size(short_side)
     if len(back) * width * height * 3 > _MAX_BYTES:
         raise UnreadableError(path, f"{len(back)} frames of {width} x {height} pixels exceed {_MAX_BYTES >> 30} GiB")
@@ -119,6 +115,14 @@ def load(decoder: str) -> Any:
         return package
     except (ImportError, OSError, RuntimeError) as error:  # torchcodec without FFmpeg's libraries: RuntimeError
         raise decoder_error(decoder, str(error).strip().partition("\n")[0]) from error
+
+
+def _check_frame_numbers(path: str, indices: Sequence[int], info: VideoInfo) -> None:
+    if not len(indices) or min(indices) < 0 or max(indices) >= info.frames:
+        raise FewtokensError(
+            f"Frame numbers of {path} must be from 0 to {info.frames - 1}, got {list(indices)}. If a manifest lists "
+            "this file, write the manifest again."
+        )
 
 
 def _empty(shape: tuple[int, ...]) -> Rows:

@@ -38,24 +38,20 @@ def read_part(
     Raises:
         FewtokensError: The source cannot be read, labels are invalid, or no video remains.
     """
-    path = root / source
-    videos: Sequence[Video | ManifestRow]
+    path, rows = root / source, list[ManifestRow]()
     if is_manifest(path):
         rows = manifest.read(path)
-        videos = [row for row in rows if row.reason is None]
+        videos = [row.video for row in rows if row.reason is None]
         skipped = [Skipped(part, r.video.path, f"skipped by the manifest: {r.reason}") for r in rows if r.reason]
-        _check_labels(path, [row.video for row in videos], num_classes, multilabel)
     else:
         videos, missing = list_videos(root, source, multilabel=multilabel, classes=classes)
         skipped = [Skipped(part, video.path, "there is no such file") for video in missing]
-        _check_labels(path, videos, num_classes, multilabel)
+    _check_labels(path, videos, num_classes, multilabel)
     if not videos:
-        first = f", the first one because {skipped[0].path}: {skipped[0].reason}" if skipped else ""
-        raise FewtokensError(
-            f"{path} lists no video that can be used ({len(skipped)} are skipped{first}). Check `data.root`, which is "
-            f"{root}. {SOURCES_HELP}."
-        )
-    return videos, skipped
+        example = f", such as {skipped[0].path}: {skipped[0].reason}" if skipped else ""
+        reason = f"no video that can be used, and {len(skipped)} that are skipped{example}"
+        raise FewtokensError(f"{path} lists {reason}. Check `data.root`, which is {root}. {SOURCES_HELP}.")
+    return [row for row in rows if row.reason is None] or videos, skipped
 
 
 def list_videos(
