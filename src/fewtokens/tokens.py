@@ -32,6 +32,7 @@ class Tokens:
         keep_mask: 1 where a token is kept and 0 where it is dropped (B, P+N), with a gradient. Set only in training, by
             methods that learn the decision (DynamicViT) and leave all tokens in the batch; otherwise None.
         trace: List that collects the record after every block; None unless it is traced.
+        size_bias: Whether sizes bias attention. They always count in merging and pooling.
     """
 
     x: Float[Tensor, "b n c"]
@@ -43,6 +44,7 @@ class Tokens:
     origin: Float[Tensor, "b m patches"] | None = None
     keep_mask: Float[Tensor, "b n"] | None = None
     trace: "list[Tokens] | None" = None
+    size_bias: bool = True
 
     @property
     def patches(self) -> Float[Tensor, "b m c"]:
@@ -79,7 +81,16 @@ class Tokens:
         """Return the same tokens with new features."""
         # Not dataclasses.replace, which takes several times as long: this is called twice in every block.
         return Tokens(
-            x, self.prefix, self.frames, self.grid, self.size, self.mask, self.origin, self.keep_mask, self.trace
+            x,
+            self.prefix,
+            self.frames,
+            self.grid,
+            self.size,
+            self.mask,
+            self.origin,
+            self.keep_mask,
+            self.trace,
+            self.size_bias,
         )
 
     def resample(
@@ -217,12 +228,13 @@ class Tokens:
     def bias(self) -> Float[Tensor, "b 1 1 n"] | None:
         """Return the additive attention bias of sizes and padding (B, 1, 1, P+N); None if it is zero.
 
-        log(size) is ToMe's proportional attention (Bolya et al. 2023, section 3). With None, attention can use
-        fused kernels that accept no mask.
+        log(size) is ToMe's proportional attention (Bolya et al. 2023, section 3), unless `size_bias` turns it off. With
+        None, attention can use fused kernels that accept no mask.
         """
-        if self.size is None and self.mask is None:
+        size = self.size if self.size_bias else None
+        if size is None and self.mask is None:
             return None
-        bias = torch.zeros_like(self.x[..., 0]) if self.size is None else self.size.log().to(self.x.dtype)
+        bias = torch.zeros_like(self.x[..., 0]) if size is None else size.log().to(self.x.dtype)
         if self.mask is not None:
             bias = bias.masked_fill(~self.mask, float("-inf"))
         return bias[:, None, None, :]
@@ -253,13 +265,13 @@ def _flat(x: Float[Tensor, "b n c"], rows: Int[Tensor, "b k"]) -> Int[Tensor, "b
 
 def _flatten(tokens: Tokens) -> tuple[list[Any], Any]:
     tensors = [tokens.x, tokens.size, tokens.mask, tokens.origin, tokens.keep_mask]
-    return tensors, (tokens.prefix, tokens.frames, tokens.grid, tokens.trace)
+    return tensors, (tokens.prefix, tokens.frames, tokens.grid, tokens.trace, tokens.size_bias)
 
 
 def _unflatten(tensors: Any, context: Any) -> Tokens:
     x, size, mask, origin, keep_mask = tensors
-    prefix, frames, grid, trace = context  # The trace is passed on as the same list, which collects the records.
-    return Tokens(x, prefix, frames, grid, size, mask, origin, keep_mask, trace)
+    prefix, frames, grid, trace, bias = context  # The trace is passed on as the same list, which collects the records.
+    return Tokens(x, prefix, frames, grid, size, mask, origin, keep_mask, trace, bias)
 
 
 _pytree.register_pytree_node(Tokens, _flatten, _unflatten, serialized_type_name="fewtokens.tokens.Tokens")

@@ -1,7 +1,5 @@
-"""ATS: the official numbers, a second version in numpy and float64, and what must hold for any image in any batch."""
+"""ATS: the official numbers, a second version in numpy and float64, and properties for any image in any batch."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from conftest import run_without_type_checks
 from fewtokens.analysis.cost import macs
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
@@ -41,7 +40,7 @@ def golden(name: str) -> dict[str, Tensor]:
 
 
 def ids(order: Tensor, picked: Tensor) -> list[list[int]]:
-    """Tokens that go on, the class token being 0, as the official code counts; padding left out."""
+    """Return the kept tokens without padding, where 0 is the class token, as in the official code."""
     index, mask = pack(order, picked, order.shape[1])
     return [[0, *(row[real] + 1).tolist()] for row, real in zip(index, mask, strict=True)]
 
@@ -51,10 +50,10 @@ def official_ids(g: dict[str, Tensor], case: str) -> list[list[int]]:
 
 
 def case_scores(g: dict[str, Tensor], case: str) -> tuple[Tensor, Tensor]:
-    """Our scores of a golden case, and False where it has padding.
+    """Return our scores of a golden case, and False where it has padding.
 
-    Its attention is given, not its queries and keys: unit keys and the logarithm as queries make it, and zeros up to
-    their width change no norm of the values.
+    The file has the attention, not queries and keys. Its logarithm as queries and unit vectors as keys give that
+    attention. Padding the values with zeros to the same width does not change their norms.
     """
     attn, v = g[f"{case}.attn"], g[f"{case}.v"]
     n, dim = attn.shape[2], max(attn.shape[2], v.shape[3])
@@ -94,7 +93,7 @@ def test_kept_tokens_are_the_official_ones(case: str) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "n3"])
 def test_probes_pick_the_official_levels_from_the_official_levels(case: str) -> None:
-    """Padding and few probes included, as the golden file has their levels: there, not here, is what differs."""
+    """This includes padding and few probes: the levels are those of the golden file, and only they differ."""
     g = golden("ats_sampling")
     probes = int(g[f"{case}.n_ref"]) - 1
     levels = g[f"{case}.cdf"]
@@ -105,7 +104,7 @@ def test_probes_pick_the_official_levels_from_the_official_levels(case: str) -> 
 
 
 def test_of_two_patches_the_higher_stays() -> None:
-    """Officially none is left. The levels are 0 and 1, every probe is at 1: the higher patch is right."""
+    """The official code keeps none. The levels are 0 and 1 and every probe is at 1, so the higher patch is correct."""
     g = golden("ats_sampling")
     scores, valid = case_scores(g, "n3")
     assert official_ids(g, "n3") == [[0], [0]]
@@ -113,7 +112,7 @@ def test_of_two_patches_the_higher_stays() -> None:
 
 
 def test_padding_keeps_what_the_sample_alone_keeps() -> None:
-    """Officially the zeros of the padding become the lowest level and the lowest real patch moves up."""
+    """In the official code, the zeros of the padding become the lowest level, and the lowest real patch moves up."""
     g = golden("ats_sampling")
     scores, valid = case_scores(g, "n17_masked")
     found, official = ids(*nearest(scores, valid, 16)), official_ids(g, "n17_masked")
@@ -123,7 +122,7 @@ def test_padding_keeps_what_the_sample_alone_keeps() -> None:
 
 
 def test_few_probes_are_spread_over_all_levels() -> None:
-    """Officially the probes are so, too, but what they pick is cut to the 8 highest patches (see above)."""
+    """So are those of the official code, but it cuts their picks to the 8 highest patches (see above)."""
     g = golden("ats_sampling")
     scores, valid = case_scores(g, "n17_ref9")
     order, picked = nearest(scores, valid, 8)
@@ -148,7 +147,7 @@ def golden_blocks(g: dict[str, Tensor]) -> list[Block]:
 @torch.no_grad()
 @pytest.mark.parametrize("static", [False, True])
 def test_two_official_blocks(static: bool) -> None:
-    """All of the first; of the second every class token, and all tokens of the sample that has no padding there."""
+    """Compare all of the first, and of the second the class tokens and all tokens of the sample without padding."""
     g = golden("ats_blocks")
     ats, blocks, mode = ATS(CONTEXT, static=static), golden_blocks(g), "keep" if static else "drop"
     first = ats(Tokens(g["x"], prefix=1), blocks[0])
@@ -158,9 +157,9 @@ def test_two_official_blocks(static: bool) -> None:
         assert torch.equal(tokens.mask, g[f"{mode}.policy{i}"].bool())
     close(first.x[first.mask], g[f"{mode}.y0"][first.mask])
     close(second.x[:, 0], g[f"{mode}.y1"][:, 0])
-    # Officially it has padding with `keep`, too, so that `drop` alone gives what it would give by itself.
+    # With `keep`, the official code has padding in it as well. Only with `drop` is it as the sample alone.
     close(second.x[1, :9], g["drop.y1"][1])
-    # One of the padded samples' five patches is another one: see test_padding_keeps_what_the_sample_alone_keeps.
+    # One of the five patches of the padded samples differs: see test_padding_keeps_what_the_sample_alone_keeps.
     for sample in (0, 2):
         official = g[f"{mode}.y1"][sample, 1:6]
         same = torch.cdist(second.x[sample, 1:6], official).amin(dim=1) < 1e-4
@@ -288,7 +287,7 @@ def test_kept_are_real_at_least_one_and_at_most_the_probes(patches: int, probes:
 
 @pytest.mark.parametrize(("rule", "steps"), [(nearest, [2, 3, 5, 9, 17, 33]), (inverse_transform, [1, 3, 9, 27])])
 def test_more_probes_never_drop_what_fewer_keep(rule: Any, steps: list[int]) -> None:
-    """Exactly so where the positions of the few are among those of the many."""
+    """The positions of the few probes are among those of the many."""
     scores = torch.randn(8, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64).exp()
     kept = [ids(*rule(scores, torch.ones_like(scores, dtype=torch.bool), probes)) for probes in steps]
     for few, many in pairwise(kept):
@@ -317,7 +316,7 @@ def model_with(pool: str = "token", at: Any = "1:", options: dict[str, Any] | No
 
 
 def images(count: int, seed: int = 0) -> Tensor:
-    """Pictures that differ in contrast, so that they keep different numbers of patches."""
+    """Return images that differ in contrast, so that they keep different numbers of patches."""
     contrast = torch.linspace(0.1, 4, count)[:, None, None, None]
     return contrast * torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
 
@@ -331,7 +330,7 @@ def test_an_image_has_the_same_logits_alone_and_in_any_batch(pool: str, rule: st
     records = model.trace(batch)
     kept = records[-1].mask.sum(dim=1) if records[-1].mask is not None else torch.tensor([records[-1].x.shape[1]])
     if budget is None:
-        assert kept.min() < kept.max(), "or nothing is tested"
+        assert kept.min() < kept.max(), "otherwise nothing is tested"
     together = model(batch)
     alone = torch.cat([model(image[None]) for image in batch])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
@@ -352,7 +351,7 @@ def test_budget_all_is_the_plain_transformer() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("rule", NAMES)
-def test_stages_thin_out_within_the_budget(rule: str) -> None:
+def test_stages_keep_fewer_and_fewer_within_the_budget(rule: str) -> None:
     counts = {}
     for budget in (None, 0.5, 6, 1):
         trace = model_with(rule=rule, budget=budget).trace(images(6))
@@ -374,9 +373,9 @@ def test_cost_rises_with_the_probes() -> None:
 
 
 @torch.no_grad()
-def test_what_it_saves_to_the_last_multiply_add() -> None:
-    """Queries, attention, projection and MLP of those dropped, less the class token's query and row of attention, which
-    score: no N x N matrix is made."""
+def test_the_saved_multiply_adds_are_exact() -> None:
+    """It saves queries, attention, projection and MLP of the dropped patches, and adds the class token's query and its
+    row of attention for the scores. No N x N matrix is built."""
     model, image, n, c, heads = model_with(at=3, budget=9), images(2)[1:], 37, 16, 2
     dropped = n - model.trace(image)[-1].x.shape[1]
     with model.encoder.without_reduction():
@@ -387,7 +386,7 @@ def test_what_it_saves_to_the_last_multiply_add() -> None:
 
 @torch.no_grad()
 def test_only_survivors_attend() -> None:
-    """The plain block's rows, from fewer queries."""
+    """The result equals the rows of the plain block, from fewer queries."""
     model = model_with(at=1, budget=6)
     block, seen = model.encoder.blocks[1], []
     block.attn.proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
@@ -401,7 +400,7 @@ def test_only_survivors_attend() -> None:
 
 
 @torch.no_grad()
-def test_gated_attention_takes_the_rows_of_the_survivors() -> None:
+def test_gated_attention_uses_the_rows_of_the_survivors() -> None:
     torch.manual_seed(0)
     block = Block(16, 2, attn_layer=Attention).eval()
     block.attn = Attention(16, 2, qkv_bias=True, gated=True).eval()
@@ -422,7 +421,7 @@ def test_class_and_register_tokens_always_stay() -> None:
 
 
 @torch.no_grad()
-def test_the_origin_says_which_patches_are_left() -> None:
+def test_the_origin_shows_which_patches_are_left() -> None:
     last = model_with().trace(images(6))[-1]
     real = last.mask[:, 1:]
     assert torch.equal(last.origin.sum(dim=2), real.float())
@@ -430,7 +429,7 @@ def test_the_origin_says_which_patches_are_left() -> None:
 
 
 @torch.no_grad()
-def test_sizes_of_merged_tokens_count_in_the_scores_and_go_along() -> None:
+def test_sizes_of_merged_tokens_count_in_the_scores_and_are_kept() -> None:
     block = Block(16, 2, qkv_bias=True, attn_layer=Attention).eval()
     x, size = torch.randn(1, 17, 16, generator=torch.Generator().manual_seed(0)), torch.ones(1, 17)
     size[0, 5] = 1e4
@@ -449,7 +448,7 @@ def test_gradients_are_finite_and_reach_every_parameter(rule: str) -> None:
     assert torch.isfinite(batch.grad).all()
 
 
-def test_dropped_patches_have_gradients_as_values_and_the_choice_has_none() -> None:
+def test_dropped_patches_get_gradients_as_values_and_the_selection_none() -> None:
     block = Block(16, 2, qkv_bias=True, attn_layer=Attention)
     x = torch.randn(1, 17, 16, requires_grad=True)
     tokens = Tokens(x, prefix=1)
@@ -495,7 +494,7 @@ def test_exported_equals_eager(rule: str) -> None:
 
 
 @torch.no_grad()
-def test_static_needs_no_values() -> None:
+def test_static_does_not_depend_on_values() -> None:
     with torch.device("meta"):
         model = model_with(static=True)
         assert model(torch.empty(2, 3, 24, 24)).shape == (2, 5)
@@ -514,34 +513,43 @@ def test_compiled_equals_eager(rule: str, static: bool) -> None:
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-@pytest.mark.slow  # test_methods compiles every method in every run
+@pytest.mark.slow  # since test_methods compiles every method in every run
 @pytest.mark.skipif(not HOOKED, reason="nothing to do: the test above ran")
 def test_compiled_equals_eager_in_a_process_without_type_checks() -> None:
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "test_compiled_equals_eager["]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout
-    assert "4 passed" in run.stdout
+    assert "4 passed" in run_without_type_checks(__file__, "-k", "test_compiled_equals_eager[")
 
 
-# --- refusals
+# --- errors
 
 
 @pytest.mark.parametrize(
-    ("context", "arguments", "said"),
+    ("context", "arguments", "message"),
     [
-        (replace(CONTEXT, class_token=False), {}, r"^ATS scores .* class token\. .*To do: set backbone\.pool=token"),
-        (CONTEXT, {"rule": "gumbel"}, r"one of two rules\. Expected: 'nearest' or 'inverse_transform'\. Found: 'gumbel'"),
+        (
+            replace(CONTEXT, class_token=False),
+            {},
+            r"^ATS scores patches by the attention of the class token, .* Set backbone\.pool=token",
+        ),
+        (
+            CONTEXT,
+            {"rule": "gumbel"},
+            r"^`tokenizer\.build\.rule` must be 'nearest' or 'inverse_transform', got 'gumbel'\.$",
+        ),
         *[
-            (CONTEXT, {"budget": budget}, r"number of patches or a share .*To do: set tokenizer\.build\.budget=0\.5")
+            (
+                CONTEXT,
+                {"budget": budget},
+                rf"^`tokenizer\.build\.budget` must be an int >= 1, a float .*, got {budget!r}\.$",
+            )
             for budget in (0, -1, 0.0, 1.5, True, "most", float("nan"))
         ],
     ],
 )
-def test_refusals(context: LayerContext, arguments: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would refuse the types first
-    with pytest.raises(FewtokensError, match=said):
+def test_errors(
+    context: LayerContext, arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # It would check the types first.
+    with pytest.raises(FewtokensError, match=message):
         ATS(context, **arguments)
 
 

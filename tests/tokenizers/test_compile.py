@@ -1,12 +1,11 @@
 """Every tokenizer of this folder under torch.compile, torch.export and autocast."""
 
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 
+from conftest import run_without_type_checks
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.tokenizers.base import Tokenizer
 from fewtokens.tokenizers.dpc_knn import DPCKNN
@@ -38,8 +37,8 @@ TOKENIZERS = [
     pytest.param(RandomDrop, id="random drop"),
     pytest.param(FixedPattern, id="fixed pattern"),
 ]
-# In bfloat16 they may choose others, and some ask for a class token: their own tests put them under autocast.
-CHOOSERS = [
+# In bfloat16 they may select other patches, and some need a class token. Their own tests run them under autocast.
+SELECTORS = [
     pytest.param(TopK, id="top-k"),
     pytest.param(EViT, id="evit"),
     pytest.param(partial(ToMe, r=3), id="tome"),
@@ -55,7 +54,7 @@ unhooked = pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see 
 
 
 def model_with(build: object, pool: str = "token") -> ViT:
-    """A ViT with the tokenizer before its second block; no parameter is zero, as the fuser's would be."""
+    """Return a ViT with the tokenizer before its second block, in which no parameter is zero."""
     torch.manual_seed(0)
     model = vit(
         image_size=16,
@@ -73,7 +72,7 @@ def model_with(build: object, pool: str = "token") -> ViT:
 
 
 def check_compiled(build: object, backend: str) -> None:
-    """Logits and gradients are those of the eager model, and the graph does not break."""
+    """Check that logits and gradients equal those of the eager model, and that there is no graph break."""
     torch.compiler.reset()
     model = model_with(build)
     expected = model(IMAGES)
@@ -88,20 +87,20 @@ def check_compiled(build: object, backend: str) -> None:
 
 
 @unhooked
-@pytest.mark.parametrize("build", TOKENIZERS + CHOOSERS)
+@pytest.mark.parametrize("build", TOKENIZERS + SELECTORS)
 def test_compiled_equals_eager(build: object) -> None:
     check_compiled(build, "aot_eager")
 
 
 @pytest.mark.slow
 @unhooked
-@pytest.mark.parametrize("build", [TOKENIZERS[1], TOKENIZERS[6], *CHOOSERS])
+@pytest.mark.parametrize("build", [TOKENIZERS[1], TOKENIZERS[6], *SELECTORS])
 def test_compiled_by_inductor_equals_eager(build: object) -> None:
     check_compiled(build, "inductor")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("build", TOKENIZERS + CHOOSERS)
+@pytest.mark.parametrize("build", TOKENIZERS + SELECTORS)
 def test_exported_equals_eager(build: object) -> None:
     model = model_with(build)
     exported = torch.export.export(model, (IMAGES,)).module()
@@ -121,12 +120,8 @@ def test_autocast_is_near_float32_and_keeps_the_residual_stream_in_float32(build
     torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
-@pytest.mark.slow  # test_methods compiles every method in every run
+@pytest.mark.slow  # since test_methods compiles every method in every run
 @pytest.mark.skipif(not HOOKED, reason="nothing to do: the tests above ran")
 def test_compiled_equals_eager_in_a_process_without_type_checks() -> None:
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "test_compiled_equals_eager["]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout
-    assert f"{len(TOKENIZERS + CHOOSERS)} passed" in run.stdout
+    printed = run_without_type_checks(__file__, "-k", "test_compiled_equals_eager[")
+    assert f"{len(TOKENIZERS + SELECTORS)} passed" in printed

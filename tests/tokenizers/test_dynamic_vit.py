@@ -1,4 +1,4 @@
-"""DynamicViT: decisions that learn in training, and a fixed number of patches in evaluation."""
+"""DynamicViT: learned decisions in training, and a fixed number of patches in evaluation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +13,8 @@ from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import EPS, Attention, masked_softmax
 from fewtokens.layers.block import Block
 from fewtokens.tasks.classification import Classifier
-from fewtokens.tokenizers.base import LayerContext, Tokenizer
-from fewtokens.tokenizers.dynamic_vit import DynamicViT, first_highest
+from fewtokens.tokenizers.base import LayerContext, Tokenizer, highest
+from fewtokens.tokenizers.dynamic_vit import DynamicViT
 from fewtokens.tokens import Tokens
 
 Recipe = Callable[[LayerContext], Tokenizer]
@@ -34,7 +34,7 @@ def context(**more: object) -> LayerContext:
     return LayerContext(dim=8, heads=2, block=0, depth=4, prefix=1, grid=(14, 14), **more)
 
 
-def test_the_masked_softmax_is_a_softmax_over_those_that_stay_and_oneself() -> None:
+def test_the_masked_softmax_is_a_softmax_over_kept_tokens_and_the_token_itself() -> None:
     logits = torch.randn(2, 2, 5, 5, dtype=torch.float64)
     keep = torch.tensor([[1.0, 0, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.float64)
     found = masked_softmax(logits, keep)
@@ -47,7 +47,7 @@ def test_the_masked_softmax_is_a_softmax_over_those_that_stay_and_oneself() -> N
     assert masked_softmax(logits + 1e4, torch.zeros(2, 5, dtype=torch.float64)).isfinite().all()
 
 
-def test_dropped_tokens_learn_what_keeping_them_would_do() -> None:
+def test_dropped_tokens_get_the_gradient_of_keeping_them() -> None:
     keep = torch.tensor([[1.0, 0.0, 1.0]], requires_grad=True)
     value = torch.tensor([0.0, 5.0, 1.0])
     (masked_softmax(torch.zeros(1, 1, 1, 3), keep)[0, 0, 0] @ value).backward()
@@ -56,15 +56,15 @@ def test_dropped_tokens_learn_what_keeping_them_would_do() -> None:
 
 
 @pytest.mark.parametrize(("stage", "count"), [(0, 137), (1, 96), (2, 67)])
-def test_stages_keep_powers_of_the_share_of_all_patches(stage: int, count: int) -> None:
+def test_each_stage_keeps_a_power_of_the_keep_rate_of_all_patches(stage: int, count: int) -> None:
     tokenizer = DynamicViT(context(stage=stage, stages=3)).eval()
     tokens = Tokens(torch.randn(2, 1 + 150, 8), 1)
     assert tokenizer.choose(tokens).num_patches == count
-    assert DynamicViT(context(stage=2), keep_rate=0.001).count == 1
+    assert DynamicViT(context(stage=2, stages=3), keep_rate=0.001).count == 1
 
 
 @torch.no_grad()
-def test_in_evaluation_the_highest_scores_go_on_in_their_order() -> None:
+def test_evaluation_keeps_the_highest_scores_in_their_order() -> None:
     network = model(partial(DynamicViT, keep_rate=0.4), at=(1,)).eval()
     tokens, tokenizer = network.embed(images()), network.encoder.tokenizers[1]
     scores = tokenizer.predictor(tokens.patches, None)[..., 0]
@@ -72,7 +72,7 @@ def test_in_evaluation_the_highest_scores_go_on_in_their_order() -> None:
     for image in range(4):
         chosen = sorted(sorted(range(16), key=lambda i: -scores[image, i].item())[:6])
         assert torch.equal(kept.patches[image], tokens.patches[image, chosen])
-    assert first_highest(torch.zeros(1, 4), 2).tolist() == [[0, 1]]
+    assert highest(torch.zeros(1, 4), 2).tolist() == [[0, 1]]
     torch.testing.assert_close(network(images())[1:2], network(images()[1:2]), atol=1e-5, rtol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_it_costs_less_the_less_it_keeps() -> None:
     assert costs == sorted(set(costs))
 
 
-def test_in_training_all_stay_and_what_was_dropped_stays_dropped() -> None:
+def test_training_keeps_all_in_the_batch_and_dropped_patches_stay_dropped() -> None:
     tokenizers = [DynamicViT(context(stage=stage, stages=2)).train() for stage in range(2)]
     tokens = Tokens(torch.randn(3, 1 + 196, 8), 1)
     for tokenizer in tokenizers:
@@ -103,20 +103,19 @@ def test_in_training_all_stay_and_what_was_dropped_stays_dropped() -> None:
 
 
 @pytest.mark.parametrize("pool", ["token", "avg", "max", "map"])
-def test_what_is_dropped_is_not_seen_in_training(pool: str) -> None:
+def test_nothing_attends_to_dropped_patches_in_training(pool: str) -> None:
     network = model(Tokenizer, pool=pool).train()
     tokens = network.embed(images(2))
     keep = torch.ones(tokens.x.shape[:2])
     keep[:, tokens.prefix + 3] = 0
     changed = tokens.x.clone()
     changed[:, tokens.prefix + 3] = 7.0
-    found = [
-        network.classify(network.encoder(Tokens(x, tokens.prefix, grid=(4, 4), keep_mask=keep))) for x in (tokens.x, changed)
-    ]
+    masked = [Tokens(x, tokens.prefix, grid=(4, 4), keep_mask=keep) for x in (tokens.x, changed)]
+    found = [network.classify(network.encoder(record)) for record in masked]
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
-def test_the_loss_is_the_squared_distance_to_the_target_and_is_given_once() -> None:
+def test_the_loss_is_the_squared_distance_to_the_target_and_is_returned_once() -> None:
     tokenizer = DynamicViT(context(stage=1, stages=2), keep_rate=0.5, ratio_weight=3.0).train()
     kept = tokenizer.decide(Tokens(torch.randn(5, 197, 8), 1)).keep_mask
     assert kept is not None
@@ -151,13 +150,22 @@ def test_bf16() -> None:
     assert network.bfloat16().eval()(images().bfloat16()).isfinite().all()
 
 
-@pytest.mark.parametrize("wrong", [{"keep_rate": 0.0}, {"keep_rate": 1.5}, {"ratio_weight": -1.0}])
-def test_settings_that_are_none(wrong: dict[str, float]) -> None:
-    with pytest.raises(FewtokensError, match=r"tokenizer\.build\.keep_rate"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"keep_rate": 0.0}, r"^`tokenizer\.build\.keep_rate` must be above 0 and at most 1, got 0\.0\.$"),
+        ({"keep_rate": 1.5}, r"^`tokenizer\.build\.keep_rate` must be above 0 and at most 1, got 1\.5\.$"),
+        ({"ratio_weight": -1.0}, r"^`tokenizer\.build\.ratio_weight` must be at least 0, got -1\.0\.$"),
+    ],
+)
+def test_invalid_settings(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(FewtokensError, match=message):
         DynamicViT(context(), **wrong)
 
 
-def test_padding_is_refused() -> None:
+def test_padding_is_an_error() -> None:
     tokens = Tokens(torch.randn(1, 5, 8), 1, mask=torch.ones(1, 5, dtype=torch.bool))
-    with pytest.raises(FewtokensError, match="padding"):
+    with pytest.raises(
+        FewtokensError, match=r"^DynamicViT makes the same number .* an adaptive tokenizer before it has"
+    ):
         DynamicViT(context())(tokens, Block(8, 2, attn_layer=Attention))

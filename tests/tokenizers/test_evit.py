@@ -1,17 +1,16 @@
-"""EViT: the fused token against plain numpy, several stages, padding, sizes, and what it refuses."""
+"""EViT: the fused token in plain numpy, several stages, padding, sizes, and errors."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from fewtokens.analysis.cost import macs
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.block import Block
 from fewtokens.tokenizers.base import LayerContext
-from fewtokens.tokenizers.evit import EViT, shares
+from fewtokens.tokenizers.evit import EViT, fusion_weights
 from fewtokens.tokenizers.top_k import TopK, class_attention
 from fewtokens.tokens import Tokens
 
@@ -55,7 +54,7 @@ def test_the_fused_token_is_a_patch_like_any_other_to_the_next_stage(make_images
     attention[:, 6] = 1
     twice = EViT(CONTEXT, 0.1, normalize=True).reorganize(once, attention)
     torch.testing.assert_close(twice.patches[:, 0], once.patches[:, 6])
-    torch.testing.assert_close(twice.patches[:, 1], once.patches[:, :6].mean(dim=1))  # they got no attention at all
+    torch.testing.assert_close(twice.patches[:, 1], once.patches[:, :6].mean(dim=1))  # without any attention
     assert twice.origin is not None
     torch.testing.assert_close(twice.origin.sum(dim=2), torch.ones(4, 2))
 
@@ -77,13 +76,11 @@ def test_sizes_go_along_and_the_fused_token_counts_once(make_images) -> None:
 
 
 @torch.no_grad()
-def test_padding_is_neither_kept_nor_fused(make_images) -> None:
-    """An image gets the same tokens with padding as without; one with a single patch has nothing to fuse."""
+def test_padding_is_neither_kept_nor_fused(make_images, padding: Tensor) -> None:
+    """An image gets the same tokens with padding as without. One with a single patch has nothing to fuse."""
     tokens, attention = make_images(), torch.rand(4, N)
-    mask = torch.ones(4, P + N, dtype=torch.bool)
-    mask[1, P + 10 :] = False
-    mask[2, P + 1 :] = False
-    out = EViT(CONTEXT, 0.5).reorganize(replace(tokens, mask=mask), attention)
+    padding[2, P + 1 :] = False
+    out = EViT(CONTEXT, 0.5).reorganize(replace(tokens, mask=padding), attention)
     assert out.mask is not None
     assert out.mask.sum(dim=1).tolist() == [P + 9, P + 6, P + 1, P + 9]
     assert torch.isfinite(out.x).all()
@@ -91,15 +88,8 @@ def test_padding_is_neither_kept_nor_fused(make_images) -> None:
     torch.testing.assert_close(out.x[1][out.mask[1]], alone.x[0])
 
 
-@torch.no_grad()
-def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(make_model) -> None:
-    images = torch.randn(2, 3, 16, 16)
-    with (whole := make_model(partial(EViT, keep_rate=1.0))).encoder.without_reduction():
-        expected = whole(images)
-    assert torch.equal(whole(images), expected)
-    assert not torch.equal(make_model(partial(EViT, keep_rate=0.3))(images), expected)
-    costs = [macs(make_model(partial(EViT, keep_rate=keep)), images[:1]) for keep in (0.25, 0.5, 0.75)]
-    assert costs == sorted(set(costs))
+def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(check_keep_rates) -> None:
+    check_keep_rates(EViT)
 
 
 def test_gradients_reach_every_patch_and_the_attention(make_images) -> None:
@@ -112,20 +102,15 @@ def test_gradients_reach_every_patch_and_the_attention(make_images) -> None:
     assert torch.equal(attention.grad != 0, out.origin[:, -1] > 0)
 
 
-def test_it_is_finite_under_autocast(make_model) -> None:
-    net = make_model(partial(EViT, keep_rate=0.5)).train()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = net(torch.randn(2, 3, 16, 16)).square().sum()
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+def test_it_is_finite_under_autocast(check_autocast) -> None:
+    check_autocast(EViT)
 
 
-def test_shares_are_finite_where_nothing_is_attended_or_dropped() -> None:
-    found = shares(torch.zeros(2, 3), torch.tensor([[True, True, False], [False] * 3]), True)
+def test_weights_are_finite_if_nothing_is_attended_to_or_dropped() -> None:
+    found = fusion_weights(torch.zeros(2, 3), torch.tensor([[True, True, False], [False] * 3]), True)
     assert found.tolist() == [[0.5, 0.5, 0], [0, 0, 0]]
 
 
-def test_without_a_class_token_it_is_refused_at_build() -> None:
-    with pytest.raises(FewtokensError, match=r"EViT keeps what the class token attends to"):
+def test_a_backbone_without_class_token_is_an_error() -> None:
+    with pytest.raises(FewtokensError, match=r"^EViT scores patches by the attention of the class token"):
         EViT(replace(CONTEXT, class_token=False))

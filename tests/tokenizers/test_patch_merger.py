@@ -1,4 +1,4 @@
-"""PatchMerger: the formula in plain numpy, frames, order, the fuser around it, and what it refuses."""
+"""PatchMerger: the formula in plain numpy, frames, order, TokenFuser around it, and errors."""
 
 from dataclasses import replace
 from functools import partial
@@ -45,7 +45,7 @@ def test_the_formula(scale: bool, frames: int) -> None:
     few = tokenizer.pool(tokens)
     x = tokens.per_frame.double().numpy()
     gain, shift, queries = (t.double().numpy() for t in (*tokenizer.norm.parameters(), tokenizer.queries))
-    z = (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-6) * gain + shift
+    z = (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5) * gain + shift
     weights = np.exp(np.einsum("sc,bnc->bsn", queries, z) * (8**-0.5 if scale else 1))
     weights /= weights.sum(axis=2, keepdims=True)
     np.testing.assert_allclose(few.per_frame, weights @ z, rtol=1e-4, atol=1e-5)
@@ -79,13 +79,23 @@ def test_gradients_under_autocast_and_cost() -> None:
 
 
 @torch.no_grad()
-def test_the_fuser_goes_around_it() -> None:
+def test_token_fuser_wraps_it() -> None:
     fused = model(4, partial(TokenFuser, inner=partial(PatchMerger, num_tokens=4)))
     assert torch.isfinite(fused(torch.randn(2, 3, 16, 16))).all()
 
 
-def test_refusals() -> None:
-    with pytest.raises(FewtokensError, match=r"PatchMerger makes at least one token"):
+def test_the_norm_is_computed_once_and_has_the_epsilon_of_torch() -> None:
+    tokenizer, calls = merger(), []
+    tokenizer.norm.register_forward_hook(lambda *_: calls.append(1))
+    tokenizer.pool(clip())
+    assert len(calls) == 1
+    assert tokenizer.norm.eps == 1e-5
+
+
+def test_errors() -> None:
+    with pytest.raises(FewtokensError, match=r"^`tokenizer\.build\.num_tokens` must be an int >= 1, or .*, got 0\.$"):
         PatchMerger(CONTEXT, 0)
-    with pytest.raises(FewtokensError, match=r"PatchMerger mixes all patches, so none may be padding"):
+    with pytest.raises(
+        FewtokensError, match=r"^PatchMerger makes the same number of tokens of every sample and takes no"
+    ):
         merger().pool(replace(clip(), mask=torch.ones(2, 17, dtype=torch.bool)))

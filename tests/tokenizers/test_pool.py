@@ -1,5 +1,6 @@
-"""Average pooling: means, lattices that do not divide, frames, the fuser around it, and what it refuses."""
+"""Average pooling: means, grids that the window does not divide, frames, TokenFuser around it, and errors."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,7 @@ from fewtokens.analysis.cost import macs
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
 from fewtokens.tokenizers.base import LayerContext
-from fewtokens.tokenizers.pool import Pool, windows
+from fewtokens.tokenizers.pool import Pool, pooled_grid
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokens import Tokens
 
@@ -47,7 +48,7 @@ def test_every_window_becomes_its_mean(window: int | list[int], grid: tuple[int,
         for x in range(0, grid[1], width)
     ]
     np.testing.assert_allclose(few.patches, np.stack(expected, axis=1), rtol=1e-5, atol=1e-6)
-    assert few.grid == windows(grid, (height, width))
+    assert few.grid == pooled_grid(grid, (height, width))
     assert (few.frames, few.prefix) == (frames, 2)
     assert torch.equal(few.x[:, :2], tokens.x[:, :2])
     assert Pool(context(grid), window).num_tokens * frames == few.num_patches
@@ -58,17 +59,17 @@ def test_every_window_becomes_its_mean(window: int | list[int], grid: tuple[int,
 
 
 @torch.no_grad()
-def test_windows_of_one_are_the_plain_transformer_and_wider_ones_are_cheaper() -> None:
+def test_windows_of_one_patch_are_the_plain_transformer_and_larger_ones_are_cheaper() -> None:
     images = torch.randn(2, 3, 20, 20)
-    with (whole := model(partial(Pool, window=1))).encoder.without_reduction():
-        expected = whole(images)
-    assert torch.equal(whole(images), expected)
+    with (complete := model(partial(Pool, window=1))).encoder.without_reduction():
+        expected = complete(images)
+    assert torch.equal(complete(images), expected)
     costs = [macs(model(partial(Pool, window=window)), images[:1]) for window in (5, 3, 2, 1)]
     assert costs == sorted(set(costs))
 
 
 @torch.no_grad()
-def test_it_can_pool_again_and_the_fuser_goes_around_it() -> None:
+def test_it_can_pool_twice_and_token_fuser_wraps_it() -> None:
     images = torch.randn(2, 3, 20, 20)
     grids = [tokens.grid for tokens in model(Pool, at=[1, 2]).trace(images)]
     assert grids == [(5, 5), (3, 3), (2, 2)]
@@ -87,13 +88,14 @@ def test_gradients_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("window", [0, [2], [2, 0], [1, 1, 1]])
-def test_windows_that_cannot_be(window: object) -> None:
-    with pytest.raises(FewtokensError, match=r"means over windows of patches\. Expected: .*\. Found: .*\. To do: set"):
+def test_invalid_windows(window: object) -> None:
+    message = rf"^`tokenizer\.build\.window` must be an int >= 1 or \[height, width\], got {re.escape(str(window))}\.$"
+    with pytest.raises(FewtokensError, match=message):
         Pool(context(), window)
 
 
-def test_a_broken_lattice_and_padding_are_refused() -> None:
-    with pytest.raises(FewtokensError, match=r"Pool needs patches on a lattice"):
+def test_an_incomplete_grid_and_padding_are_errors() -> None:
+    with pytest.raises(FewtokensError, match=r"^Pool needs patch tokens on a complete \(height, width\) grid"):
         Pool(context()).pool(replace(clip(), grid=None))
-    with pytest.raises(FewtokensError, match=r"Pool needs patches on a lattice"):
+    with pytest.raises(FewtokensError, match=r"^Pool needs patch tokens on a complete \(height, width\) grid"):
         Pool(context()).pool(replace(clip(), mask=torch.ones(2, 22, dtype=torch.bool)))

@@ -1,5 +1,6 @@
-"""Random drop: who is drawn, what the record says afterwards, and when the draw repeats itself."""
+"""Random token dropping: the sampling, the record afterwards, and reproducibility."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -11,8 +12,8 @@ from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import LayerContext, Tokenizer, highest, share
-from fewtokens.tokenizers.random_drop import RandomDrop, draw
+from fewtokens.tokenizers.base import LayerContext, Tokenizer, num_kept, top_positions
+from fewtokens.tokenizers.random_drop import RandomDrop, random_scores
 from fewtokens.tokens import Tokens
 
 N = 15
@@ -20,7 +21,7 @@ CONTEXT = LayerContext(dim=16, heads=2, block=0, depth=1, prefix=2)
 
 
 class Through(Block):
-    """A block that does nothing, so that what a tokenizer made can be seen."""
+    """A block that does nothing, so that tests see the output of the tokenizer."""
 
     def __init__(self) -> None:
         super().__init__(8, 2, attn_layer=Attention)
@@ -47,19 +48,19 @@ def dropped(tokens: Tokens, train: bool = False, keep: float = 0.5) -> Tokens:
 @pytest.mark.parametrize(
     ("count", "keep", "stays"), [(30, 0.1, 3), (10, 0.7, 7), (15, 0.5, 8), (4, 0.01, 1), (4, 1.0, 4)]
 )
-def test_a_share_is_rounded_up_and_whole_shares_stay_whole(count: int, keep: float, stays: int) -> None:
-    assert share(count, keep) == stays
+def test_a_share_is_rounded_up_unless_it_is_an_integer(count: int, keep: float, stays: int) -> None:
+    assert num_kept(count, keep) == stays
 
 
-def test_of_equal_scores_the_first_positions_win() -> None:
+def test_of_equal_scores_the_first_positions_are_taken() -> None:
     scores = torch.tensor([[1.0, 2, 1, 2, 1, 1], [0, 0, 0, 0, 0, 0]])
-    assert highest(scores, 0.5)[0].tolist() == [[0, 1, 3], [0, 1, 2]]
+    assert top_positions(scores, 0.5)[0].tolist() == [[0, 1, 3], [0, 1, 2]]
 
 
-def test_every_image_keeps_its_share_of_what_is_no_padding() -> None:
+def test_every_image_keeps_its_share_of_its_valid_patches() -> None:
     scores = torch.tensor([[5.0, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0]])
     valid = torch.tensor([[True] * 6, [False, False, True, True, False, False]])
-    index, mask = highest(scores, 0.5, valid)
+    index, mask = top_positions(scores, 0.5, valid)
     assert mask is not None
     assert index[0].tolist() == [0, 1, 2]
     assert mask.tolist() == [[True] * 3, [True, False, False]]
@@ -68,7 +69,7 @@ def test_every_image_keeps_its_share_of_what_is_no_padding() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("train", [True, False])
-def test_patches_are_kept_whole_each_image_with_its_own_draw(train: bool) -> None:
+def test_every_image_keeps_other_patches_and_they_are_unchanged(train: bool) -> None:
     tokens = image()
     few = dropped(tokens, train)
     assert (few.num_patches, few.prefix, few.grid, few.mask) == (8, 2, None, None)
@@ -84,27 +85,28 @@ def test_patches_are_kept_whole_each_image_with_its_own_draw(train: bool) -> Non
 
 
 @torch.no_grad()
-def test_all_patches_are_drawn_equally_often() -> None:
+def test_all_patches_are_kept_equally_often() -> None:
     few = dropped(image(2000), train=True, keep=0.4)
     assert few.origin is not None
     assert ((few.origin.sum(dim=1).mean(dim=0) - 0.4).abs() < 0.05).all()
 
 
 @torch.no_grad()
-def test_evaluation_repeats_itself_and_training_does_not() -> None:
+def test_evaluation_is_reproducible_and_training_is_random() -> None:
     tokens = image()
     assert torch.equal(dropped(tokens).x, dropped(tokens).x)
     first = dropped(tokens, train=True).x
     assert not torch.equal(first, dropped(tokens, train=True).x)
-    assert not torch.equal(draw(tokens.patches, 0), draw(tokens.patches, 1))
-    assert torch.equal(draw(tokens.patches, 0)[:2], draw(tokens.patches[:2], 0)), "whatever comes after it in a batch"
+    assert not torch.equal(random_scores(tokens.patches, 0), random_scores(tokens.patches, 1))
+    # independent of the images after it in the batch
+    assert torch.equal(random_scores(tokens.patches, 0)[:2], random_scores(tokens.patches[:2], 0))
     before = torch.get_rng_state()
-    draw(tokens.patches, 0)
-    assert torch.equal(torch.get_rng_state(), before), "evaluation leaves torch's generator alone"
+    random_scores(tokens.patches, 0)
+    assert torch.equal(torch.get_rng_state(), before), "evaluation does not use torch's generator"
 
 
-def test_the_seeded_draw_is_uniform_and_neighbours_are_unrelated() -> None:
-    x = torch.stack([draw(torch.empty(200, 196, 1), seed) for seed in range(3)])
+def test_seeded_scores_are_uniform_and_neighbors_are_uncorrelated() -> None:
+    x = torch.stack([random_scores(torch.empty(200, 196, 1), seed) for seed in range(3)])
     assert x.min() >= 0
     assert x.max() < 1
     counts = torch.histc(x, 20, 0, 1) / x.numel()
@@ -126,9 +128,9 @@ def test_padding_is_kept_last_and_stays_padding() -> None:
 @torch.no_grad()
 def test_keeping_all_is_the_plain_transformer() -> None:
     images = torch.randn(2, 3, 16, 16)
-    with (whole := model(1.0)).encoder.without_reduction():
-        expected = whole(images)
-    assert torch.equal(whole(images), expected)
+    with (complete := model(1.0)).encoder.without_reduction():
+        expected = complete(images)
+    assert torch.equal(complete(images), expected)
     tokens, block = image(), Block(16, 2, attn_layer=Attention)
     out = RandomDrop(CONTEXT, 1.0)(tokens, block)
     assert torch.equal(out.x, Tokenizer(CONTEXT)(tokens, block).x)
@@ -155,6 +157,7 @@ def test_less_is_cheaper_and_autocast_is_finite() -> None:
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.5])
-def test_a_share_lies_between_nothing_and_all(keep: float) -> None:
-    with pytest.raises(FewtokensError, match=r"keeps a share of the patches\. Expected: 0 < keep_rate <= 1\. Found: "):
+def test_a_keep_rate_out_of_range_is_an_error(keep: float) -> None:
+    message = rf"^`tokenizer\.build\.keep_rate` must be above 0 and at most 1, got {re.escape(str(keep))}\.$"
+    with pytest.raises(FewtokensError, match=message):
         RandomDrop(CONTEXT, keep)

@@ -1,7 +1,7 @@
-"""TokenLearner and TokenFuser against formulas written out in numpy, in float64, on shapes the golden files lack.
+"""TokenLearner and TokenFuser against formulas in numpy and float64, on shapes that the golden files do not have.
 
-The formulas are methods of the papers and of scenic's and Keras's code, written here a second time and on purpose
-without torch: windows are summed by hand, every token and frame by itself.
+The formulas are those of the papers and of scenic's and Keras's code, written a second time and without torch: windows
+are summed by loops, and every token and frame on its own.
 """
 
 from math import erf, pi, sqrt
@@ -54,12 +54,14 @@ def softmax_over_positions(logits: Array) -> Array:
 
 
 def layer_norm(x: Array, p: Params, name: str) -> Array:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-6) * p[f"{name}.weight"] + p[f"{name}.bias"]
+    centered = x - x.mean(axis=-1, keepdims=True)
+    return (
+        centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + 1e-6) * p[f"{name}.weight"] + p[f"{name}.bias"]
+    )
 
 
 def conv3x3(x: Array, weight: Array) -> Array:
-    """x (H, W, C), zeros around it; weight (out, C, 3, 3)."""
+    """Convolve x (H, W, C), padded with zeros, with the weight (out, C, 3, 3)."""
     height, width, _ = x.shape
     framed = np.pad(x, ((1, 1), (1, 1), (0, 0)))
     out = np.zeros((height, width, weight.shape[0]))
@@ -71,7 +73,7 @@ def conv3x3(x: Array, weight: Array) -> Array:
 
 
 def grouped(x: Array, weight: Array, groups: int) -> Array:
-    """1x1 convolution in groups: x (N, C); weight (C, C / groups, 1)."""
+    """Apply a 1x1 convolution in groups with the weight (C, C / groups, 1) to x (N, C)."""
     parts = np.split(x, groups, axis=1)
     kernels = np.split(weight[..., 0], groups, axis=0)
     return np.concatenate([part @ kernel.T for part, kernel in zip(parts, kernels, strict=True)], axis=1)
@@ -83,7 +85,7 @@ def mask_mlp(x: Array, p: Params, prefix: str, kind: str) -> Array:
 
 
 def token_learner_10(x: Array, p: Params, pooling: str, kind: str) -> Array:
-    """x (H, W, C) to (S, C)."""
+    """Map x (H, W, C) to tokens (S, C)."""
     maps = layer_norm(x, p, "norm")
     for i in range(3):
         maps = gelu(conv3x3(maps, p[f"convs.{i}.weight"]), kind)
@@ -104,7 +106,7 @@ def token_learner_grouped(x: Array, p: Params, groups: int) -> Array:
 
 
 def token_fuser(tokens: Array, original: Array, p: Params, normalize: bool, kind: str) -> Array:
-    """Tokens (S, C) onto original (N, C)."""
+    """Map tokens (S, C) to the positions of the original (N, C)."""
     values = layer_norm(tokens, p, "norm1") if normalize else tokens
     mixed = np.stack(
         [(p["mix.weight"][s, :, None] * values).sum(axis=0) + p["mix.bias"][s] for s in range(len(tokens))]
@@ -128,7 +130,7 @@ def context(shape: dict[str, int]) -> LayerContext:
 
 @torch.no_grad()
 def randomized(module: nn.Module) -> tuple[nn.Module, Params]:
-    """The module in float64 with random parameters, those that start at zero or one included."""
+    """Return the module in float64 with random parameters, including those initialized to zero or one."""
     module = module.double().eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
@@ -138,7 +140,7 @@ def randomized(module: nn.Module) -> tuple[nn.Module, Params]:
 
 @torch.no_grad()
 def compare(tokenizer: MapPooler, tokens: Tokens, formula: object, *args: object) -> None:
-    """Every frame of every sample by the formula; the prefix as it was."""
+    """Check every frame of every sample against the formula, and that the prefix is unchanged."""
     few = tokenizer.pool(tokens)
     images = tokens.per_frame.unflatten(1, tokens.grid).numpy()
     expected = np.stack([formula(image, *args) for image in images])
@@ -186,7 +188,7 @@ def test_token_fuser(shape: dict[str, int], normalize: bool, kind: str, init: st
 
 
 class Shift(Block):
-    """A stand-in for a block that treats every token alike, so that its work can be told apart."""
+    """A block that acts on each token alone in a simple way, so that tests can recognize its output."""
 
     def __init__(self) -> None:
         super().__init__(4, 1)
@@ -217,7 +219,7 @@ def test_token_fuser_pools_runs_the_block_fuses_per_frame_and_adds_the_input(sha
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [TokenLearner, TokenLearnerV11, TokenLearnerV11Grouped])
 def test_frames_share_weights_and_do_not_mix(kind: type[MapPooler]) -> None:
-    """A clip of three frames gives what its frames give one by one."""
+    """A clip of three frames gives the same as its frames one by one."""
     shape = {"batch": 2, "prefix": 1, "frames": 3, "height": 3, "width": 4, "dim": 8, "seed": 0}
     tokenizer, _ = randomized(kind(context(shape), 2))
     tokens = random_tokens(shape)

@@ -1,4 +1,4 @@
-"""Sinkhorn: the official plan, a second version in numpy and float64, sizes, padding, frames, and what it refuses."""
+"""Sinkhorn: the official plan, a second version in numpy and float64, sizes, padding, frames, and errors."""
 
 from dataclasses import replace
 from functools import partial
@@ -28,9 +28,9 @@ def clip(frames: int = 1, **more: object) -> Tokens:
     return Tokens(torch.randn(2, 2 + count, 8), 2, frames, (3, 5), origin=torch.eye(count).expand(2, -1, -1), **more)
 
 
-def by_hand(x: np.ndarray, centres: np.ndarray, mass: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
-    """Weights (S, N) of one image's patches by scaling rows and columns of the kernel in turns, not by logarithms."""
-    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (centres, x)]
+def by_hand(x: np.ndarray, centers: np.ndarray, mass: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
+    """Return the weights (S, N) of an image's patches, by scaling rows and columns in turns and without logarithms."""
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (centers, x)]
     kernel = np.exp(unit[0] @ unit[1].T / epsilon)
     columns = np.ones(len(x))
     for _ in range(iterations):
@@ -45,10 +45,10 @@ def by_hand(x: np.ndarray, centres: np.ndarray, mass: np.ndarray, epsilon: float
 @torch.no_grad()
 @pytest.mark.parametrize("case", sorted({key.split(".")[0] for key in GOLDEN}))
 def test_the_plan_is_the_official_one(case: str) -> None:
-    """Up to the sums of its rows; the tokens are then the official ones too, were they made of unit patches."""
+    """It is up to the sums of its rows. The tokens then agree too, for patches of length 1."""
     g = {key.split(".")[1]: value for key, value in GOLDEN.items() if key.startswith(f"{case}.")}
     tokenizer = Sinkhorn(CONTEXT, len(g["centres"]), int(g["iterations"]), float(g["epsilon"]))
-    tokenizer.centres = torch.nn.Parameter(7 * g["centres"])  # their directions alone count
+    tokenizer.centers = torch.nn.Parameter(7 * g["centres"])  # only their directions matter
     rows = g["weights"].sum(dim=2, keepdim=True)
     close(tokenizer.maps(Tokens(g["x"])), g["weights"] / rows)
     unit = torch.nn.functional.normalize(g["x"], dim=2)
@@ -73,10 +73,10 @@ def test_tokens_against_numpy(
     record = clip(frames, size=size if sized else None)
     record = replace(record, x=record.x.double(), origin=record.origin.double())
     with torch.no_grad():
-        few, centres = tokenizer.pool(record), tokenizer.centres.numpy()
+        few, centers = tokenizer.pool(record), tokenizer.centers.numpy()
     masses = size[:, 2:].double().reshape(2 * frames, 15).numpy() if sized else np.ones((2 * frames, 15))
     weights = [
-        by_hand(x, centres, mass, epsilon, iterations) for x, mass in zip(record.per_frame.numpy(), masses, strict=True)
+        by_hand(x, centers, mass, epsilon, iterations) for x, mass in zip(record.per_frame.numpy(), masses, strict=True)
     ]
     expected = np.stack(weights) @ record.per_frame.numpy()
     np.testing.assert_allclose(few.per_frame, expected, rtol=1e-6, atol=1e-6)
@@ -86,8 +86,8 @@ def test_tokens_against_numpy(
     torch.testing.assert_close(few.origin.sum(dim=2), torch.ones(2, tokens * frames).double())
 
 
-def test_patches_are_shared_out_evenly() -> None:
-    """Where a softmax lets all centres take the same patch, the plan gives every patch away as often as any other."""
+def test_all_patches_are_taken_equally() -> None:
+    """With a softmax all centers may take the same patch. With the plan, all patches have the same total weight."""
     logits = torch.zeros(1, 3, 6)
     logits[:, :, 2] = 5
     assert transport(logits, None, 0)[0, :, 2].min() > 0.9
@@ -102,7 +102,7 @@ def test_patches_are_shared_out_evenly() -> None:
 
 
 @torch.no_grad()
-def test_a_patch_of_three_counts_as_three_and_padding_not_at_all() -> None:
+def test_a_patch_of_size_three_counts_three_times_and_padding_does_not_count() -> None:
     tokenizer, x = Sinkhorn(CONTEXT, 4), torch.randn(1, 7, 8)
     mask = torch.tensor([[True, True, True, False, True, True, False]])
     size = torch.tensor([[1.0, 1, 3, 9, 1, 1, 9]])
@@ -125,20 +125,20 @@ def test_equal_patches_weigh_the_same_and_zeros_give_no_nan() -> None:
 
 def test_gradients_under_autocast_and_cost(make_model) -> None:
     net, images = make_model(Sinkhorn).train(), torch.randn(2, 3, 16, 16)
-    assert tokens_per_block(net, images) == [3 + 16, 3 + 8, 3 + 4], "half of what the place before left"
+    assert tokens_per_block(net, images) == [3 + 16, 3 + 8, 3 + 4], "half of what the previous stage left"
     with torch.autocast("cpu", torch.bfloat16):
         loss = net(images).square().sum()
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
-    assert net.encoder.tokenizers[1].centres.grad.abs().min() > 0
+    assert net.encoder.tokenizers[1].centers.grad.abs().min() > 0
     assert torch.isfinite(net.bfloat16()(images.bfloat16())).all()
     costs = [macs(make_model(partial(Sinkhorn, num_tokens=count)), images[:1]) for count in (1, 4, 8)]
     assert costs == sorted(set(costs))
 
 
 @torch.no_grad()
-def test_the_plan_is_made_in_float32_under_autocast() -> None:
+def test_the_plan_is_computed_in_float32_under_autocast() -> None:
     tokenizer, tokens = Sinkhorn(CONTEXT, 4), clip()
     expected = tokenizer.maps(tokens)
     with torch.autocast("cpu", torch.bfloat16):
@@ -146,21 +146,21 @@ def test_the_plan_is_made_in_float32_under_autocast() -> None:
 
 
 @torch.no_grad()
-def test_the_fuser_goes_around_it_and_every_place_sees_the_whole_lattice(make_model) -> None:
+def test_token_fuser_wraps_it_and_every_stage_sees_the_full_grid(make_model) -> None:
     fused = make_model(partial(TokenFuser, inner=Sinkhorn))
     assert [tokenizer.inner.num_tokens for tokenizer in fused.encoder.tokenizers[1:]] == [8, 8]
     assert torch.isfinite(fused(torch.randn(2, 3, 16, 16))).all()
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
-        ({"num_tokens": 0}, r"Sinkhorn makes at least one token"),
-        ({"num_tokens": 1.5}, r"a number of tokens or a share of the patches\. Expected: an int >= 1, or a float"),
-        ({"iterations": -1}, r"Expected: iterations >= 0 and epsilon > 0\. Found: iterations=-1, epsilon=0\.25"),
-        ({"epsilon": 0.0}, r"Found: iterations=5, epsilon=0\.0"),
+        ({"num_tokens": 0}, r"^`tokenizer\.build\.num_tokens` must be an int >= 1, or a float .* at most 1, got 0\.$"),
+        ({"num_tokens": 1.5}, r"^`tokenizer\.build\.num_tokens` must be an int >= 1, or a float .*, got 1\.5\.$"),
+        ({"iterations": -1}, r"^`tokenizer\.build\.iterations` must be an int >= 0, got -1\.$"),
+        ({"epsilon": 0.0}, r"^`tokenizer\.build\.epsilon` must be above 0, got 0\.0\.$"),
     ],
 )
-def test_refusals(more: dict[str, object], said: str) -> None:
-    with pytest.raises(FewtokensError, match=said):
+def test_errors(more: dict[str, object], message: str) -> None:
+    with pytest.raises(FewtokensError, match=message):
         Sinkhorn(CONTEXT, **more)

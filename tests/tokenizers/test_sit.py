@@ -1,4 +1,4 @@
-"""SiT: the official module, a second version in numpy and float64, sizes, padding, frames, and what it refuses."""
+"""SiT: the official module, a second version in numpy and float64, sizes, padding, frames, and errors."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,7 @@ import torch
 
 from fewtokens.analysis.cost import macs, tokens_per_block
 from fewtokens.errors import FewtokensError
-from fewtokens.tokenizers.base import LayerContext, tokens_made
+from fewtokens.tokenizers.base import LayerContext, pooled_count
 from fewtokens.tokenizers.sit import SiT
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokens import Tokens
@@ -41,7 +41,7 @@ def test_weights_and_tokens_are_the_official_ones(case: str) -> None:
     names = {"param.weight": "mlp", "param.scale": "scale"}
     state = {key.replace(old, new): g[key].squeeze() for old, new in names.items() for key in g if key.startswith(old)}
     tokenizer = SiT(replace(CONTEXT, dim=g["x"].shape[2]), g["tokens"].shape[1])
-    tokenizer.load_state_dict(state)
+    tokenizer.load_state_dict(state | {"scale": state["scale"].reshape(1)})
     close(tokenizer.maps(Tokens(g["x"])), g["weights"])
     close(tokenizer.pool(Tokens(g["x"])).x, g["tokens"])
 
@@ -71,7 +71,7 @@ def test_the_formula(frames: int, sized: bool) -> None:
 
 
 @torch.no_grad()
-def test_a_patch_of_three_counts_as_three_and_padding_not_at_all() -> None:
+def test_a_patch_of_size_three_counts_three_times_and_padding_does_not_count() -> None:
     tokenizer, x = random(), torch.randn(1, 7, 8)
     mask = torch.tensor([[True, True, True, False, True, True, False]])
     size = torch.tensor([[1.0, 1, 3, 9, 1, 1, 9]])
@@ -90,7 +90,7 @@ def test_the_order_of_the_patches_does_not_matter_and_equal_patches_weigh_the_sa
     close(same.origin, torch.full((2, 4, 15), 1 / 15))
 
 
-def test_it_starts_almost_at_the_mean_as_the_official_one_does() -> None:
+def test_it_is_almost_the_mean_at_initialization_as_in_the_official_code() -> None:
     tokenizer = SiT(LayerContext(dim=384, heads=6, block=0, depth=1, grid=(14, 14)))
     assert tokenizer.num_tokens == 98
     for layer in (tokenizer.mlp[1], tokenizer.mlp[3]):
@@ -103,11 +103,12 @@ def test_it_starts_almost_at_the_mean_as_the_official_one_does() -> None:
 
 
 @pytest.mark.parametrize(("stage", "left"), [(0, 98), (1, 49), (2, 25)])
-def test_a_share_is_one_of_what_the_place_before_left(stage: int, left: int) -> None:
-    context = replace(CONTEXT, grid=(14, 14), stage=stage)
-    assert tokens_made(context, 0.5) == left
-    assert tokens_made(context, 1.0) == 196
-    assert tokens_made(context, 8) == 8
+def test_a_share_refers_to_what_the_previous_stage_left(stage: int, left: int) -> None:
+    context = replace(CONTEXT, grid=(14, 14), stage=stage, stages=3)
+    assert pooled_count(0.5, context)[1] == left
+    assert pooled_count(1.0, context) == (196, 196)
+    assert pooled_count(8, context) == (8 if stage else 196, 8)
+    assert pooled_count(0.5, replace(context, full_grid=True)) == (196, 98)
     assert SiT(context, 0.5).num_tokens == left
 
 
@@ -126,18 +127,14 @@ def test_gradients_under_autocast_and_cost(make_model) -> None:
 
 
 @torch.no_grad()
-def test_the_fuser_goes_around_it(make_model) -> None:
+def test_token_fuser_wraps_it(make_model) -> None:
     assert torch.isfinite(make_model(partial(TokenFuser, inner=SiT))(torch.randn(2, 3, 16, 16))).all()
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "said"),
-    [
-        (0, r"SiT makes at least one token"),
-        (0.0, r"number of tokens or a share"),
-        (1.1, r"Expected: an int >= 1, or a"),
-    ],
-)
-def test_refusals(num_tokens: int | float, said: str) -> None:
-    with pytest.raises(FewtokensError, match=said):
+@pytest.mark.parametrize(("num_tokens", "got"), [(0, "0"), (0.0, r"0\.0"), (1.1, r"1\.1"), ([0.5, 0], None)])
+def test_errors(num_tokens: int | float | list, got: str | None) -> None:
+    message = rf"^`tokenizer\.build\.num_tokens` must be an int >= 1, or a float above 0 and at most 1, got {got}\.$"
+    if got is None:
+        message = r"^`tokenizer\.build\.num_tokens` must be one value, or a list with one for each of the 1 blocks"
+    with pytest.raises(FewtokensError, match=message):
         SiT(CONTEXT, num_tokens)

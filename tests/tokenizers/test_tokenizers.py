@@ -1,4 +1,4 @@
-"""Tokenizers as parts: their start, their gradients, what they do to the record, and what they refuse."""
+"""TokenLearner and TokenFuser: interface, initialization, dropout, gradients, the record, and errors."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,7 +45,7 @@ def image() -> Tokens:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong settings reach our own checks; where pytest's hook checks types, it would be the first to refuse them."""
+    """Turn off pytest's type checks, which would reject wrong settings before our own checks do."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -69,7 +69,7 @@ def test_a_pooler_pools_and_then_runs_the_block(build: Recipe) -> None:
     assert out.x.shape == (2, 1 + 4, DIM)
 
 
-def test_a_new_pooler_must_say_how() -> None:
+def test_a_new_pooler_must_implement_pool() -> None:
     with pytest.raises(NotImplementedError):
         Pooler(CONTEXT, 1).pool(image())
     with pytest.raises(NotImplementedError):
@@ -90,7 +90,7 @@ def test_the_origin_of_a_pooled_token_is_its_map(build: Recipe) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [TokenLearnerV11, TokenLearnerV11Grouped])
-def test_forms_without_convolutions_need_no_lattice_and_no_order(kind: type[MapPooler]) -> None:
+def test_forms_without_convolutions_need_no_grid_and_no_order(kind: type[MapPooler]) -> None:
     tokenizer, tokens = kind(CONTEXT, 4), image()
     shuffled = tokens.select(torch.randperm(15).expand(2, 15))
     assert shuffled.grid is None
@@ -98,14 +98,14 @@ def test_forms_without_convolutions_need_no_lattice_and_no_order(kind: type[MapP
 
 
 @torch.no_grad()
-def test_sizes_restart_at_one_after_pooling() -> None:
+def test_sizes_are_one_after_pooling() -> None:
     few = TokenLearnerV11(CONTEXT, 4).pool(replace(image(), size=torch.full((2, 16), 3.0)))
     assert few.size is not None
     assert few.size.tolist() == [[1.0] * 5] * 2
 
 
 @torch.no_grad()
-def test_token_fuser_keeps_lattice_frames_sizes_and_origin() -> None:
+def test_token_fuser_keeps_grid_frames_sizes_and_origin() -> None:
     tokens = replace(image(), size=torch.full((2, 16), 3.0), origin=torch.eye(15).expand(2, 15, 15))
     out = TokenFuser(CONTEXT, partial(TokenLearner, num_tokens=4))(tokens, block())
     assert (out.x.shape, out.prefix, out.frames, out.grid) == (tokens.x.shape, 1, 1, GRID)
@@ -117,8 +117,8 @@ def test_token_fuser_keeps_lattice_frames_sizes_and_origin() -> None:
 
 
 @torch.no_grad()
-def test_dropout_of_11_makes_logits_neutral_and_is_off_in_eval() -> None:
-    """As in scenic: it acts on the logits, so a dropped position weighs exp(0) and is not removed."""
+def test_dropout_of_11_sets_logits_to_zero_and_is_off_in_eval() -> None:
+    """As in scenic, it acts on the logits, so a dropped position has the weight exp(0) and is not removed."""
     tokenizer = TokenLearnerV11(CONTEXT, 4, dropout=0.5)
     seen: list[Tensor] = []
     tokenizer.mlp.register_forward_hook(lambda _, __, out: seen.append(out))
@@ -129,7 +129,7 @@ def test_dropout_of_11_makes_logits_neutral_and_is_off_in_eval() -> None:
 
 
 @torch.no_grad()
-def test_other_dropouts_act_on_the_values_and_on_the_output_in_training_alone() -> None:
+def test_other_dropouts_act_on_the_values_and_on_the_output_in_training_only() -> None:
     grouped, tokens = TokenLearnerV11Grouped(CONTEXT, 4, dropout=0.5), image()
     assert 0.3 < (grouped.train().values(tokens.patches) == 0).float().mean().item() < 0.7
     assert (grouped.eval().values(tokens.patches) != 0).all()
@@ -139,11 +139,11 @@ def test_other_dropouts_act_on_the_values_and_on_the_output_in_training_alone() 
     assert (fuse.eval()(few, tokens.patches) != 0).all()
 
 
-# --- initialisation
+# --- initialization
 
 
-def test_lecun_normal_has_variance_one_over_fan_in_and_is_cut_at_two_deviations() -> None:
-    """Of the normal before it is cut; 1 / 0.8796 wider than what comes out."""
+def test_lecun_normal_has_variance_one_over_fan_in_and_is_truncated_at_two_deviations() -> None:
+    """These are deviations of the normal before truncation, which are 1 / 0.8796 times those afterwards."""
     weight = torch.empty(64, 32, 3, 3)
     lecun_normal_(weight)
     std = (32 * 9) ** -0.5
@@ -153,7 +153,7 @@ def test_lecun_normal_has_variance_one_over_fan_in_and_is_cut_at_two_deviations(
     assert 0.95 * limit < weight.abs().max().item() <= limit
 
 
-def test_token_learner_10_and_grouped_start_as_lecun_normal() -> None:
+def test_token_learner_10_and_grouped_are_initialized_as_lecun_normal() -> None:
     wide = LayerContext(dim=384, heads=2, block=0, depth=1)
     tokenizer, grouped = TokenLearner(wide, 16), TokenLearnerV11Grouped(wide, 16, groups=4)
     assert tokenizer.convs[0].weight.std().item() == pytest.approx((384 * 9) ** -0.5, rel=0.05)
@@ -166,7 +166,7 @@ def test_token_learner_10_and_grouped_start_as_lecun_normal() -> None:
     assert all(conv.bias is None for conv in convolutions)
 
 
-def test_the_mask_mlp_starts_as_flaxs() -> None:
+def test_the_mask_mlp_is_initialized_as_in_flax() -> None:
     mlp = MaskMlp(384, 64, 16, 0.0, "tanh")
     for layer in (mlp.fc1, mlp.fc2):
         bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
@@ -177,7 +177,7 @@ def test_the_mask_mlp_starts_as_flaxs() -> None:
 
 @torch.no_grad()
 def test_sum_pooling_starts_with_large_and_equal_tokens_and_mean_pooling_does_not() -> None:
-    """Measured on the official code: std 7 at 14x14 and width 192, for all sigmoids are about 0.5."""
+    """Measured with the official code: std 7 at 14x14 and width 192, since all sigmoids are about 0.5."""
     at, x = LayerContext(dim=192, heads=3, block=0, depth=1), torch.randn(4, 196, 192)
     tokens = Tokens(x, grid=(14, 14))
     summed, mean = TokenLearner(at, 8).pool(tokens).x, TokenLearner(at, 8, pooling="mean").pool(tokens).x
@@ -221,8 +221,8 @@ def without_gradient(found: dict[str, float]) -> set[str]:
 
 @pytest.mark.parametrize("build", POOLERS)
 def test_gradients_reach_every_parameter_of_a_token_learner(build: Recipe) -> None:
-    """All but those that add the same to a token's logit everywhere: a softmax over positions cannot see it. That is so
-    in the official forms too, whose parameters these are.
+    """Exceptions are parameters that add the same number to a token's logits at all positions, which a softmax over
+    positions ignores. The official forms have the same parameters.
     """
     tokenizer = build(CONTEXT)
     found = gradients(tokenizer, block(), image(), torch.randn(2, 15, DIM))
@@ -242,18 +242,17 @@ def test_gradients_reach_every_patch_of_the_input(build: Recipe) -> None:
 @pytest.mark.parametrize(
     ("init", "normalize", "first"),
     [
-        # The mixing is zero: nothing passes to the maps or to the tokens, and norm2 of zeros has no direction.
+        # The mixing is zero: no gradient passes to the maps or to the tokens, and norm2 of zeros has no direction.
         ("official", True, {"fuse.mix.weight", "fuse.norm2.bias"}),
         ("official", False, {"fuse.mix.weight", "fuse.mix.bias"}),
-        # The output's gain is zero: it alone moves first, and everything else from the second step on.
+        # The gain of the output is zero: only it changes in the first step, and everything else from the second on.
         ("gentle", True, {"fuse.gain"}),
         ("gentle", False, {"fuse.gain"}),
     ],
 )
 def test_gradients_of_the_token_fuser(init: str, normalize: bool, first: set[str]) -> None:
-    """At the first step `first` alone learn, in either initialisation: from the patches, all others, the inner
-    tokenizer and the block included, have no gradient. After one step every parameter has one but the bias of the
-    mixing under norm2: one number per token, equal in all channels, is what a norm over channels takes away.
+    """In the first step, only the parameters in `first` have a gradient from the patches. After one step all have one,
+    except the bias of the mixing under norm2: it is equal in all channels, which a norm over channels removes.
     """
     inner = partial(TokenLearner, num_tokens=4)
     tokenizer, layer = TokenFuser(CONTEXT, inner, init=init, normalize=normalize), block()
@@ -266,7 +265,7 @@ def test_gradients_of_the_token_fuser(init: str, normalize: bool, first: set[str
 
 
 def test_the_gentle_start_of_the_token_fuser_is_gentler() -> None:
-    """A tiny step of 1e-6 leaves the gentle fuser near zero and throws the official one (a norm of a zero vector)."""
+    """A step of 1e-6 leaves the gentle fuser near zero and moves the official one far (a norm of a zero vector)."""
     moved = {}
     for init in ("official", "gentle"):
         torch.manual_seed(0)
@@ -278,74 +277,60 @@ def test_the_gentle_start_of_the_token_fuser_is_gentler() -> None:
     assert moved["official"] > 100 * moved["gentle"]
 
 
-# --- refusals
+# --- errors
+
+
+NUM_TOKENS = r"^`tokenizer\.build\.num_tokens` must be an int >= 1, or a float above 0 and at most 1, got "
+GELU = r"^`tokenizer\.build\.gelu` must be 'tanh' or 'none', got 'erf'\.$"
+GROUPS = r"^`tokenizer\.build\.groups` must be a divisor of the model's width 16, got "
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "message"),
     [
-        (
-            partial(TokenLearner, num_tokens=0),
-            r"TokenLearner makes at least one token\. Expected: num_tokens >= 1\. Found: 0\. "
-            r"To do: set tokenizer\.build\.num_tokens",
-        ),
-        (
-            partial(TokenLearnerV11, num_tokens=-1),
-            r"TokenLearnerV11 makes at least one token\. Expected: num_tokens >= 1\. Found: -1\. To do: set tokenizer",
-        ),
-        (
-            partial(TokenLearner, pooling="max"),
-            r"pools by sum or by mean\. Expected: 'sum' or 'mean'\. Found: 'max'\. To do: .*build\.pooling=mean",
-        ),
-        (
-            partial(TokenLearner, gelu="erf"),
-            r"GELU has two forms here\. Expected: 'tanh' .* or 'none' .*\. Found: 'erf'\. "
-            r"To do: set gelu=tanh or gelu=none",
-        ),
-        (partial(TokenLearnerV11, gelu="erf"), r"GELU has two forms"),
-        (
-            partial(TokenLearnerV11Grouped, groups=5),
-            r"groups of a grouped convolution divide the width\. Expected: a divisor of 16\. Found: 5\. "
-            r"To do: set tokenizer\.build\.groups",
-        ),
-        (partial(TokenLearnerV11Grouped, groups=0), r"Expected: a divisor of 16\. Found: 0\."),
+        (partial(TokenLearner, num_tokens=0), NUM_TOKENS + r"0\.$"),
+        (partial(TokenLearnerV11, num_tokens=-1), NUM_TOKENS + r"-1\.$"),
+        (partial(TokenLearner, pooling="max"), r"^`tokenizer\.build\.pooling` must be 'sum' or 'mean', got 'max'\.$"),
+        (partial(TokenLearner, gelu="erf"), GELU),
+        (partial(TokenLearnerV11, gelu="erf"), GELU),
+        (partial(TokenFuser, inner=TokenLearner, gelu="erf"), GELU),
+        (partial(TokenLearnerV11Grouped, groups=5), GROUPS + r"5\.$"),
+        (partial(TokenLearnerV11Grouped, groups=0), GROUPS + r"0\.$"),
         (
             partial(TokenFuser, inner=Tokenizer),
-            r"wraps a tokenizer that makes a fixed number of tokens\. Expected: token_learner, .*"
-            r"Found: Tokenizer\. To do: choose it with",
+            r"^TokenFuser wraps tokenizers that make a fixed number of tokens, .* got Tokenizer\. Set tokenizer@tokeni",
         ),
         (
             partial(TokenFuser, inner=TokenLearner, init="zero"),
-            r"two initialisations\. Expected: 'gentle' or 'official'\. Found: 'zero'\. To do: .*build\.init=gentle",
+            r"^`tokenizer\.build\.init` must be 'gentle' or 'official', got 'zero'\.$",
         ),
-        (partial(TokenFuser, inner=TokenLearner, gelu="erf"), r"GELU has two forms"),
     ],
 )
-def test_settings_that_cannot_be(build: Callable[[LayerContext], Tokenizer], said: str) -> None:
-    with pytest.raises(FewtokensError, match=said):
+def test_invalid_settings(build: Callable[[LayerContext], Tokenizer], message: str) -> None:
+    with pytest.raises(FewtokensError, match=message):
         build(CONTEXT)
 
 
-def test_token_learner_10_refuses_a_broken_lattice() -> None:
-    said = (
-        r"^TokenLearner 1\.0, a convolution over positions, needs patches on a lattice\. Expected: an intact .* grid .*"
-        r"Found: 4 patch tokens whose lattice an earlier tokenizer broke\. To do: place it before .*token_learner_v11"
+def test_token_learner_10_needs_a_complete_grid() -> None:
+    message = (
+        r"^TokenLearner 1\.0, a convolution over positions, needs patch tokens on a complete \(height, width\) grid, "
+        r"but an earlier tokenizer dropped or merged some and left 4\. Place it before that tokenizer, or use token_l"
     )
     few = TokenLearnerV11(CONTEXT, 4).pool(image())
-    with pytest.raises(FewtokensError, match=said):
+    with pytest.raises(FewtokensError, match=message):
         TokenLearner(CONTEXT, 2).pool(few)
 
 
 @pytest.mark.parametrize("build", POOLERS)
-def test_padding_is_refused(build: Recipe) -> None:
+def test_padding_is_an_error(build: Recipe) -> None:
     tokenizer = build(CONTEXT)
     padded = replace(image(), mask=torch.ones(2, 16, dtype=torch.bool))
-    said = (
-        rf"^{type(tokenizer).__name__} mixes all patches, so none may be padding\. Expected: tokens without padding\. "
-        r"Found: padded tokens, from an adaptive tokenizer before it\. To do: place it first"
+    message = (
+        rf"^{type(tokenizer).__name__} makes the same number of tokens of every sample and takes no padded tokens, but "
+        r"an adaptive tokenizer before it has padded them\. Place it before that tokenizer\.$"
     )
-    with pytest.raises(FewtokensError, match=said):
+    with pytest.raises(FewtokensError, match=message):
         tokenizer.pool(padded)
-    with pytest.raises(FewtokensError, match=said):
+    with pytest.raises(FewtokensError, match=message):
         TokenFuser(CONTEXT, build)(padded, block())

@@ -1,4 +1,4 @@
-"""ToMe: the official numbers, plain numpy, sizes in attention, and what it refuses."""
+"""ToMe: the official numbers, plain numpy, sizes in attention, and errors."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
 from fewtokens.tokenizers.base import LayerContext
-from fewtokens.tokenizers.tome import ToMe, clipped, match, schedule
+from fewtokens.tokenizers.tome import ToMe, match, num_merged, schedule
 from fewtokens.tokens import Tokens
 
 with np.load(Path(__file__).parents[1] / "golden" / "tome_merge.npz") as file:
@@ -29,8 +29,8 @@ def model(r: object = 2, **more: object) -> ViT:
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 16, "depth": 3, "heads": 2}
     options = {"options": {"reg_tokens": 2}} if more.pop("registers", True) else {}
-    build = partial(ToMe, r=r, proportional=more.pop("proportional", True))
-    return vit(**sizes, **options, **more, tokenizer={"at": "0:", "build": build}).eval()
+    build, at = partial(ToMe, r=r, proportional=more.pop("proportional", True)), more.pop("at", "0:")
+    return vit(**sizes, **options, **more, tokenizer={"at": at, "build": build}).eval()
 
 
 def patches(count: int, prefix: int = 0, batch: int = 2) -> Tokens:
@@ -44,7 +44,7 @@ def patches(count: int, prefix: int = 0, batch: int = 2) -> Tokens:
 def test_matching_merging_and_unmerging_are_the_official_ones(case: str) -> None:
     g = {key.split(".")[1]: value for key, value in GOLDEN.items() if key.startswith(f"{case}.")}
     prefix, total = int(g["class_token"] + g["distill_token"]), g["x"].shape[1]
-    matching = match(g["metric"], clipped(int(g["r"]), total - prefix), prefix)
+    matching = match(g["metric"], num_merged(int(g["r"]), total - prefix), prefix)
     places = matching.keep, matching.source, matching.target
     tokens = Tokens(g["x"], prefix, origin=torch.eye(total - prefix).expand(len(g["x"]), -1, -1))
     plain, sized = tokens.merge(*places), replace(tokens, size=g["size"][..., 0]).merge(*places)
@@ -55,7 +55,7 @@ def test_matching_merging_and_unmerging_are_the_official_ones(case: str) -> None
     unmerged = torch.cat([sized.x[:, :prefix], matching.unmerge(sized.patches)], dim=1)
     if "unmerged" in g:
         close(unmerged, g["unmerged"])
-    # The distillation case too, where the official code gets it wrong: every patch has the token that it is part of.
+    # Every patch has the token that it is part of, also with a distillation token, where the official code is wrong.
     back = torch.einsum("bkm,bkc->bmc", (sized.origin > 0).float(), sized.patches)
     close(unmerged[:, prefix:], back)
 
@@ -81,7 +81,7 @@ def test_schedules_are_the_official_ones(name: str, r: object, inflection: float
     assert schedule(r, inflection, int(GOLDEN[f"{name}.L"])) == GOLDEN[f"{name}.out"].tolist()
 
 
-def test_a_schedule_for_one_place_is_r() -> None:
+def test_a_schedule_for_one_stage_is_r() -> None:
     assert schedule(8, -1.0, 1) == [8]
     assert schedule([5], 0.0, 1) == [5]
 
@@ -90,7 +90,7 @@ def test_a_schedule_for_one_place_is_r() -> None:
 
 
 def matching_by_hand(metric: np.ndarray, r: int, prefix: int) -> tuple[set[int], dict[int, int]]:
-    """The patches that stay and where the others go, for one image, by loops over the positions of all tokens."""
+    """Return the patches of an image that stay, and the targets of the others, by loops over all positions."""
     unit = metric / np.maximum(np.linalg.norm(metric, axis=1, keepdims=True), 1e-12)
     even = [i for i in range(prefix, len(metric)) if i % 2 == 0]
     odd = [i for i in range(prefix, len(metric)) if i % 2 == 1]
@@ -175,6 +175,36 @@ def test_sizes_count_in_attention_where_asked(proportional: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("proportional", [True, False])
+def test_sizes_count_in_later_blocks_only_where_asked(proportional: bool, pool: str) -> None:
+    """ToMe is in block 1, and block 2 is plain. Sizes always count in mean pooling, as in the official code for MAE."""
+    net = model(3, at=[1], pool=pool, proportional=proportional)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images, (first, _, last) = torch.randn(2, 3, 16, 16), net.encoder.blocks
+    tokens = net.encoder.layers[1](first(net.embed(images)))
+    assert tokens.size is not None
+    assert tokens.size_bias == proportional
+    expected = last(replace(tokens, size=tokens.size if proportional else None)).x
+    out = net.encoder(net.embed(images))
+    close(out.x, expected)
+    assert out.size is not None
+    patches, size = net.vit.norm(expected)[:, out.prefix :], out.size[:, out.prefix :, None]
+    if pool == "avg":
+        close(net(images), net.vit.head(net.vit.fc_norm((patches * size).sum(dim=1) / size.sum(dim=1))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_zero_keys_are_similar_to_nothing_in_any_precision(dtype: torch.dtype) -> None:
+    """The default epsilon of F.normalize is 0 in float16. A zero key then is NaN, and NaN is the highest similarity."""
+    metric = torch.eye(4, 6, dtype=dtype)[None] + torch.eye(4, 6, dtype=dtype)[None].roll(-1, dims=1)
+    metric[0, 2] = 0  # in set A, with the similarity 0; the similarity of position 0 to its neighbor is 0.5
+    assert match(metric, 1, 0).source.tolist() == [[0]]
+
+
+@torch.no_grad()
 def test_keys_are_compared_and_the_mlp_comes_after() -> None:
     block, tokens = Block(16, 2, attn_layer=Attention).eval(), patches(16, 1)
     attended, state = block.attend(tokens)
@@ -186,10 +216,10 @@ def test_keys_are_compared_and_the_mlp_comes_after() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("r", [0, [0, 0], []])
 def test_merging_nothing_is_the_plain_transformer(r: object) -> None:
-    images, whole = torch.randn(2, 3, 16, 16), model(r)
-    with whole.encoder.without_reduction():
-        expected = whole(images)
-    assert torch.equal(whole(images), expected)
+    images, net = torch.randn(2, 3, 16, 16), model(r)
+    with net.encoder.without_reduction():
+        expected = net(images)
+    assert torch.equal(net(images), expected)
 
 
 @torch.no_grad()
@@ -231,16 +261,30 @@ def test_large_sizes_are_counted_exactly_in_bfloat16() -> None:
     assert few.x.dtype == torch.bfloat16
 
 
-# --- refusals
+# --- errors
+
+R = r"^`tokenizer\.build\.r` must be an int >= 0, or a list of at most 2 of them, .*, got "
+INFLECTION = r"^`tokenizer\.build\.inflection` must be "
 
 
-@pytest.mark.parametrize(("r", "inflection"), [(-1, 0.0), ([8, -1], 0.0), ([1, 1, 1], 0.0), (8, 1.5), ([8], -1.0)])
-def test_schedules_that_cannot_be(r: object, inflection: float) -> None:
-    with pytest.raises(FewtokensError, match=r"merges r tokens in each place\. Expected: .* at most 2 such r"):
+@pytest.mark.parametrize(
+    ("r", "inflection", "message"),
+    [
+        (-1, 0.0, R + r"-1\.$"),
+        ([8, -1], 0.0, R + r"\[8, -1\]\.$"),
+        ([1, 1, 1], 0.0, R + r"\[1, 1, 1\]\.$"),
+        (8, 1.5, INFLECTION + r"between -1 and 1, got 1\.5\.$"),
+        ([8], -1.0, INFLECTION + r"0 if tokenizer\.build\.r is a list, got -1\.0\.$"),
+    ],
+)
+def test_invalid_schedules(r: object, inflection: float, message: str) -> None:
+    with pytest.raises(FewtokensError, match=message):
         schedule(r, inflection, 2)
 
 
-def test_padding_is_refused() -> None:
+def test_padding_is_an_error() -> None:
     tokens = replace(patches(4, 1), mask=torch.ones(2, 5, dtype=torch.bool))
-    with pytest.raises(FewtokensError, match=r"none may be padding\. Expected: tokens without padding"):
+    with pytest.raises(
+        FewtokensError, match=r"^ToMe makes the same number of tokens of every sample and takes no padded"
+    ):
         ToMe(CONTEXT, 1)(tokens, Block(16, 2, attn_layer=Attention))

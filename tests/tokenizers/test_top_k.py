@@ -1,14 +1,12 @@
-"""Top-k: the choice against plain numpy, what the record says afterwards, and what it refuses."""
+"""Top-k: the selection in plain numpy, ties, padding, and errors."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fewtokens.analysis.cost import macs
 from fewtokens.errors import FewtokensError
 from fewtokens.layers.attention import AttentionState
 from fewtokens.layers.block import Block
@@ -21,7 +19,7 @@ CONTEXT = LayerContext(dim=DIM, heads=2, block=0, depth=1, prefix=P, class_token
 
 
 def attention_by_hand(block: Block, x: Tensor) -> np.ndarray:
-    """The class token's row, patches alone, mean over the heads, in float64."""
+    """Return the class token's attention to the patches, the mean over heads, in float64."""
     x = block.norm1(x).double().numpy()
     weight, bias = block.attn.qkv.weight.double().numpy(), block.attn.qkv.bias.double().numpy()
     query, key, _ = np.split(x @ weight.T + bias, 3, axis=2)
@@ -44,18 +42,18 @@ def test_the_most_attended_patches_stay_as_attention_left_them(keep: float, bloc
     assert out.origin.argmax(dim=2).tolist() == expected.tolist()
     assert (out.origin.sum(dim=2) == 1).all()
     assert ((out.origin == 0) | (out.origin == 1)).all()
-    whole = block(tokens).x  # the MLP sees one token at a time, so what stays equals the plain block's
+    plain = block(tokens).x  # The MLP acts on each token alone, so the kept ones equal those of the plain block.
     rows = np.concatenate([np.tile(np.arange(P), (4, 1)), expected + P], axis=1)
-    torch.testing.assert_close(out.x, whole.gather(1, torch.from_numpy(rows)[..., None].expand(-1, -1, DIM)))
+    torch.testing.assert_close(out.x, plain.gather(1, torch.from_numpy(rows)[..., None].expand(-1, -1, DIM)))
     assert (out.prefix, out.grid, out.mask) == (P, None, None)
 
 
 @torch.no_grad()
-def test_attention_is_that_of_the_whole_matrix() -> None:
+def test_attention_is_a_row_of_the_attention_matrix() -> None:
     query, key = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
-    whole = (query @ key.transpose(2, 3) * 0.5).softmax(dim=3)
+    matrix = (query @ key.transpose(2, 3) * 0.5).softmax(dim=3)
     found = class_attention(AttentionState(query, key, key, None, 0.5), 2)
-    torch.testing.assert_close(found, whole[:, :, 0, 2:].mean(dim=1))
+    torch.testing.assert_close(found, matrix[:, :, 0, 2:].mean(dim=1))
 
 
 @torch.no_grad()
@@ -67,43 +65,27 @@ def test_of_equally_attended_patches_the_first_stay(block: Block, make_images) -
 
 
 @torch.no_grad()
-def test_padding_is_never_chosen_and_changes_nothing(block: Block, make_images) -> None:
-    """An image gets the same tokens with padding in it as without."""
+def test_padding_is_never_selected_and_changes_nothing(block: Block, make_images, padding: Tensor) -> None:
+    """An image gets the same tokens with padding as without."""
     tokens = make_images()
-    mask = torch.ones(4, P + N, dtype=torch.bool)
-    mask[1, P + 10 :] = False
-    out = TopK(CONTEXT, 0.5)(replace(tokens, mask=mask), block)
+    out = TopK(CONTEXT, 0.5)(replace(tokens, mask=padding), block)
     assert out.mask is not None
     assert out.mask.sum(dim=1).tolist() == [P + 8, P + 5, P + 8, P + 8]
     alone = TopK(CONTEXT, 0.5)(Tokens(tokens.x[1:2, : P + 10], P), block)
     torch.testing.assert_close(out.x[1][out.mask[1]], alone.x[0])
 
 
-@torch.no_grad()
-def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(make_model) -> None:
-    images = torch.randn(2, 3, 16, 16)
-    with (whole := make_model(partial(TopK, keep_rate=1.0))).encoder.without_reduction():
-        expected = whole(images)
-    assert torch.equal(whole(images), expected)
-    assert not torch.equal(make_model(partial(TopK, keep_rate=0.3))(images), expected)
-    costs = [macs(make_model(partial(TopK, keep_rate=keep)), images[:1]) for keep in (0.25, 0.5, 0.75, 1.0)]
-    assert costs == sorted(set(costs))
+def test_keeping_all_is_the_plain_transformer_and_less_is_cheaper(check_keep_rates) -> None:
+    check_keep_rates(TopK, (0.25, 0.5, 0.75, 1.0))
 
 
-def test_gradients_reach_all_parameters_under_autocast(make_model) -> None:
-    net = make_model(partial(TopK, keep_rate=0.5)).train()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = net(torch.randn(2, 3, 16, 16)).square().sum()
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+def test_gradients_reach_all_parameters_under_autocast(check_autocast) -> None:
+    check_autocast(TopK)
 
 
-def test_without_a_class_token_it_is_refused_at_build() -> None:
-    said = (
-        r"TopK keeps what the class token attends to\. Expected: .* class token\. Found: one that has none\. To do: .*"
-    )
-    with pytest.raises(FewtokensError, match=said):
+def test_errors() -> None:
+    message = r"^TopK scores patches by the attention of the class token, but the backbone has none\. Set backbone\."
+    with pytest.raises(FewtokensError, match=message):
         TopK(replace(CONTEXT, class_token=False))
-    with pytest.raises(FewtokensError, match=r"TopK keeps a share of the patches"):
+    with pytest.raises(FewtokensError, match=r"^`tokenizer\.build\.keep_rate` must be above 0 and at most 1, got 0\.0"):
         TopK(CONTEXT, 0.0)

@@ -1,7 +1,7 @@
-"""Adaptive Token Sampling: as many patches go on as the class token's attention has to be spread over.
+"""Adaptive Token Sampling: keep as many patches as the class token's attention is spread over.
 
 Fayyaz et al., "Adaptive Token Sampling for Efficient Vision Transformers", ECCV 2022, sections 3.1 and 3.2, and the
-official code, github.com/adaptivetokensampling/ATS. It has no parameters and goes into pretrained models as they are.
+official code, github.com/adaptivetokensampling/ATS. It has no parameters and works in pretrained models.
 """
 
 from functools import partial
@@ -11,55 +11,63 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import check, check_choice
 from fewtokens.layers.attention import AttentionState
 from fewtokens.layers.block import Block, Choice
-from fewtokens.tokenizers.base import LayerContext, Tokenizer
+from fewtokens.tokenizers.base import LayerContext, Tokenizer, check_class_token, valid_patches
 from fewtokens.tokens import Tokens
 
 Sample = tuple[Int[Tensor, "b m"], Bool[Tensor, "b m"]]
 Budget = int | float | Literal["all"] | None
 
+# Scores are scaled to integers up to 2^40, which is finer than the 24 bits of float32.
+SCALE = 2**40
+
 
 class ATS(Tokenizer):
-    """Samples patches inside the block: scores them before attention is paid for, then lets the sampled ones attend.
+    """Samples patches inside the block: scores them first, and computes attention only for the sampled ones.
 
-    A patch scores (class token's attention, summed over heads) * |its values, heads concatenated|. K probes are laid
-    on the cumulative scores, every probe picks one patch, and a patch picked twice goes on once: where attention is
-    peaked few are left. Every later stage probes again what the stage before left.
+    The score of a patch is the class token's attention to it, summed over heads, times the norm of its values,
+    concatenated over heads. K probes are placed on the cumulative scores. Each probe picks one patch, and a patch
+    picked by several stays once, so that few patches stay where attention is concentrated. Later stages sample from the
+    patches that earlier ones left.
 
-    Nothing is random, in training neither, and an image keeps the same patches alone and in any batch. Images of a
-    batch keep different numbers, so the batch is padded, with `Tokens.mask` saying where, to the largest of them.
+    Nothing is random, not even in training, and an image keeps the same patches alone and in any batch. Since images
+    keep different numbers of patches, the batch is padded to the largest number, and `Tokens.mask` marks the padding.
 
-    In what sense it is differentiable: the choice is a hard gather. Gradients flow through what was kept, that is
-    through the survivors' attention, through the keys and values of all patches that they looked at (also of those
-    dropped here) and through the residual stream; none flows through scores, cumulative sums or probes, so nothing
-    teaches the network to be chosen differently. The official code does the same.
+    In which sense it is differentiable: the selection is a hard gather. Gradients flow through the attention of the
+    patches that stay, through the keys and values of all patches that these attend to, including those dropped here,
+    and through the residual connection. None flows through scores, cumulative sums or probes, so nothing trains the
+    network to select other patches. The official code does the same.
 
-    Where it leaves the official code, all of it on purpose:
-        - Minimum and first probe come from an image's own patches. There, padding changes both, and an image in another
-          batch keeps other patches: logits differed by 0.49. Ours are those of its images one by one: the patch with
-          the lowest score, to which the nearest rule gives level 0, is never picked, where it kept it beside padding.
-        - Two patches left: the higher stays; there, both go. One left stays; there, 0/0. All scores zero count as
-          equal; there, NaN. At least one patch always goes on.
-        - Fewer probes than patches pick from all levels. There, a token limit crashes, and of fewer probes K none can
-          pick below the K highest patches.
-        - The sort is stable, and attention beside padding is exact, without the official epsilon of 1e-6.
+    Intended differences from the official code:
+        - Minimum and first probe are computed from an image's own patches. There, padding changes both, so that an
+          image in another batch keeps other patches, and logits differed by 0.49. Here every image keeps what it keeps
+          alone there: the patch with the lowest score, which is at level 0, is never picked by the nearest rule, while
+          there it stays in images with padding.
+        - Of two remaining patches, the one with the higher score stays; there, both are dropped. A single one stays;
+          there, its level is 0/0. If all scores are zero, they count as equal; there, they give NaN. At least one patch
+          always stays.
+        - With fewer probes than patches, probes pick from all levels. There, a token limit crashes, and with K probes
+          only the K patches with the highest scores can be picked.
+        - The sort is stable, and attention next to padding is exact, without the official epsilon of 1e-6.
 
     Args:
-        context: Where it stands; it must have a class token.
-        rule: "nearest" (official code: sort by score, levels from 0 to 1, evenly spaced probes from the first level
-            above 0 to 1, each picks the nearest level) or "inverse_transform" (paper: in the order of the tokens,
-            probe (2i-1)/2K picks the first patch at which the cumulative share reaches it).
-        budget: Probes K, the most patches that can be left (class and register tokens not counted): an int; a float in
-            (0, 1], the share of the patches that the backbone embeds; None, as many as those (official); or "all",
-            which drops nothing, so that the model is the plain one.
-        static: Keep min(K, patches) slots whatever the images need: shapes then depend on no values. torch.compile and
-            torch.export get this by themselves; it costs the compute that padding costs.
+        context: The place in the encoder, which must have a class token.
+        rule: How probes pick patches. "nearest" is the official code's rule: patches are sorted by score, levels
+            (cumulative scores) run from 0 to 1, K probes are evenly spaced from the first level above 0 to 1, and each
+            picks the nearest level. "inverse_transform" is described in `inverse_transform`.
+        budget: Number K of probes, which is also the largest number of patches that can stay (besides class and
+            register tokens): an int; a float in (0, 1], as a share of the embedded patches; None for as many as those
+            (official); or "all" to drop nothing, which gives the plain transformer.
+        static: Keep min(K, patches) slots, including padding, so that shapes do not depend on values. This costs the
+            computation on the padding. torch.compile and torch.export always do so.
 
     Raises:
-        FewtokensError: No class token, or a rule or budget that is none.
+        FewtokensError: There is no class token, or the rule or the budget is invalid.
     """
+
+    adaptive = True
 
     def __init__(
         self,
@@ -69,76 +77,70 @@ class ATS(Tokenizer):
         static: bool = False,
     ) -> None:
         super().__init__(context)
-        if not context.class_token:
-            raise FewtokensError(
-                "ATS scores patches by the attention of the class token",
-                expected="a backbone with a class token",
-                got="one without, which pools its patches",
-                fix="set backbone.pool=token, or take a backbone that has one",
-            )
-        if rule not in RULES:
-            raise FewtokensError(
-                "ATS samples by one of two rules",
-                expected=" or ".join(map(repr, RULES)),
-                got=repr(rule),
-                fix="set tokenizer.build.rule=nearest",
-            )
+        check_class_token(self)
+        check_choice("tokenizer.build.rule", rule, RULES)
         self.sample, self.static = RULES[rule], static
-        self.probes = _count_probes(budget, context.frames * context.grid[0] * context.grid[1])
+        self.probes = _num_probes(budget, context.frames * context.grid[0] * context.grid[1])
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
-        """The survivors after the block (B, P + kept, C), padded; order and lattice are lost."""
+        """Return the sampled tokens after the block (B, P + kept, C), with padding and without a grid."""
         if self.probes is None:
             return block(tokens)
         return block.feed_forward(block.attend(tokens, partial(self.choose, tokens))[0])
 
     @torch.no_grad()
     def choose(self, tokens: Tokens, state: AttentionState) -> Choice:
-        """Which patches go on (B, kept), and where that is padding; None where no image needs any."""
+        """Return the positions of the patches that stay (B, kept), and a mask of padding; None if there is none."""
         assert self.probes is not None
-        prefix = tokens.prefix
-        scores = significance(state)[:, prefix:]
-        valid = torch.ones_like(scores, dtype=torch.bool) if tokens.mask is None else tokens.mask[:, prefix:]
+        scores = significance(state)[:, tokens.prefix :]
+        valid = valid_patches(tokens)
+        valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         order, picked = self.sample(scores, valid, self.probes)
         if self.static or torch.compiler.is_compiling():
             return pack(order, picked, min(self.probes, tokens.num_patches))
-        fewest, most = torch.stack(picked.sum(dim=1).aminmax()).tolist()  # the one wait for the device
+        fewest, most = torch.stack(picked.sum(dim=1).aminmax()).tolist()  # the only synchronization with the device
         index, mask = pack(order, picked, most)
         return index, mask if fewest < most else None
 
 
 def significance(state: AttentionState) -> Float[Tensor, "b n"]:
-    """Scores of all tokens (B, N), float32, not normalised (paper, equation 3), from one row: no N x N matrix."""
+    """Return the scores of all tokens (B, N), in float32 and not normalized (paper, equation 3).
+
+    Only one row of the attention matrix is computed.
+    """
     attention = state.attention_rows(1)[:, :, 0].sum(dim=1)
     return attention * torch.linalg.vector_norm(state.value.float(), dim=(1, 3))
 
 
 def nearest(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"], probes: int) -> Sample:
-    """The official rule: evenly spaced probes on sorted cumulative scores pick the nearest level.
+    """Sample by the official rule: evenly spaced probes pick the nearest level of the sorted cumulative scores.
 
     Args:
-        scores: Of every patch (B, M), at least 0.
-        valid: False where a slot is padding (B, M); at least one of an image is not.
-        probes: K.
+        scores: Score of every patch (B, M), at least 0.
+        valid: False where a patch is padding (B, M). Every image has at least one valid patch.
+        probes: Number K of probes.
 
     Returns:
-        The slots by rising score, padding first (B, M), and which of them, in that order, are picked (B, M).
+        The positions of the patches in ascending order of their scores, padding first (B, M), and for each of them
+        whether it is picked (B, M).
     """
-    shares = _shares(scores, valid)
-    order = shares.masked_fill(~valid, -1).sort(dim=1, stable=True).indices
-    shares = shares.gather(1, order)
-    lowest = shares.masked_fill(~valid.gather(1, order), ONE).amin(dim=1, keepdim=True)
-    sums = shares.cumsum(dim=1)
+    steps = _integer_scores(scores, valid)
+    order = steps.masked_fill(~valid, -1).sort(dim=1, stable=True).indices
+    steps = steps.gather(1, order)
+    lowest = steps.masked_fill(~valid.gather(1, order), SCALE).amin(dim=1, keepdim=True)
+    sums = steps.cumsum(dim=1)
     spread = sums[:, -1:] - lowest
-    levels = (sums - lowest).to(scores.dtype) / spread.clamp_min(1)  # 0: the lowest patch; < 0: padding
-    levels = torch.cat([levels[:, :-1], torch.ones_like(levels[:, -1:])], dim=1)  # so, too, when one patch is left
-    return order, _mark(pick_nearest(levels, probes), levels)
+    levels = (sums - lowest).to(scores.dtype) / spread.clamp_min(1)  # 0 for the lowest patch, negative for padding
+    levels = torch.cat([levels[:, :-1], torch.ones_like(levels[:, -1:])], dim=1)  # also 1 if only one patch is left
+    return order, _picked_mask(pick_nearest(levels, probes), levels)
 
 
 def pick_nearest(levels: Float[Tensor, "b m"], probes: int) -> Int[Tensor, "b k"]:
-    """Positions (B, K) of the levels, rising (B, M), next to K even probes from the first level above 0 up to 1.
+    """Return the position of the level that is nearest to each of K probes (B, K); of two equally near, the lower.
 
-    The lower of two equally near ones. A single probe is at 1.
+    Args:
+        levels: Levels in ascending order (B, M).
+        probes: Number K of probes. They are evenly spaced from the first level above 0 to 1; a single one is at 1.
     """
     first = levels.masked_fill(levels <= 0, 1.0).amin(dim=1, keepdim=True)
     steps = torch.arange(probes, dtype=levels.dtype, device=levels.device) / max(probes - 1, 1)
@@ -149,53 +151,73 @@ def pick_nearest(levels: Float[Tensor, "b m"], probes: int) -> Int[Tensor, "b k"
 
 
 def inverse_transform(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"], probes: int) -> Sample:
-    """The paper's rule (section 3.2): probe (2i-1)/2K picks where the cumulative share, in token order, reaches it.
+    """Sample by inverse transform (paper, section 3.2), from the cumulative scores in the order of the tokens.
 
-    Args and returns as of `nearest`, but in the order given.
+    Probe i of K is at (2i-1) / 2K and picks the first patch whose cumulative share of the scores reaches it. Probes and
+    order agree with the code of Haurum et al. (JoakimHaurum/TokenReduction). That a probe picks the first level that
+    reaches it is the definition of the inverse transform and was not checked against code: both that code and the
+    official one pick the nearest level.
+
+    Args:
+        scores: See `nearest`.
+        valid: See `nearest`.
+        probes: See `nearest`.
+
+    Returns:
+        The positions of the patches in the given order (B, M), and whether each is picked (B, M).
     """
-    sums = _shares(scores, valid).cumsum(dim=1)
+    sums = _integer_scores(scores, valid).cumsum(dim=1)
     levels = (sums.to(scores.dtype) / sums[:, -1:]).contiguous()
     at = (torch.arange(probes, dtype=levels.dtype, device=levels.device) + 0.5) / probes
     picks = torch.searchsorted(levels, at.expand(levels.shape[0], -1).contiguous()).clamp_max(levels.shape[1] - 1)
-    return torch.arange(levels.shape[1], device=levels.device).expand_as(levels), _mark(picks, levels)
+    return torch.arange(levels.shape[1], device=levels.device).expand_as(levels), _picked_mask(picks, levels)
 
 
 def pack(order: Int[Tensor, "b m"], picked: Bool[Tensor, "b m"], slots: int) -> tuple[Tensor, Tensor]:
-    """The picked ones first, in order, then others as padding (B, slots); False where it is padding (B, slots)."""
+    """Move the picked positions to the front, in their order, and fill the other slots with padding.
+
+    Args:
+        order: Positions of the patches (B, M).
+        picked: Whether each is picked (B, M).
+        slots: Number of slots.
+
+    Returns:
+        Positions (B, slots), and a mask that is False where a slot is padding (B, slots).
+    """
     front = (~picked).int().sort(dim=1, stable=True).indices[:, :slots]
     return order.gather(1, front), picked.gather(1, front)
 
 
-ONE = 2**40  # as fine as needed: float32 has 24 bits
 RULES = {"nearest": nearest, "inverse_transform": inverse_transform}
 
 
-def _shares(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"]) -> Int[Tensor, "b m"]:
-    """Scores of which the highest is ONE, 0 for padding; all ONE where none is above 0. No numbers count as 0.
+def _integer_scores(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"]) -> Int[Tensor, "b m"]:
+    """Scale the scores to integers with a maximum of SCALE; padding gets 0.
 
-    Integers, because their cumulative sum is exact: the same whatever padding stands between and on any device, where
-    CUDA's of floats is not deterministic and refuses to run under torch.use_deterministic_algorithms.
+    If no score is above 0, all are SCALE. NaN and infinity count as 0. The cumulative sum of integers is exact, and
+    therefore the same for any padding and on any device. That of floats is not deterministic on CUDA, where
+    torch.use_deterministic_algorithms rejects it.
     """
     scores = scores.nan_to_num(0.0, 0.0, 0.0) * valid
     highest = scores.amax(dim=1, keepdim=True)
-    return (torch.where(highest > 0, scores / highest, valid.to(scores.dtype)) * ONE).long()
+    return (torch.where(highest > 0, scores / highest, valid.to(scores.dtype)) * SCALE).long()
 
 
-def _mark(picks: Int[Tensor, "b k"], levels: Float[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
+def _picked_mask(picks: Int[Tensor, "b k"], levels: Float[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
     return torch.zeros_like(levels, dtype=torch.bool).scatter(1, picks, True)
 
 
-def _count_probes(budget: Budget, patches: int) -> int | None:
+def _num_probes(budget: Budget, patches: int) -> int | None:
+    """Return the number of probes for a budget; None if nothing is dropped."""
     if budget == "all":
         return None
     if budget is None:
         return patches
-    number = isinstance(budget, int | float) and not isinstance(budget, bool)
-    if not number or (budget < 1 if isinstance(budget, int) else not 0 < budget <= 1):
-        raise FewtokensError(
-            "The budget of ATS is a number of patches or a share of them",
-            expected="an int >= 1, a float 0 < share <= 1, 'all', or null for as many as the backbone embeds",
-            got=repr(budget),
-            fix="set tokenizer.build.budget=0.5",
-        )
+    is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    check(
+        is_number and (budget >= 1 if isinstance(budget, int) else 0 < budget <= 1),
+        "tokenizer.build.budget",
+        "an int >= 1, a float above 0 and at most 1, 'all', or null for as many probes as there are patches",
+        budget,
+    )
     return budget if isinstance(budget, int) else max(1, round(budget * patches))

@@ -1,7 +1,7 @@
-"""TokenFuser: spread a few processed tokens back over all positions.
+"""TokenFuser: pool the tokens, run a block on the few, and map the result back to all positions.
 
-Ryoo et al., NeurIPS 2021, section 2.2, in scenic's form. The official code replaces a block by
-TokenLearner -> block -> TokenFuser, plus the input, for every block from one on: the lattice is whole after each.
+Ryoo et al., NeurIPS 2021, section 2.2, in scenic's form. The official code replaces every block from one on by
+TokenLearner -> block -> TokenFuser, plus the input, so that the grid is complete after each of them.
 """
 
 from collections.abc import Callable
@@ -12,29 +12,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check_choice
 from fewtokens.layers.block import Block
 from fewtokens.tokenizers.base import LayerContext, Pooler, Tokenizer
-from fewtokens.tokenizers.token_learner import LAYER_NORM_EPS, MaskMlp
+from fewtokens.tokenizers.token_learner import LAYER_NORM_EPS, Gelu, MaskMlp
 from fewtokens.tokens import Tokens
+
+Init = Literal["gentle", "official"]
 
 
 class Fuse(nn.Module):
-    """The TokenFuser module: sigmoid maps of the original patches, times the mixed tokens.
+    """The TokenFuser module: sigmoid maps of the original patches, applied to the mixed tokens.
 
     tokens -> LN -> dense over the token axis -> LN = V; original -> LN -> MLP to S -> sigmoid = W; out = W @ V.
 
     Args:
         dim: Width C.
-        num_tokens: Tokens per frame, S.
+        num_tokens: Number S of tokens per frame.
         hidden: Width of the MLP (scenic: 64).
-        normalize: The two norms around the mixing.
-        dropout: Rate in the MLP and on the output.
-        gelu: "tanh" (Flax) or "none" for the exact one.
-        init: "official" starts the mixing at zero. Under the second norm that gives an output of zero, no gradient to
-            any other parameter in the first step, and a Jacobian of about 1/sqrt(eps) = 1000 for the mixing. "gentle",
-            the better one, starts the mixing at the identity and the gain of the output at zero: the same identity
-            at the start, with ordinary gradients.
+        normalize: Whether to use the two norms before and after the mixing.
+        dropout: Dropout rate in the MLP and of the output.
+        gelu: "tanh" (Flax), or "none" for the exact GELU.
+        init: With "official", the mixing starts at zero. With the second norm, this gives an output of zero, no
+            gradient for any other parameter in the first step, and a Jacobian of about 1/sqrt(eps) = 1000 for the
+            mixing. With "gentle", the mixing starts at the identity and a gain on the output at zero: the output is
+            zero as well, but gradients are of ordinary size.
     """
 
     def __init__(
@@ -44,17 +46,11 @@ class Fuse(nn.Module):
         hidden: int = 64,
         normalize: bool = True,
         dropout: float = 0.0,
-        gelu: Literal["tanh", "none"] = "tanh",
-        init: Literal["gentle", "official"] = "gentle",
+        gelu: Gelu = "tanh",
+        init: Init = "gentle",
     ) -> None:
         super().__init__()
-        if init not in ("gentle", "official"):
-            raise FewtokensError(
-                "TokenFuser has two initialisations",
-                expected="'gentle' or 'official'",
-                got=repr(init),
-                fix="set tokenizer.build.init=gentle",
-            )
+        check_choice("tokenizer.build.init", init, ("gentle", "official"))
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if normalize else nn.Identity()
         self.mix = nn.Linear(num_tokens, num_tokens)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if normalize else nn.Identity()
@@ -66,26 +62,28 @@ class Fuse(nn.Module):
         nn.init.eye_(self.mix.weight) if init == "gentle" else nn.init.zeros_(self.mix.weight)
 
     def forward(self, tokens: Float[Tensor, "b s c"], original: Float[Tensor, "b m c"]) -> Float[Tensor, "b m c"]:
-        """Tokens (B, S, C) spread over the positions of the original (B, N, C); no residual inside."""
+        """Map tokens (B, S, C) to the positions of the original patches (B, N, C), without a residual connection."""
         values = self.norm2(self.mix(self.norm1(tokens).transpose(1, 2)).transpose(1, 2))
         out = self.mlp(self.norm(original)).sigmoid() @ values
         return self.dropout(out if self.gain is None else out * self.gain)
 
 
 class TokenFuser(Tokenizer):
-    """Around a block: fewer tokens in, the block, all positions out.
+    """Wraps a block: pools the tokens, runs the block on the few, and maps the result back to all positions.
 
-    x -> inner.pool -> block -> fuse with x -> + x. Class and register tokens take part in the block and leave it as
-    the block made them. Any tokenizer with a fixed number of tokens can be inside.
+    x -> inner.pool -> block -> fuse with x -> + x. Class and register tokens go through the block as usual.
 
     Args:
-        context: Where it stands.
-        inner: Recipe of the tokenizer inside, `inner(context)`.
+        context: The place in the encoder.
+        inner: Recipe of the tokenizer that pools, called as `inner(context)`; any `Pooler`.
         hidden: See `Fuse`.
         normalize: See `Fuse`.
         dropout: See `Fuse`.
         gelu: See `Fuse`.
         init: See `Fuse`.
+
+    Raises:
+        FewtokensError: The inner tokenizer does not make a fixed number of tokens.
     """
 
     keeps_frames = True
@@ -97,23 +95,21 @@ class TokenFuser(Tokenizer):
         hidden: int = 64,
         normalize: bool = True,
         dropout: float = 0.0,
-        gelu: Literal["tanh", "none"] = "tanh",
-        init: Literal["gentle", "official"] = "gentle",
+        gelu: Gelu = "tanh",
+        init: Init = "gentle",
     ) -> None:
         super().__init__(context)
-        tokenizer = inner(replace(context, stage=0))  # no place before it left it fewer
+        tokenizer = inner(replace(context, full_grid=True))
         if not isinstance(tokenizer, Pooler):
             raise FewtokensError(
-                "TokenFuser wraps a tokenizer that makes a fixed number of tokens",
-                expected="token_learner, token_learner_v11 or another Pooler",
-                got=type(tokenizer).__name__,
-                fix="choose it with tokenizer@tokenizer.inner=token_learner_v11",
+                "TokenFuser wraps tokenizers that make a fixed number of tokens, such as token_learner or pool, got "
+                f"{type(tokenizer).__name__}. Set tokenizer@tokenizer.inner=token_learner_v11."
             )
         self.inner = tokenizer
         self.fuse = Fuse(context.dim, tokenizer.num_tokens, hidden, normalize, dropout, gelu, init)
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
-        """The tokens after the block, as many as before it, on the same lattice."""
+        """Return the tokens after the block, with the same number and grid as before it."""
         few = block(self.inner.pool(tokens))
         original = tokens.per_frame
         patches = self.fuse(few.per_frame, original) + original

@@ -1,7 +1,7 @@
 """ToMe: merge the most similar tokens, a few in every block.
 
-Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461), section 3. Written from what the
-paper says and the official code computes; its numbers are in tests/golden.
+Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461), section 3. Written from the paper and
+from what the official code (facebookresearch/ToMe) computes, whose numbers are in tests/golden.
 """
 
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check
 from fewtokens.layers.block import Block
-from fewtokens.tokenizers.base import LayerContext, Tokenizer
+from fewtokens.tokenizers.base import LayerContext, Tokenizer, check_no_padding, highest
 from fewtokens.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Matching:
-    """Which patches merge into which, as positions among the patches.
+    """A plan of which patches to merge into which, as positions among the patches.
 
     Args:
         keep: The patches that stay, in their new order (B, N-r).
-        source: The patches that go (B, r).
-        target: For each of them its slot in `keep` (B, r).
+        source: The patches that are merged away (B, r).
+        target: Index into `keep` of the token that each of them is merged into (B, r).
     """
 
     keep: Int[Tensor, "b k"]
@@ -33,7 +33,7 @@ class Matching:
     target: Int[Tensor, "b r"]
 
     def unmerge(self, patches: Float[Tensor, "b k c"]) -> Float[Tensor, "b m c"]:
-        """The merged patches (B, N-r, C) back at all N positions: every patch gets the token that it is part of."""
+        """Copy the merged patches (B, N-r, C) back to all N positions that are part of them (B, N, C)."""
         width = patches.shape[2]
         keep, source, target = (t[..., None].expand(-1, -1, width) for t in (self.keep, self.source, self.target))
         empty = patches.new_empty(patches.shape[0], keep.shape[1] + source.shape[1], width)
@@ -41,18 +41,21 @@ class Matching:
 
 
 class ToMe(Tokenizer):
-    """Inside a block, between attention and MLP, the r most similar pairs of patches merge into their means.
+    """Merges the r most similar pairs of patches into their means, inside a block, between attention and MLP.
 
-    Similar are those with similar keys, mean over the heads. Sizes are counted: means are weighted by them, and where
-    `proportional` is set attention too (a token of s patches weighs s times, log(s) added to its logits). It has no
-    parameters and works off the shelf. Class, distillation and register tokens never merge.
+    Similarity is the cosine of the keys, averaged over heads. Means are weighted by size, the number of patches that a
+    token represents, in this and in all later blocks, and so is mean pooling before the head, as in the official code
+    for MAE. The method has no parameters and works in pretrained models. Class, distillation and register tokens are
+    never merged.
 
     Args:
-        context: Where it stands; the official code stands in every block.
-        r: Tokens that each place merges away (at most half of the patches), or a list with one number for each context,
-            filled up with zeros.
-        inflection: Slope of r over the places, -1 to 1: 0 is constant, -1 falls from 2r to 0, 1 rises from 0 to 2r.
-        proportional: Sizes count in attention, in the blocks where it stands. Paper: off for MAE models off the shelf.
+        context: The place in the encoder; the official code uses every block.
+        r: Number of tokens that each block merges away (at most half of the patches), or a list with one number for
+            each block in `tokenizer.at`, to which zeros are appended.
+        inflection: Slope of r over the blocks, from -1 to 1: 0 is constant, -1 decreases from 2r to 0, and 1 increases
+            from 0 to 2r.
+        proportional: Add log(size) to the attention logits, in these and in all later blocks, so that a token of s
+            patches counts s times. According to the paper, this is off for MAE models without fine-tuning.
     """
 
     def __init__(
@@ -63,51 +66,47 @@ class ToMe(Tokenizer):
         self.proportional = proportional
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
-        """Attention, the merging, the MLP."""
-        if tokens.mask is not None:
-            raise FewtokensError(
-                "ToMe merges as many patches of every image, so none may be padding",
-                expected="tokens without padding",
-                got="padded tokens, from an adaptive tokenizer before it",
-                fix="place it first, or leave the adaptive tokenizer out",
-            )
-        size = tokens.size
-        tokens, state = block.attend(tokens if self.proportional else replace(tokens, size=None))
-        tokens = replace(tokens, size=size)
-        r = clipped(self.r, tokens.num_patches)
+        """Compute attention, merge tokens, and run the MLP."""
+        check_no_padding(self, tokens)
+        if tokens.size_bias != self.proportional:
+            tokens = replace(tokens, size_bias=self.proportional)
+        tokens, state = block.attend(tokens)
+        r = num_merged(self.r, tokens.num_patches)
         if r:
             matching = match(state.key.mean(dim=1), r, tokens.prefix)
             tokens = tokens.merge(matching.keep, matching.source, matching.target)
-        del state  # memory, see top_k
+        del state  # to free its memory before the MLP, see top_k
         return block.feed_forward(tokens)
 
 
-def clipped(r: int, num_patches: int) -> int:
-    """r, or half of the patches if that is less: merging goes from one half into the other."""
+def num_merged(r: int, num_patches: int) -> int:
+    """Return r, or half of the patches if that is less, since one half is merged into the other."""
     return min(r, num_patches // 2)
 
 
 @torch.no_grad()
 def match(metric: Float[Tensor, "b n d"], r: int, prefix: int) -> Matching:
-    """Bipartite soft matching (paper, section 3, "Bipartite Soft Matching").
+    """Match similar patches (paper, section 3, "Bipartite Soft Matching").
 
-    Tokens at even positions are set A, at odd ones set B, the prefix counted along but in neither. Every A finds its
-    most similar B by cosine; the r most similar pairs are to merge, several A perhaps into one B.
+    Tokens at even positions form set A and those at odd positions set B, where the prefix counts as positions but
+    belongs to neither. Every token in A finds the most similar one in B by cosine. The r most similar pairs are merged;
+    several tokens of A may be merged into the same token of B.
 
     Args:
-        metric: What is compared (B, P+N, D), the prefix included.
-        r: Pairs, at most N // 2.
-        prefix: P, the leading tokens that stay out.
+        metric: Features to compare (B, P+N, D), including the prefix.
+        r: Number of pairs, at most N // 2.
+        prefix: Number P of leading tokens that are not merged.
 
     Returns:
-        What stays is the rest of A, then B: as in the official code, the rest of A in its order if there is a prefix,
-        and else by falling similarity. Of equally similar ones the first positions win.
+        The plan, in which the rest of A comes before B. As in the official code, the rest of A is in its order if there
+        is a prefix, and by decreasing similarity otherwise. Of equally similar tokens, the first positions are taken.
     """
-    metric = F.normalize(metric, dim=-1)  # a zero vector stays one, similar to nothing, and gives no NaN
+    # The default epsilon of 1e-12 is 0 in float16, where it would turn a zero vector into NaN.
+    metric = F.normalize(metric, dim=-1, eps=max(1e-12, torch.finfo(metric.dtype).tiny))
     first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
     scores = metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)
     best, partner = scores.max(dim=2)
-    order = best.argsort(dim=1, descending=True, stable=True)
+    order = highest(best, best.shape[1])
     merged, rest = order[:, :r], order[:, r:]
     if prefix:
         rest = rest.sort(dim=1).values
@@ -117,28 +116,28 @@ def match(metric: Float[Tensor, "b n d"], r: int, prefix: int) -> Matching:
     return Matching(keep, 2 * merged + start_a, partner.gather(1, merged) + rest.shape[1])
 
 
-def schedule(r: int | Sequence[int], inflection: float, places: int) -> list[int]:
-    """How many tokens each of the places merges away.
+def schedule(r: int | Sequence[int], inflection: float, stages: int) -> list[int]:
+    """Return how many tokens each stage merges away.
 
-    From int(r (1 - inflection)) in equal steps to the mirror value 2r - that, each truncated to a whole number. For 12
-    places, r=8 and inflection=-1: 16 14 13 11 10 8 7 5 4 2 1 0.
+    As `parse_r` of the official code: from int(r (1 - inflection)) in equal steps to 2r minus that number, each
+    truncated to an int. For 12 stages, r=8 and inflection=-1 this is 16 14 13 11 10 8 7 5 4 2 1 0. For one stage, where
+    that code divides by zero, it is r.
 
     Raises:
-        FewtokensError: Negative numbers, more numbers than places, or a slope for a list.
+        FewtokensError: A number is negative, the list is too long, or a list comes with a slope.
     """
+    check(-1 <= inflection <= 1, "tokenizer.build.inflection", "between -1 and 1", inflection)
     numbers = [r] if isinstance(r, int) else list(r)
-    fits = all(n >= 0 for n in numbers) and len(numbers) <= places and -1 <= inflection <= 1
-    if not fits or (inflection and not isinstance(r, int)):
+    if not all(n >= 0 for n in numbers) or len(numbers) > stages:
         raise FewtokensError(
-            "ToMe merges r tokens in each place",
-            expected=f"r >= 0 with -1 <= inflection <= 1, or a list of at most {places} such r without inflection",
-            got=f"r={r}, inflection={inflection}",
-            fix="set tokenizer.build.r=8, or tokenizer.build.r=[16,8]",
+            f"`tokenizer.build.r` must be an int >= 0, or a list of at most {stages} of them, one for each block in "
+            f"`tokenizer.at`, got {r}."
         )
     if not isinstance(r, int):
-        return numbers + [0] * (places - len(numbers))
-    if places == 1:
+        check(inflection == 0, "tokenizer.build.inflection", "0 if tokenizer.build.r is a list", inflection)
+        return numbers + [0] * (stages - len(numbers))
+    if stages == 1:
         return [r]
     low = int(r * (1 - inflection))
-    step = (2 * r - 2 * low) / (places - 1)
-    return [int(low + step * i) for i in range(places)]
+    step = (2 * r - 2 * low) / (stages - 1)
+    return [int(low + step * i) for i in range(stages)]
