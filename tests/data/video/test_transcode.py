@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import videos
-from fewtokens.data.video import transcode
-from fewtokens.data.video import container, decoders
+from fewtokens.data.video import container, decoders, transcode
 from fewtokens.data.video.reader import Reader
 from fewtokens.data.video.records import UnreadableError, VideoInfo
 from fewtokens.errors import FewtokensError
