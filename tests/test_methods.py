@@ -1,7 +1,5 @@
-"""What holds for every method: one test each, which finds the methods by their yaml files."""
+"""Properties of every method. The tests find the methods by their yaml files."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,31 +9,31 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from conftest import CONFIGS, environment
+from conftest import CONFIGS, run_without_type_checks
 from fewtokens.analysis.cost import macs
 from fewtokens.backbones.vit import ViT, vit
-from fewtokens.runs.targets import instantiate
+from fewtokens.runs.config import instantiate
 from fewtokens.tasks.classification import Classifier
 
 METHODS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml"))
 REDUCING = [name for name in METHODS if name != "none"]
-# The setting of a key with which a method leaves every patch as it is.
+# Settings with which a method changes no patch
 NOTHING_DROPPED = {"budget": "all", "r": 0, "keep_rate": 1.0}
-# In evaluation each place in a batch has a draw of its own.
-DRAWN_BY_CONTEXT = {"random_drop"}
+# In evaluation, random numbers depend on the position in the batch.
+RANDOM_BY_POSITION = {"random_drop"}
 HOOKED = hasattr(vit, "__wrapped__")  # pytest's jaxtyping hook, whose checks torch.compile cannot trace
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def recipe(method: str) -> dict:
-    """`at` and `build` of a method as its yaml has them."""
+    """Return `at` and `build` of a method from its yaml file."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         node = compose("train", [f"tokenizer={method}"]).tokenizer
     return {"at": node.at, "build": instantiate(node.build)}
 
 
 def model_with(method: str, **settings: object) -> ViT:
-    """Four blocks with a class token, attention that is far from even, the same weights for every method."""
+    """Return a model of four blocks with a class token and concentrated attention, and the same weights every time."""
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 2, "num_classes": 5, "dim": 16, "depth": 4, "heads": 2, "pool": "token"}
     parts = recipe(method)
@@ -46,20 +44,21 @@ def model_with(method: str, **settings: object) -> ViT:
 
 
 def neutral(method: str) -> dict[str, object]:
+    """Return the settings with which a method changes nothing; empty if it has none."""
     keys = recipe(method)["build"].keywords
     return {key: value for key, value in NOTHING_DROPPED.items() if key in keys}
 
 
 def random_parameters(model: nn.Module) -> nn.Module:
-    """No parameter is zero, as a fuser's would be."""
+    """Make all parameters random, so that none is zero as those of TokenFuser are."""
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     return model
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAWN_BY_CONTEXT])
-def test_an_image_alone_gets_the_logits_it_gets_in_a_batch(method: str) -> None:
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in RANDOM_BY_POSITION])
+def test_an_image_has_the_same_logits_alone_and_in_a_batch(method: str) -> None:
     model = model_with(method).eval()
     alone = torch.cat([model(image[None]) for image in IMAGES])
     torch.testing.assert_close(model(IMAGES), alone, atol=1e-5, rtol=1e-5)
@@ -67,7 +66,7 @@ def test_an_image_alone_gets_the_logits_it_gets_in_a_batch(method: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", [name for name in METHODS if neutral(name)])
-def test_where_nothing_is_dropped_it_is_the_plain_model(method: str) -> None:
+def test_a_method_that_drops_nothing_is_the_plain_model(method: str) -> None:
     model = model_with(method, **neutral(method)).eval()
     found = model(IMAGES)
     with model.encoder.without_reduction():
@@ -76,7 +75,7 @@ def test_where_nothing_is_dropped_it_is_the_plain_model(method: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", REDUCING)
-def test_it_computes_less_and_says_what_became_of_every_patch(method: str) -> None:
+def test_it_computes_less_and_records_the_origin_of_every_token(method: str) -> None:
     model = model_with(method).eval()
     cost = macs(model, IMAGES[:1])
     with model.encoder.without_reduction():
@@ -101,9 +100,9 @@ def test_half_precision_in_training_and_evaluation(method: str) -> None:
         assert model.bfloat16().eval()(IMAGES.bfloat16()).isfinite().all()
 
 
-@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the last test")
+@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the next test")
 @pytest.mark.parametrize("method", METHODS)
-def test_compiled_it_gives_the_eager_logits_without_a_break(method: str) -> None:
+def test_compiled_it_gives_the_eager_logits_without_a_graph_break(method: str) -> None:
     torch.compiler.reset()
     model = random_parameters(model_with(method)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -111,34 +110,29 @@ def test_compiled_it_gives_the_eager_logits_without_a_break(method: str) -> None
         torch.testing.assert_close(compiled(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
 
 
-def in_a_process_without_type_checks(*options: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *options, __file__]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
 @pytest.mark.skipif(not HOOKED, reason="nothing to do: the test above ran")
 def test_all_compile() -> None:
-    assert f"{len(METHODS)} passed" in in_a_process_without_type_checks("-k", "test_compiled_it_gives")
+    assert f"{len(METHODS)} passed" in run_without_type_checks(__file__, "-k", "test_compiled_it_gives")
 
 
-# --- distributed: two processes, one step of every method
+# --- distributed: a training step of every method on two processes
 
 
 def one_step(rank: int, folder: str) -> None:
-    """Two steps of every method, each rank on other images: all parameters get gradients, and agree afterwards."""
+    """Train every method for two steps on other images on each rank, and check that the parameters agree afterwards."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for method in METHODS:
         task = Classifier(random_parameters(model_with(method)), 5, optimizer=partial(torch.optim.SGD, lr=0.1))
-        task.log = lambda *a, **k: None  # type: ignore[method-assign]  # outside a trainer there is nowhere to log
+        task.log = lambda *a, **k: None  # type: ignore[method-assign]  # There is no trainer to log to.
         step = Step(task)
         parallel = nn.parallel.DistributedDataParallel(step)
         before = [p.clone() for p in task.model.parameters()]
         torch.manual_seed(rank)
         optimizer = task.optimizer(parallel.parameters())
-        for images in IMAGES.chunk(2)[rank].split(1):  # a parameter without gradient would fail the second one
+        for images in IMAGES.chunk(2)[rank].split(
+            1
+        ):  # A parameter without gradient would be an error in the second step.
             optimizer.zero_grad()
             parallel(images[:, None], torch.tensor([rank])).backward()
             optimizer.step()
@@ -153,7 +147,7 @@ def one_step(rank: int, folder: str) -> None:
 
 
 class Step(nn.Module):
-    """A task's training step as a module, which DistributedDataParallel wants."""
+    """The training step of a task as a module, as DistributedDataParallel needs it."""
 
     def __init__(self, task: Classifier) -> None:
         super().__init__()
@@ -174,6 +168,6 @@ def test_a_distributed_step_of_every_method(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HOOKED, reason="nothing to do: the test above ran")
 def test_all_step_on_two_ranks() -> None:
-    printed = in_a_process_without_type_checks("-s", "-k", "test_a_distributed_step")
+    printed = run_without_type_checks(__file__, "-s", "-k", "test_a_distributed_step")
     for method in METHODS:
         assert all(f"rank {rank}: {method}" in printed for rank in range(2))

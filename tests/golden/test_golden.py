@@ -1,4 +1,4 @@
-"""Our modules with the official parameters give the official numbers; README.md says whose they are."""
+"""Our modules with the official parameters give the official numbers. README.md lists the sources."""
 
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ def golden(name: str) -> Golden:
 
 
 def on_grid(x: Tensor) -> Tokens:
-    """(B, H, W, C) as a record."""
+    """Return the features (B, H, W, C) as Tokens."""
     return Tokens(x.flatten(1, 2), grid=(x.shape[1], x.shape[2]))
 
 
@@ -46,12 +46,12 @@ def dense(g: Golden, source: str, target: str) -> State:
 
 
 def conv(kernel: Tensor) -> Tensor:
-    """HWIO to OIHW."""
+    """Convert a kernel from HWIO to OIHW."""
     return kernel.permute(3, 2, 0, 1)
 
 
 def attention(g: Golden, names: list[str], out: str, joint: str, target: str) -> State:
-    """Query, key and value (C, heads, D) as timm's one matrix, and the output (heads, D, C)."""
+    """Convert query, key and value (C, heads, D) to timm's single matrix, and the output (heads, D, C)."""
     qkv = [g[f"{name}{joint}kernel"].flatten(1).T for name in names]
     bias = [g[f"{name}{joint}bias"].flatten() for name in names]
     return {
@@ -79,7 +79,7 @@ def fuse(g: Golden, source: str, target: str, normalize: bool = True) -> State:
 
 
 def scenic_block(g: Golden, block: str, ours: str, names: tuple[str, str, str] = ("_0", "_0", "_1")) -> State:
-    """Attention, its norm, the MLP and its norm; `names` end those of attention and norms."""
+    """Return attention, MLP and norms of a block. `names` are the suffixes of attention and norms."""
     heads = f"{block}.MultiHeadDotProductAttention{names[0]}"
     qkv = [f"{heads}.{part}" for part in ("query", "key", "value")]
     mlp = f"{block}.MlpBlock_0" if names[0] == "_0" else f"{block}.MlpBlock"
@@ -93,7 +93,7 @@ def scenic_block(g: Golden, block: str, ours: str, names: tuple[str, str, str] =
 
 
 def scenic_encoder(g: Golden) -> State:
-    """Everything but the tokenizers."""
+    """Return all parameters except those of the tokenizers."""
     t = "p.Transformer"
     state = {
         "vit.patch_embed.proj.weight": conv(g["p.embedding.kernel"]),
@@ -149,13 +149,13 @@ def scenic_vivit(g: Golden, model: str, state: State, **settings) -> ViViT:
 
 
 def scenic_sequence(g: Golden, encoder: str, vit: str) -> State:
-    """Positions and final norm of an encoder."""
+    """Return positions and final norm of an encoder."""
     positions = {f"{vit}.pos_embed": g[f"p.{encoder}.posembed_input.pos_embedding"]}
     return positions | norm(g, f"p.{encoder}.encoder_norm", f"{vit}.norm")
 
 
 def clips(g: Golden) -> Tensor:
-    """(B, T, H, W, C) to (B, C, T, H, W)."""
+    """Return the clips, converted from (B, T, H, W, C) to (B, C, T, H, W)."""
     return g["x"].permute(0, 4, 1, 2, 3)
 
 
@@ -217,8 +217,8 @@ def test_token_learner_of_the_keras_example() -> None:
     [
         (True, "p", "out"),
         (False, "q", "out_no_norm"),
-        # Officially an original of (B, H, W, C) comes back flat, against its own documentation. That is a defect of
-        # shape, the values are right; ours has no 4-D form, the lattice stays in the record.
+        # The official module returns an original of (B, H, W, C) flattened, which contradicts its documentation. The
+        # values are correct. Ours takes no 4-D input, since the record has the grid.
         (True, "p", "out_4d_original"),
     ],
 )
@@ -254,7 +254,7 @@ def test_image_encoder_with_token_fuser() -> None:
 
 def check_scenic(model: ViT, g: Golden) -> None:
     images = g["x"].permute(0, 3, 1, 2)
-    for i, record in enumerate(model.trace(images)):  # recorded by the block itself, before the fuser
+    for i, record in enumerate(model.trace(images)):  # recorded by the block, before TokenFuser
         close(record.x, g[f"block{i}_out"])
     close(model.vit.norm(model.encoder(model.embed(images)).x), g["encoded"])
     close(model(images), g["logits"])
@@ -295,8 +295,8 @@ def test_mini_vit_of_the_keras_example() -> None:
 
 
 @torch.no_grad()
-def test_token_learner_takes_the_time_steps_of_a_clip_one_by_one() -> None:
-    """The two samples of the official run are two time steps of one clip here: S tokens of each, the weights shared."""
+def test_token_learner_treats_the_time_steps_of_a_clip_one_by_one() -> None:
+    """The two samples of the official run are two time steps of one clip here, with S tokens each."""
     g = golden("tokenlearner_v10")
     steps = Tokens(g["x"].flatten(1, 2).reshape(1, 2 * 49, 24), frames=2, grid=(7, 7))
     few = token_learner(g, "sum").pool(steps)
