@@ -1,11 +1,12 @@
 #!/bin/sh
-# Every method without parameters in a trained dense run, over budgets, on the whole test set; then table and plot.
+# Evaluates every method without parameters in a trained dense model, for several budgets, on all test images. Then
+# writes the table and the plot.
 #   sh docs/results/off_the_shelf.sh outputs/cifar10/class_token/<time> data/cifar10 [python]
-# Methods whose sweep is there already are left out, so that it goes on where it stopped.
+# Finished sweeps are skipped, so that the script can be stopped and started again.
 set -e
 run=$1 root=$2 python=${3:-python} out=outputs/off_the_shelf
 
-sweep() {  # name, then overrides
+sweep() {  # arguments: name, overrides ...
   name=$1; shift
   if [ -e "$out/$name/finished" ]; then return; fi
   "$python" eval.py -m checkpoint="$run" data.root="$root" trainer.precision=32-true data.eval_batch_size=250 \
@@ -25,6 +26,6 @@ sweep k_medoids tokenizer=k_medoids tokenizer.build.keep_rate=0.75,0.6,0.4
 sweep random_drop tokenizer=random_drop 'tokenizer.at=[3,6,9]' tokenizer.build.keep_rate=0.75,0.6,0.4
 sweep fixed_pattern tokenizer=fixed_pattern tokenizer.at=0.25 tokenizer.build.keep_rate=0.7,0.5,0.3
 
-# The table in this folder was made with --cost-only: its runs were timed while the machine did other work.
+# The table in this folder was written with --cost-only, because the machine did other work while its runs were timed.
 "$python" -m fewtokens.benchmarks.pareto "$out" --write docs/results/off_the_shelf \
   --title "Reduction off the shelf: CIFAR-10, a dense ViT-Ti with 4x4 patches"

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Methods without parameters in a trained dense video model (model 1, over space and time together), on moving_digits.
+# Evaluates methods without parameters in a trained dense video model (model 1: all tubelets attend to each other) on
+# moving_digits. Then writes the table and the plot. Finished sweeps are skipped.
 #   sh docs/results/off_the_shelf_video.sh [python]
 set -e
 python=${1:-python} out=outputs/off_the_shelf_video
@@ -8,7 +9,7 @@ dense=$out/dense
 test -e "$dense/report.json" || "$python" train.py experiment=video/quickstart tokenizer=none backbone.pool=token \
   measure=none hydra.run.dir="$dense"
 
-sweep() {  # name, then overrides
+sweep() {  # arguments: name, overrides ...
   name=$1; shift
   test -e "$out/sweeps/$name/finished" && return
   "$python" eval.py -m checkpoint="$dense" measure=cost hydra.sweep.dir="$out/sweeps/$name" "$@"

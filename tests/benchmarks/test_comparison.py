@@ -6,7 +6,7 @@ from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 
 from fewtokens.analysis.cost import macs
-from fewtokens.benchmarks.comparison import Setting, compare, in_batches, timms_own
+from fewtokens.benchmarks.comparison import Setting, compare, in_batches, timm_reference
 from fewtokens.errors import FewtokensError
 from fewtokens.tokenizers.ats import ATS
 from fewtokens.tokenizers.top_k import TopK
@@ -20,7 +20,7 @@ def images(count: int) -> torch.Tensor:
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_timms_own_forward_shares_the_weights_and_gives_the_same_numbers(make, pool):
     model = make(pool=pool, options={"init_values": 0.1, "drop_path_rate": 0.2}).eval()
-    theirs = timms_own(model).eval()
+    theirs = timm_reference(model).eval()
     assert {type(block) for block in theirs.blocks} == {TimmBlock}
     assert {type(block.attn) for block in theirs.blocks} == {TimmAttention}
     assert torch.equal(theirs(images(2)), model(images(2)))
@@ -71,13 +71,20 @@ def test_padding_costs_what_a_batch_computes(make):
 def test_batches_are_whole_and_small_ones_are_several():
     assert [len(batch) for batch in in_batches(images(3), 1)] == [1] * 8
     assert [len(batch) for batch in in_batches(images(9), 4)] == [4, 4]
-    assert [len(batch) for batch in in_batches(images(9), 2, fewest=1)] == [2]
+    assert [len(batch) for batch in in_batches(images(9), 2, min_images=1)] == [2]
     [batch] = in_batches(images(3), 10)
     assert torch.equal(batch[3:6], images(3))
     assert len(batch) == 10
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 0}, {"precision": "float8"}, {"mode": "testing"}])
-def test_settings_that_are_none(wrong):
-    with pytest.raises(FewtokensError, match=r"batch=\[1,32\]"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch": 0}, r"`batch` must be .*batch=\[1,32\], got 0"),
+        ({"precision": "float8"}, "`precision` must be '32-true' or .*, got 'float8'"),
+        ({"mode": "testing"}, "`mode` must be 'inference' or 'training', got 'testing'"),
+    ],
+)
+def test_invalid_settings(wrong, message):
+    with pytest.raises(FewtokensError, match=message):
         Setting(**wrong)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fewtokens.benchmarks.pareto import DENSE, Point, frontier, main, matched, read_points
+from fewtokens.benchmarks.pareto import main
+from fewtokens.benchmarks.tradeoff import DENSE, Point, accuracy_at, frontier, read_points
 
 
 def point(method: str, accuracy: float, gmacs: float, speedup: float | None = None) -> Point:
@@ -32,14 +33,14 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_points_come_from_the_reports_alone(runs: Path) -> None:
-    points, left_out = read_points([runs], "test/top1")
+    points, skipped = read_points([runs], "test/top1")
     assert [(p.method, p.setting, p.accuracy, p.share) for p in points] == [
         (DENSE, "", 0.9, 1.0),
         ("ToMe", "r=1", 0.88, 0.8),
         ("ToMe", "r=2", 0.8, 0.5),
     ]
     assert points[1].images_per_s is None
-    [reason] = left_out
+    [reason] = skipped
     assert "cost/gmacs" in reason
     assert str(runs / "9") in reason
 
@@ -69,16 +70,16 @@ def test_the_frontier_is_what_no_other_beats() -> None:
 
 def test_methods_are_compared_on_lines_between_their_points_and_not_beyond() -> None:
     points = [point(DENSE, 0.9, 10), point("a", 0.8, 6), point("a", 0.6, 4), point("b", 0.7, 9)]
-    assert matched(points, lambda p: p.share, 0.5) == {"a": pytest.approx(0.7)}
-    assert matched(points, lambda p: p.share, 0.95) == {"a": pytest.approx(0.8875), "b": pytest.approx(0.8)}
-    assert matched(points, lambda p: p.share, 0.3) == {}
-    assert matched(points, lambda p: p.speedup, 1.0) == {}
+    assert accuracy_at(points, lambda p: p.share, 0.5) == {"a": pytest.approx(0.7)}
+    assert accuracy_at(points, lambda p: p.share, 0.95) == {"a": pytest.approx(0.8875), "b": pytest.approx(0.8)}
+    assert accuracy_at(points, lambda p: p.share, 0.3) == {}
+    assert accuracy_at(points, lambda p: p.speedup, 1.0) == {}
 
 
 def test_the_command_writes_points_plot_and_tables(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(runs), "--write", str(tmp_path / "out" / "table")]) == 0
     printed = capsys.readouterr()
-    assert "Left out" in printed.err
+    assert "Skipped: " in printed.err
     with (tmp_path / "out" / "table.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == [DENSE, "ToMe", "ToMe"]
     assert (tmp_path / "out" / "table.png").stat().st_size > 5000
@@ -86,16 +87,32 @@ def test_the_command_writes_points_plot_and_tables(runs: Path, tmp_path: Path, c
     assert "| ToMe | r=1 | 88.00% | 8.0000 | 80% | 1.20 | - | yes | yes |" in text
     assert "| ToMe | 89.00% | 88.00% | 85.33% | 82.67% | 80.00% |" in text
     assert "1.2 x" in text
+    again = [str(tmp_path / "out" / "table.csv"), "--write", str(tmp_path / "again" / "table")]
+    assert main(again) == 0
+    for suffix in (".csv", ".md", ".png"):
+        first, second = (tmp_path / folder / f"table{suffix}" for folder in ("out", "again"))
+        assert second.read_bytes() == first.read_bytes(), "the csv alone gives the same page"
+    capsys.readouterr()
     main([str(runs), "--cost-only"])
     assert "1.2 x" not in capsys.readouterr().out
 
 
-def test_nothing_to_read_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(tmp_path)]) == 1
-    assert "To do:" in capsys.readouterr().err
+    assert "There is no report.json" in capsys.readouterr().err
     run(tmp_path / "a", "x.ATS", {"test/top1": 0.5})
     assert main([str(tmp_path)]) == 1
     assert "measure=default" in capsys.readouterr().err
     (tmp_path / "a" / "report.json").write_text("[1")
     assert main([str(tmp_path)]) == 1
-    assert "json object" in capsys.readouterr().err
+    assert "must be a json object" in capsys.readouterr().err
+    (tmp_path / "points.csv").write_text("method,accuracy\na,0.5\n")
+    assert main([str(tmp_path / "points.csv")]) == 1
+    assert "must be a csv file written by --write" in capsys.readouterr().err
+
+
+def test_the_device_is_that_of_the_measures(tmp_path: Path) -> None:
+    run(tmp_path / "a", "x.ATS", {"test/top1": 0.5, "cost/gmacs": 1.0, "cost/gmacs_dense": 2.0})
+    about = json.loads((tmp_path / "a" / "run.json").read_text())
+    (tmp_path / "a" / "run.json").write_text(json.dumps(about | {"device": "8 x GPU", "measured_on": "CPU"}))
+    assert read_points([tmp_path], "test/top1")[0][0].device == "CPU"

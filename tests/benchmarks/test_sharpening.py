@@ -21,8 +21,8 @@ def test_ats_keeps_what_the_profile_says(make):
 
 
 @pytest.mark.parametrize("profile", [[26.0], [10.0, 12.0], [9.0, 8.0, 7.0, 6.0], [0.0]])
-def test_profiles_that_cannot_be(make, profile):
-    with pytest.raises(FewtokensError, match="sharpen="):
+def test_invalid_profiles(make, profile):
+    with pytest.raises(FewtokensError, match="`sharpen` must be at most 3 numbers that decrease from 25"):
         sharpen(make(pool="token"), IMAGES, profile)
 
 

@@ -59,12 +59,14 @@ def test_a_trained_run_is_timed_with_its_weights_and_test_images(script, tmp_pat
 
 def test_clips_are_timed_without_video_data(composed, tmp_path: Path, capsys) -> None:
     video = ["backbone=vivit_mini", "data.frames=4", "data.image_size=16", "data.num_classes=3", "trainer=cpu"]
-    timed = ["tokenizers=['token_learner build.num_tokens=2']", "batch=[1]", "seconds=0.1", "at_once=1"]
+    timed = ["tokenizers=['token_learner build.num_tokens=2']", "batch=[1]", "seconds=0.1", "min_images=1"]
     cfg = composed(*video, *timed, base="throughput")
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):  # it composes one config more for every tokenizer
         found = throughput.run(cfg)
     assert json.loads((tmp_path / "run" / "throughput.json").read_text()) == found
-    assert [record["tokenizer"] for record in found] == ["none", "token_learner build.num_tokens=2"], "timm has none"
+    assert [record["tokenizer"] for record in found] == ["none", "token_learner build.num_tokens=2"], (
+        "timm has no video models"
+    )
     assert {(record["frames"], record["image_size"]) for record in found} == {(4, 16)}
     assert "clips/s" in capsys.readouterr().out
 
@@ -72,11 +74,11 @@ def test_clips_are_timed_without_video_data(composed, tmp_path: Path, capsys) ->
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ("tokenizers=[atz]", "did you mean"),
-        ("tokenizers=['ats build.bugdet=3']", "budget"),
+        ("tokenizers=[atz]", "Did you mean `tokenizer=ats`?"),
+        ("tokenizers=['ats build.bugdet=3']", "Did you mean build.budget?"),
         ("batch=4", "batch=[1,32]"),
-        ("precision=[float8]", "float8"),
-        ("images=none", "images=test"),
+        ("precision=[float8]", "got 'float8'"),
+        ("images=none", "`images` must be 'random' or 'test', got 'none'"),
     ],
 )
 def test_errors_are_sentences(script, wrong: str, says: str) -> None:

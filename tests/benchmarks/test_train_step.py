@@ -20,14 +20,14 @@ def built(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_both_ways_do_the_same_work(precision, built, tmp_path):
+def test_both_variants_do_the_same_work(precision, built, tmp_path):
     still = [
         "task.mix.mixup=0.0",
         "backbone.options.proj_drop_rate=0.0",
-    ]  # what is drawn differs: StepSeeds is a callback
-    cfg = benchmark.composed("digits", str(tmp_path), 4, [*SMALL, *still, f"trainer.precision={precision}"])
+    ]  # random draws differ, because StepSeeds is a callback
+    cfg = benchmark.compose_config("digits", str(tmp_path), 4, [*SMALL, *still, f"trainer.precision={precision}"])
     untrained = benchmark.build(cfg)[1].state_dict()
-    timings = benchmark.through_lightning(cfg, CPU), benchmark.bare(cfg, CPU)
+    timings = benchmark.train_with_lightning(cfg, CPU), benchmark.train_with_loop(cfg, CPU)
     assert all(timing.wall > 0 and timing.cpu > 0 for timing in timings)
     first, second = (task.model.state_dict() for task in built[-2:])
     for name, value in first.items():
@@ -36,17 +36,17 @@ def test_both_ways_do_the_same_work(precision, built, tmp_path):
 
 
 def test_the_ends_of_epochs_are_counted(built, tmp_path):  # 10 steps, an epoch has fewer
-    cfg = benchmark.composed("digits", str(tmp_path), 4, SMALL)
-    benchmark.through_lightning(cfg, CPU)
+    cfg = benchmark.compose_config("digits", str(tmp_path), 4, SMALL)
+    benchmark.train_with_lightning(cfg, CPU)
     assert built[-1].trainer.current_epoch >= 1
     assert (tmp_path / "metrics.csv").exists()
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_the_ways_take_turns():
+def test_the_variants_take_turns():
     order = []
-    ways = {name: lambda name=name: order.append(name) or Timing(1.0, 1.0) for name in "ab"}
-    assert {name: len(timings) for name, timings in benchmark.measure(ways, 3).items()} == {"a": 3, "b": 3}
+    variants = {name: lambda name=name: order.append(name) or Timing(1.0, 1.0) for name in "ab"}
+    assert {name: len(timings) for name, timings in benchmark.take_turns(variants, 3).items()} == {"a": 3, "b": 3}
     assert "".join(order) == "abbaab"
 
 
@@ -54,21 +54,21 @@ def test_the_ratio_is_the_median_over_the_rounds():
     page = io.StringIO()
     found = {
         "Lightning": [Timing(0.11, 0.21), Timing(0.30, 0.22), Timing(0.12, 0.23)],
-        "bare loop": [Timing(0.10, 0.20), Timing(0.20, 0.20), Timing(0.10, 0.20)],
+        "reference loop": [Timing(0.10, 0.20), Timing(0.20, 0.20), Timing(0.10, 0.20)],
     }
     benchmark.show(found, 64, "title", Console(file=page, width=120))
     assert "overhead in time: +20.0 % (rounds from +10.0 % to +50.0 %" in page.getvalue()
-    assert "other work comes and goes): +10.0 %" in page.getvalue()
+    assert "steadier on a shared machine): +10.0 %" in page.getvalue()
 
 
 def test_a_precision_that_the_loop_cannot_do_is_refused(tmp_path):
-    cfg = benchmark.composed("digits", str(tmp_path), 4, [*SMALL, "trainer.precision=64-true"])
-    with pytest.raises(FewtokensError, match="32-true"):
-        benchmark.bare(cfg, CPU)
+    cfg = benchmark.compose_config("digits", str(tmp_path), 4, [*SMALL, "trainer.precision=64-true"])
+    with pytest.raises(FewtokensError, match=r"`trainer\.precision` must be '32-true' or 'bf16-mixed', got '64-true'"):
+        benchmark.train_with_loop(cfg, CPU)
 
 
-@pytest.mark.parametrize("data", list(benchmark.CHOICES))
+@pytest.mark.parametrize("data", list(benchmark.OVERRIDES))
 def test_every_choice_composes(data, tmp_path):
-    cfg = benchmark.composed(data, str(tmp_path), 10)
+    cfg = benchmark.compose_config(data, str(tmp_path), 10)
     assert not {"best", "last", "progress"} & set(cfg.callbacks)
     assert {"learning_rate", "seeds", "stop"} <= set(cfg.callbacks)

@@ -1,9 +1,9 @@
-"""Models side by side: images per second and multiply-adds, and how much of the saving the clock shows."""
+"""Comparison of models on the same images: images per second, multiply-adds, and the speed-up that both promise."""
 
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -15,30 +15,30 @@ from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
-from fewtokens.analysis.cost import evaluating, macs
-from fewtokens.analysis.timing import Run, interleaved, seconds_on, spread
+from fewtokens.analysis.cost import macs
+from fewtokens.analysis.throughput import AUTOCAST, Run, interquartile_range, seconds_on, time_in_turns
 from fewtokens.backbones.vit import ViT
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import check, check_choice
 
 DENSE = "none"
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 PRECISIONS = ("32-true", "bf16-true", *AUTOCAST)
 MODES = ("inference", "training")
-FEWEST = 8  # images timed together: at batch 1 an adaptive tokenizer's time depends on the image
+MIN_IMAGES = 8  # images timed together: at batch 1, the time of an adaptive tokenizer depends on the image
+COUNTED_IMAGES = 16
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How models are run.
+    """How the models are run.
 
     Args:
         batch: Images per forward pass.
-        precision: "32-true", "bf16-true" (the weights too), "bf16-mixed" or "16-mixed" (autocast).
-        compiled: By torch.compile, each model by itself and for this batch size.
-        mode: "inference", or "training": forward, cross-entropy, backward and a step of AdamW.
+        precision: "32-true", "bf16-true" (weights, too), "bf16-mixed" or "16-mixed" (autocast).
+        compiled: Compile every model with `torch.compile`, for this batch size.
+        mode: "inference", or "training": forward pass, cross-entropy, backward pass and a step of AdamW.
 
     Raises:
-        FewtokensError: An unknown precision or mode, or no batch.
+        FewtokensError: The batch is less than 1, or the precision or mode is unknown.
     """
 
     batch: int = 32
@@ -47,13 +47,9 @@ class Setting:
     mode: str = "inference"
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.precision not in PRECISIONS or self.mode not in MODES:
-            raise FewtokensError(
-                "A speed is that of a batch, a precision and a mode",
-                expected=f"batch >= 1, a precision of {', '.join(PRECISIONS)}, a mode of {', '.join(MODES)}",
-                got=f"batch={self.batch}, precision={self.precision}, mode={self.mode}",
-                fix="set batch=[1,32] precision=[32-true] mode=[inference]",
-            )
+        check(self.batch >= 1, "batch", "a list of ints >= 1, as in batch=[1,32]", self.batch)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("mode", self.mode, MODES)
 
     def __str__(self) -> str:
         return f"{self.mode}, batch {self.batch}, {self.precision}, {'compiled' if self.compiled else 'eager'}"
@@ -64,104 +60,100 @@ def compare(
     images: Float[Tensor, "b c *t h w"],
     setting: Setting,
     seconds: float,
-    fewest: int = FEWEST,
+    min_images: int = MIN_IMAGES,
 ) -> list[dict[str, Any]]:
-    """Times all models in turns, on the same images, and counts what they compute.
+    """Time all models in turns on the same images, and count their multiply-adds.
 
     Args:
-        models: By name; one of them is "none", the dense one that the others are compared with.
-        images: At least one, on the models' device; repeated or cut to whole batches.
-        setting: How they are run.
-        seconds: For all of them together, warm-up not included.
-        fewest: Images that are timed together, as several batches where those are smaller.
+        models: The models by name. The one named "none" is the dense model, with which all are compared.
+        images: At least one, on the models' device. They are repeated or cut to fill the batches.
+        setting: How the models are run.
+        seconds: Time to measure all of them together, without warming up.
+        min_images: Number of images that are timed together at least, as several batches if they are smaller.
 
     Returns:
-        A record for each: tokenizer, the setting, images_per_s (median over the rounds) and its interquartile range,
-        speedup_vs_dense (the median of the ratios within a round) and its range, gmacs (what an image needs by itself;
-        mean), gmacs_padded (what an image costs in these batches), gmacs_dense, and realised_over_theoretical: the
-        speed-up over gmacs_dense / gmacs.
+        A record for each model: `tokenizer`; the setting; `images_per_s` (median over the rounds) and
+        `images_per_s_spread` (interquartile range); `speedup_vs_dense` (median of the ratios within a round) and its
+        `_spread`; `rounds`; `gmacs`, what an image needs alone, `gmacs_padded`, per image in these batches, and
+        `gmacs_dense`, all in 1e9 multiply-adds; `realised_over_theoretical`, which is the speed-up divided by
+        gmacs_dense / gmacs.
     """
-    batches = in_batches(images, setting.batch, fewest)
-    count = sum(map(len, batches))
-    costs = {name: costs_of(model, batches) for name, model in models.items()}
+    batches = in_batches(images, setting.batch, min_images)
+    costs = {name: macs_per_image(model, batches) for name, model in models.items()}
     try:
-        runs = {name: run_of(model, batches, setting) for name, model in models.items()}
-        clock = partial(seconds_on, device=images.device)
-        times = interleaved(runs, seconds, clock)
+        runs = {name: timed_run(model, batches, setting) for name, model in models.items()}
+        times = time_in_turns(runs, seconds, partial(seconds_on, device=images.device))
     finally:
-        torch.compiler.reset()  # or the next setting meets the limit on recompilations
+        torch.compiler.reset()  # otherwise the next setting would reach the limit on recompilations
+    images_per_round = sum(map(len, batches))
     records = []
     for name in models:
-        alone, padded = costs[name]
-        ratios = [slow / fast for slow, fast in zip(times[DENSE], times[name], strict=True)]
-        rates = [count / taken for taken in times[name]]
-        theoretical = costs[DENSE][0] / alone
+        single, padded = costs[name]
+        speedups = [slow / fast for slow, fast in zip(times[DENSE], times[name], strict=True)]
+        rates = [images_per_round / taken for taken in times[name]]
         records.append(
             {
                 "tokenizer": name,
-                "batch": setting.batch,
-                "precision": setting.precision,
-                "compiled": setting.compiled,
-                "mode": setting.mode,
+                **asdict(setting),
                 "images_per_s": median(rates),
-                "images_per_s_spread": spread(rates),
-                "speedup_vs_dense": median(ratios),
-                "speedup_vs_dense_spread": spread(ratios),
+                "images_per_s_spread": interquartile_range(rates),
+                "speedup_vs_dense": median(speedups),
+                "speedup_vs_dense_spread": interquartile_range(speedups),
                 "rounds": len(rates),
-                "gmacs": alone / 1e9,
+                "gmacs": single / 1e9,
                 "gmacs_padded": padded / 1e9,
                 "gmacs_dense": costs[DENSE][0] / 1e9,
-                "realised_over_theoretical": median(ratios) / theoretical,
+                "realised_over_theoretical": median(speedups) / (costs[DENSE][0] / single),
             }
         )
     return records
 
 
 def in_batches(
-    images: Float[Tensor, "n c *t h w"], batch: int, fewest: int = FEWEST
+    images: Float[Tensor, "n c *t h w"], batch: int, min_images: int = MIN_IMAGES
 ) -> list[Float[Tensor, "b c *t h w"]]:
-    """Whole batches of the images, which are repeated where they do not fill one; about `fewest` images or a batch."""
-    wanted = max(1, fewest // batch) * batch
+    """Split the images into full batches of about `min_images` together, but at least one. Repeat them if necessary."""
+    wanted = max(1, min_images // batch) * batch
     repeated = torch.cat([images] * -(-wanted // len(images)))[:wanted]
     return list(repeated.split(batch))
 
 
-def costs_of(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]]) -> tuple[float, float]:
-    """Multiply-adds per image: of each by itself, the mean of up to 16, and in these batches."""
+def macs_per_image(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]]) -> tuple[float, float]:
+    """Return the multiply-adds of an image alone, averaged over up to 16 images, and per image in these batches."""
     images = torch.cat(batches)
-    some = images[:16].split(1)
+    counted = images[:COUNTED_IMAGES].split(1)
     padded = sum(macs(model, batch) for batch in batches) / len(images)
-    return sum(macs(model, image) for image in some) / len(some), padded
+    return sum(macs(model, image) for image in counted) / len(counted), padded
 
 
-def run_of(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], setting: Setting) -> Run:
-    """What is timed: all batches once."""
+def timed_run(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], setting: Setting) -> Run:
+    """Return a function that runs all batches once, with the setting."""
     device = batches[0].device
     if setting.precision == "bf16-true":
         model = copy.deepcopy(model).bfloat16()
         batches = [batch.bfloat16() for batch in batches]
-    called = torch.compile(model, dynamic=False) if setting.compiled else model
-    autocast = AUTOCAST.get(setting.precision)
+    compiled = torch.compile(model, dynamic=False) if setting.compiled else model
+    dtype = AUTOCAST.get(setting.precision)
 
-    def context() -> AbstractContextManager[Any]:
-        return nullcontext() if autocast is None else torch.autocast(device.type, autocast)
+    def autocast() -> AbstractContextManager[Any]:
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
     def infer() -> None:
-        with torch.inference_mode(), context():
+        with torch.inference_mode(), autocast():
             for batch in batches:
-                called(batch)
+                compiled(batch)
 
     if setting.mode == "inference":
         model.eval()
         return infer
-    # A rate of 0 computes the same step, and leaves the weights, which the models share, as they are.
+    # With a learning rate of 0, a step takes as long but does not change the weights, which the models share.
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
 
     def train() -> None:
         model.train()
         for batch in batches:
-            with context():
-                logits = called(batch)
+            with autocast():
+                logits = compiled(batch)
             target = torch.arange(len(batch), device=device) % logits.shape[1]
             F.cross_entropy(logits.float(), target).backward()
             optimizer.step()
@@ -170,13 +162,13 @@ def run_of(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], setting
     return train
 
 
-def timms_own(model: ViT) -> nn.Module:
-    """timm's model, with the same parameters and timm's own blocks and forward: what dense ought to equal in speed."""
-    with evaluating(model):
-        vit = copy.deepcopy(model.vit, {id(p): p for p in model.parameters()})
-        blocks: list[Any] = copy.deepcopy(model.encoder.blocks, {id(p): p for p in model.parameters()})
+def timm_reference(model: ViT) -> nn.Module:
+    """Return timm's model with the same parameters and timm's own blocks, whose speed the dense model should match."""
+    shared = {id(p): p for p in model.parameters()}
+    vit = copy.deepcopy(model.vit, dict(shared))
+    blocks: list[Any] = copy.deepcopy(model.encoder.blocks, dict(shared))
     for block in blocks:
-        # Ours add methods to timm's and no state, so that the way back is the class alone.
+        # Our classes add methods to timm's, but no state, so that changing the class is enough.
         block.__class__, block.attn.__class__ = TimmBlock, TimmAttention
     vit.blocks = nn.Sequential(*blocks)
     return vit

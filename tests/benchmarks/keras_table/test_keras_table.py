@@ -13,7 +13,7 @@ from scipy import stats
 from fewtokens.benchmarks.keras_table import __main__ as reproduce
 from fewtokens.benchmarks.keras_table import table as keras_table
 from fewtokens.errors import FewtokensError
-from fewtokens.runs.cli import CONFIGS
+from fewtokens.runs.config import CONFIGS
 
 ARCHIVE, FOLDERS = "CIFAR-10 (official archive)", "CIFAR-10 (JPEG copy, class folders)"
 
@@ -58,7 +58,7 @@ def write_run(args, row="keras_plain", seed=0, top1=0.56, precision="bf16-mixed"
     numbers = {"test/top1": top1, "val/top1": 0.5, "train/epochs": 20.0, "cost/gmacs": 0.1015}
     (folder / "config.yaml").write_text(json.dumps(config))
     (folder / "run.json").write_text(json.dumps(run))
-    (folder / "report.json").write_text(json.dumps(numbers | {"cost/gmacs_keras": 0.018394, "cost/params": 1344650.0}))
+    (folder / "report.json").write_text(json.dumps(numbers | {"cost/params": 1344650.0}))
     (folder / "metrics.csv").write_text("step,val/top1,train/loss\n9,,2.0\n156,0.51,\n313,0.54,\n470,0.5,\n")
     return folder
 
@@ -67,7 +67,7 @@ def test_a_line_comes_from_the_runs_own_files(args):
     line = keras_table.collect(write_run(args, seed=3))
     assert list(line) == list(keras_table.COLUMNS)
     expected = {"row": "keras_plain", "seed": "3", "test_top1": "0.56", "epochs": "20", "params": "1344650"}
-    expected |= {"val_top1": "0.54", "gmacs": "0.1015", "gmacs_keras": "0.018394", "precision": "bf16-mixed"}
+    expected |= {"val_top1": "0.54", "gmacs": "0.1015", "precision": "bf16-mixed"}
     expected |= {"dataset": FOLDERS, "split": "stratified, 10000 held out", "torch": "9.9", "commit": ""}
     assert {name: line[name] for name in expected} == expected
     assert keras_table.collect(args.outputs / "keras_plain" / "3", "my copy")["dataset"] == "my copy"
@@ -106,29 +106,29 @@ def test_the_interval_of_a_hand_made_sample():  # deviation 1, n = 4, and 3.182 
 
 def test_decisions(args):
     folder = args.outputs / "keras_plain" / "0"
-    fresh = reproduce.decide("keras_plain", 0, args)
+    fresh = reproduce.arguments_of("keras_plain", 0, args)
     assert fresh[:2] == ["experiment=cifar10/keras_plain", "seed=0"]
     assert fresh[-2:] == ["measure=cost", f"hydra.run.dir={folder}"]
 
     write_run(args)
     (folder / "report.json").unlink()  # broke off in the first epoch
-    assert reproduce.decide("keras_plain", 0, args) == fresh
+    assert reproduce.arguments_of("keras_plain", 0, args) == fresh
     assert not (folder / "metrics.csv").exists()
 
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "last.ckpt").touch()
-    assert reproduce.decide("keras_plain", 0, args) == [f"resume={folder}"]
+    assert reproduce.arguments_of("keras_plain", 0, args) == [f"resume={folder}"]
 
     (folder / "report.json").write_text("{}")
-    assert reproduce.decide("keras_plain", 0, args) is None
+    assert reproduce.arguments_of("keras_plain", 0, args) is None
     args.precision = "32-true"
     with pytest.raises(FewtokensError, match="--outputs"):
-        reproduce.decide("keras_plain", 0, args)
+        reproduce.arguments_of("keras_plain", 0, args)
 
 
 def test_a_failing_run_does_not_stop_the_others(args, monkeypatch):
     started = []
-    monkeypatch.setattr(reproduce, "run", lambda arguments: started.append(arguments[:2]) or len(started) == 1)
+    monkeypatch.setattr(reproduce, "train", lambda arguments: started.append(arguments[:2]) or len(started) == 1)
     write_run(args, "keras_8_tokens")
     failures = reproduce.train_all(["keras_plain", "keras_8_tokens"], [0, 1], args)
     assert [a[0].rpartition("/")[2] + a[1] for a in started] == [
@@ -166,7 +166,7 @@ def test_an_interruption_lets_the_child_save(starting, monkeypatch, tmp_path):
         threading.Thread(target=interrupt_when, args=[tmp_path / "ready"]).start()
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt):
-        reproduce.run([])
+        reproduce.train([])
     assert (tmp_path / "saved").exists()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -175,10 +175,10 @@ def test_an_interruption_says_how_to_go_on(args, monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reproduce, "run", interrupted)
+    monkeypatch.setattr(reproduce, "train", interrupted)
     places = ["--root", str(args.root), "--outputs", str(args.outputs), "--table", str(args.table)]
     assert reproduce.main(places) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "continues from here" in capsys.readouterr().err
 
 
 def test_lines_of_other_machines_stay_and_own_ones_are_replaced(args):
@@ -231,7 +231,7 @@ def test_an_unreadable_run_is_reported_and_the_others_counted(args):
     [(["--rows", "keras_plane"], "keras_plane"), (["--root", "/nowhere"], "no CIFAR-10 in /nowhere")],
 )
 def test_mistakes_end_with_a_sentence_before_anything_runs(wrong, message, args, capsys, monkeypatch):
-    monkeypatch.setattr(reproduce, "run", pytest.fail)
+    monkeypatch.setattr(reproduce, "train", pytest.fail)
     assert reproduce.main([*wrong, "--outputs", str(args.outputs), "--table", str(args.table)]) == 1
     assert message in capsys.readouterr().err
 

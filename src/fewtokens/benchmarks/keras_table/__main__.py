@@ -1,9 +1,9 @@
-"""The Keras TokenLearner example's table, made again: every row with several seeds, then one csv and one page from it.
+"""Reproduce the table of the Keras TokenLearner example: train every row with several seeds, then write csv and page.
 
     python -m fewtokens.benchmarks.keras_table --seeds 0,1,2,3,4 --root data/cifar10       (or --table-only)
 
-Finished runs are left as they are, interrupted ones go on. Lines of docs/results/cifar10_keras.csv that come from other
-machines stay; the page beside it is written from the csv and from the costs of the models, counted anew.
+Finished runs are skipped, and interrupted ones are resumed. Rows of docs/results/cifar10_keras.csv that come from other
+machines are kept. The page beside the csv is written from it and from the models, whose cost is counted.
 """
 
 import argparse
@@ -24,27 +24,64 @@ HOME = Path(__file__).parents[4]
 TABLE = HOME / "docs" / "results" / "cifar10_keras.csv"
 
 
-def decide(row: str, seed: int, args: argparse.Namespace) -> list[str] | None:
-    """Arguments of train.py: to start the run, to go on with it, or None where it is finished.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return 0, 1 if a run failed, or 130 if the command was interrupted."""
+    args = _parser().parse_args(argv)
+    args.root, args.outputs = args.root.expanduser().resolve(), args.outputs.resolve()
+    failures: list[str] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is handled like Ctrl-C
+    try:
+        rows = _rows(args.rows)
+        if not args.table_only:
+            keras_table.dataset_name(args.root)  # raises an error before the first run, if there are no data
+            failures += train_all(rows, [int(seed) for seed in args.seeds.split(",")], args)
+        failures += tabulate(args)
+    except FewtokensError as error:
+        failures.append(str(error))
+    except KeyboardInterrupt:
+        print("Interrupted. The same command continues from here.", file=sys.stderr)
+        return 130
+    for failure in failures:
+        print(f"Error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def train_all(rows: Sequence[str], seeds: Sequence[int], args: argparse.Namespace) -> list[str]:
+    """Run what is missing. Each seed is run for all rows, so that an early stop leaves all rows with equal seeds.
+
+    Returns:
+        A sentence for each run that failed.
+    """
+    failures = []
+    for seed, row in itertools.product(seeds, rows):
+        try:
+            arguments = arguments_of(row, seed, args)
+            print(f"{row}, seed {seed}: {'already finished' if arguments is None else ' '.join(arguments)}", flush=True)
+            if arguments is not None and (code := train(arguments)):
+                failures.append(f"{row}, seed {seed}: train.py ended with exit code {code}")
+        except FewtokensError as error:
+            failures.append(f"{row}, seed {seed}: {error}")
+    return failures
+
+
+def arguments_of(row: str, seed: int, args: argparse.Namespace) -> list[str] | None:
+    """Return the arguments of train.py that start or resume a run, or None if it is finished.
 
     Raises:
-        FewtokensError: The folder holds a run of another precision.
+        FewtokensError: The folder contains a run of another precision.
     """
     folder = args.outputs / row / str(seed)
     if (folder / "config.yaml").is_file():
         found = str(OmegaConf.load(folder / "config.yaml").trainer.precision)
         if found != args.precision:
             raise FewtokensError(
-                "A folder holds one run",
-                expected=args.precision,
-                got=f"{found} in {folder}",
-                fix="set another --outputs",
+                f"{folder} contains a run in {found}, but `--precision` is {args.precision}. Set another `--outputs`."
             )
     if report.read(folder) is not None:
         return None
     if (folder / "checkpoints" / "last.ckpt").is_file():
         return [f"resume={folder}"]
-    (folder / "metrics.csv").unlink(missing_ok=True)  # of a run that broke off in its first epoch: the new one appends
+    (folder / "metrics.csv").unlink(missing_ok=True)  # the new run would append to that of one killed in epoch 1
     fixed = [
         f"experiment=cifar10/{row}",
         f"seed={seed}",
@@ -54,21 +91,21 @@ def decide(row: str, seed: int, args: argparse.Namespace) -> list[str] | None:
     return [*fixed, "measure=cost", f"hydra.run.dir={folder}", *args.overrides]
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run train.py; an interruption asks it to save at the next step and waits for that.
+def train(arguments: Sequence[str]) -> int:
+    """Run train.py and return its exit code. An interruption makes it save at the next step, and is raised after that.
 
-    Returns:
-        Its exit code.
+    Raises:
+        KeyboardInterrupt: The command was interrupted.
     """
-    # A stop that comes while the child is being started must find a child to pass it on to: noted, and raised below.
-    noted: list[int] = []
-    handlers = {n: signal.signal(n, lambda number, _: noted.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
-    # In a session of its own Ctrl-C does not reach the child, which would lose the epoch; on SIGTERM it saves.
+    # A signal that arrives while the child process starts must still be passed on to it, and is raised below.
+    received: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    # In its own session the child does not receive Ctrl-C, which would lose the epoch. On SIGTERM it saves.
     child = subprocess.Popen([sys.executable, str(HOME / "train.py"), *arguments], cwd=HOME, start_new_session=True)
     try:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if noted:
+        if received:
             raise KeyboardInterrupt
         return child.wait()
     except KeyboardInterrupt:
@@ -77,26 +114,8 @@ def run(arguments: Sequence[str]) -> int:
         raise
 
 
-def train_all(rows: Sequence[str], seeds: Sequence[int], args: argparse.Namespace) -> list[str]:
-    """Run what is missing, seed by seed, so that an early stop leaves every row with as many seeds.
-
-    Returns:
-        A sentence for each run that failed.
-    """
-    failures = []
-    for seed, row in itertools.product(seeds, rows):
-        try:
-            arguments = decide(row, seed, args)
-            print(f"{row}, seed {seed}: {'finished before' if arguments is None else ' '.join(arguments)}", flush=True)
-            if arguments is not None and (code := run(arguments)):
-                failures.append(f"{row}, seed {seed}: train.py ended with exit code {code}")
-        except FewtokensError as error:
-            failures.append(f"{row}, seed {seed}: {error}")
-    return failures
-
-
 def tabulate(args: argparse.Namespace) -> list[str]:
-    """Write the csv and the page; a sentence for each finished run that could not be read."""
+    """Write the csv and the page, and return a sentence for each finished run that cannot be read."""
     new, failures = [], []
     for path in sorted(args.outputs.glob("keras_*/*/report.json")):
         try:
@@ -107,45 +126,27 @@ def tabulate(args: argparse.Namespace) -> list[str]:
     return failures
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line, run, write the table; 1 if a run failed, 130 if interrupted."""
-    args = _parser().parse_args(argv)
-    args.root, args.outputs = args.root.expanduser().resolve(), args.outputs.resolve()
-    failures: list[str] = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
-    try:
-        rows = args.rows.split(",") if args.rows else list(keras_table.PUBLISHED)
-        if unknown := [row for row in rows if row not in keras_table.PUBLISHED]:
-            known = ", ".join(keras_table.PUBLISHED)
-            raise FewtokensError(
-                "--rows names rows of the table", expected=known, got=unknown, fix="check the spelling"
-            )
-        if not args.table_only:
-            keras_table.dataset_name(args.root)  # now, and not once per run
-            failures += train_all(rows, [int(seed) for seed in args.seeds.split(",")], args)
-        failures += tabulate(args)
-    except FewtokensError as error:
-        failures.append(str(error))
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
-    for failure in failures:
-        print(f"Error: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+def _rows(names: str | None) -> list[str]:
+    rows = names.split(",") if names else list(keras_table.PUBLISHED)
+    if unknown := [row for row in rows if row not in keras_table.PUBLISHED]:
+        raise FewtokensError(f"`--rows` must be some of {', '.join(keras_table.PUBLISHED)}, got {', '.join(unknown)}.")
+    return rows
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds of every row (default: %(default)s)")
     parser.add_argument("--root", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10")
-    parser.add_argument("--rows", help=f"some of {', '.join(keras_table.PUBLISHED)}; all by default")
-    parser.add_argument("--precision", default="32-true", help="32-true, as the example, or bf16-mixed")
+    parser.add_argument("--rows", help=f"some of {', '.join(keras_table.PUBLISHED)} (default: all)")
+    parser.add_argument("--precision", default="32-true", help="32-true, as in the example, or bf16-mixed")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/cifar10_keras"), help="folder of the runs")
-    parser.add_argument("--table", type=Path, default=TABLE, help="the csv; the page lies beside it")
-    parser.add_argument("--table-only", action="store_true", help="collect what is finished, run nothing")
-    parser.add_argument("--data-name", help="name of the data in the table; by default from what --root holds")
+    parser.add_argument("--table", type=Path, default=TABLE, help="csv file; the page is written beside it")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, only tabulate the finished runs")
+    parser.add_argument("--data-name", help="name of the data in the table (default: from what --root contains)")
     parser.add_argument(
-        "overrides", nargs="*", help="of all new runs: data.split=tail, with the archive, is the example's"
+        "overrides",
+        nargs="*",
+        help="overrides of all new runs; data.split=tail, with the archive, is the example's split",
     )
     return parser
 

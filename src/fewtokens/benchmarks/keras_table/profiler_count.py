@@ -1,9 +1,9 @@
-"""The cost of the Keras TokenLearner example (2021) in that example's own convention, to compare with its figures.
+"""The cost of the Keras TokenLearner example (2021) in that example's own convention, for comparison with its numbers.
 
 The example prints half of what TensorFlow's profiler (`float_operation`, TF 2.7 to 2.12) finds in the frozen graph of
-one image. The profiler counts the operations that have an entry in its registry and overlooks the others:
+one image. The profiler counts the operations that are in its registry, and ignores all others:
 
-| operation | FLOPs | where the graph has it |
+| operation | FLOPs | part of the graph |
 |---|---|---|
 | MatMul | 2 m n k | Dense |
 | Conv2D | 2 out kh kw in/groups | patches, TokenLearner |
@@ -18,11 +18,13 @@ one image. The profiler counts the operations that have an entry in its registry
   token, and x * (inv * gamma) + (beta - mean * inv * gamma) with inv * gamma broadcast to the full size: three
   Muls, a Sub.
 - Exact GELU, 0.5 * x * (1 + erf(x / sqrt 2)): two Muls and a RealDiv.
-- MultiHeadAttention: the queries' scaling (a Mul over heads * key width) and the Softmax; nothing else.
-- TokenLearner 1.0: a Mul of maps and features spread to (S, N, C), and the Mean over it. 1.1: an Einsum, so nothing.
-- The Rescaling before all is a Mul on the 32 x 32 picture. Dropout and augmentation are absent at inference.
+- MultiHeadAttention: the scaling of the queries (a Mul over heads * key width) and the Softmax; nothing else.
+- TokenLearner 1.0: a Mul of maps and features, broadcast to (S, N, C), and the Mean over it. 1.1: an Einsum, which is
+  not counted.
+- The Rescaling at the input is a Mul on the picture of 32 x 32 pixels. Dropout and augmentation are not in the graph.
 
-So these numbers leave out most of attention: report `macs` of `fewtokens.analysis.cost`, and these only beside theirs.
+These numbers therefore exclude most of attention. Use `fewtokens.analysis.cost.macs` to compare models, and these
+numbers only to compare with the example.
 """
 
 from collections.abc import Callable
@@ -39,7 +41,10 @@ from fewtokens.tokenizers.token_learner import TokenLearner, TokenLearnerV11Grou
 
 
 def is_keras_example(model: nn.Module) -> bool:
-    """Whether a model is one of the example's: its blocks, and none, 1.0 (mean pooling, exact GELU) or grouped 1.1."""
+    """Return whether a model is one of the example's.
+
+    It has `KerasBlock`s, and as tokenizers none, TokenLearner 1.0 (mean pooling, exact GELU) or the grouped 1.1.
+    """
     return (
         isinstance(model, ViT)
         and all(isinstance(block, KerasBlock) for block in model.encoder.blocks)
@@ -48,21 +53,21 @@ def is_keras_example(model: nn.Module) -> bool:
 
 
 def keras_flops(model: ViT, source_size: tuple[int, int] = (32, 32)) -> int:
-    """What TensorFlow's profiler finds; the example prints half of it over 1e9, with 4 digits, as "GFLOPs".
+    """Return the FLOPs that TensorFlow's profiler finds. The example prints half of them, in 1e9 with four digits.
 
     Args:
-        model: Of `keras_mini_vit`.
-        source_size: Height and width before the example's own resizing, CIFAR-10's.
+        model: A model of the backbone `keras_mini_vit`.
+        source_size: Height and width of the picture before the example resizes it, those of CIFAR-10.
 
     Raises:
-        FewtokensError: The example has no such model.
+        FewtokensError: The model is not one of the example's.
     """
     if not is_keras_example(model):
+        found = sorted({type(part).__name__ for part in (*model.encoder.blocks, *model.encoder.tokenizers)})
         raise FewtokensError(
-            "The Keras example's FLOPs are those of its own models",
-            expected="keras_mini_vit with tokenizer none, token_learner (pooling=mean, gelu=none) or the grouped one",
-            got=sorted({type(part).__name__ for part in (*model.encoder.blocks, *model.encoder.tokenizers)}),
-            fix="report cost/gmacs, which counts any model",
+            "The Keras example's count needs backbone=keras_mini_vit with tokenizer none, token_learner "
+            f"(pooling=mean, gelu=none) or token_learner_v11_grouped, got {', '.join(found)}. Use cost/gmacs, which "
+            "counts any model."
         )
     embed: Any = model.vit.patch_embed.proj
     head: Any = model.vit.head
@@ -81,11 +86,11 @@ def _block(block: Any, tokens: int) -> int:
     dim, heads = attention.qkv.in_features, attention.num_heads
     scaled = tokens * heads * attention.head_dim
     softmax = 5 * heads * tokens * tokens
-    feed = sum(_dense(layer, tokens) + _gelu(tokens * layer.out_features) for layer in (mlp.fc1, mlp.fc2))
-    return 2 * _norm(tokens, dim) + scaled + softmax + feed
+    mlp_flops = sum(_dense(layer, tokens) + _gelu(tokens * layer.out_features) for layer in (mlp.fc1, mlp.fc2))
+    return 2 * _norm(tokens, dim) + scaled + softmax + mlp_flops
 
 
-def _nothing(tokenizer: Any, tokens: int) -> int:
+def _plain(tokenizer: Any, tokens: int) -> int:
     return 0
 
 
@@ -114,11 +119,11 @@ def _dense(layer: Any, rows: int) -> int:
 
 def _conv(layer: Any, positions: int) -> int:
     bias = 0 if layer.bias is None else positions * layer.out_channels
-    return 2 * positions * layer.weight.numel() + bias  # torch's kernel is (out, in / groups, *window)
+    return 2 * positions * layer.weight.numel() + bias  # weights are (out, in / groups, *kernel)
 
 
 _TOKENIZERS: dict[type[Tokenizer], Callable[[Any, int], int]] = {
-    Tokenizer: _nothing,
+    Tokenizer: _plain,
     TokenLearner: _token_learner,
     TokenLearnerV11Grouped: _token_learner_grouped,
 }

@@ -1,4 +1,4 @@
-"""The table of the Keras TokenLearner example: what is published, a csv line for each run, and the page from both."""
+"""The table of the Keras TokenLearner example: the published numbers, a csv row for each run, and the page of both."""
 
 import csv
 import statistics
@@ -6,26 +6,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from scipy.stats import t as student
 
-from fewtokens.benchmarks.keras_table.costs import costs
+from fewtokens.analysis.cost import macs
+from fewtokens.benchmarks.keras_table.profiler_count import keras_flops
 from fewtokens.data.image.cifar10 import find_source
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import report
+from fewtokens.runs.config import CONFIGS, instantiate
 
 HOME = Path(__file__).parents[4]
-Line = dict[str, str]
+Row = dict[str, str]
 COLUMNS = (
-    *("row", "seed", "test_top1", "val_top1", "gmacs", "gmacs_keras", "params", "epochs", "precision", "dataset"),
+    *("row", "seed", "test_top1", "val_top1", "gmacs", "params", "epochs", "precision", "dataset"),
     *("split", "device", "torch", "lightning", "commit", "date", "command"),
 )
-SETTING = ("dataset", "split", "precision", "epochs")  # runs that differ in one of these are never averaged
+SETTING = ("dataset", "split", "precision", "epochs")  # runs that differ in one of these are not averaged
 KEY = ("row", "seed", *SETTING)
 
 
 class Published(NamedTuple):
-    """What the example says of a model: top-1 in per cent (means of 5 runs), GFLOPs by its own count."""
+    """The example's numbers for a model: top-1 accuracy in percent (means of 5 runs), and GFLOPs by its own count."""
 
     model: str
     top1: str
@@ -41,11 +45,11 @@ PUBLISHED = {
     "keras_v11_g8_t4": Published('4 layers, "1.1", 8 groups, 4 tokens', '54.898 (row "8/8")', 0.0146),
 }
 NOTES = """\
-`top-1` is test accuracy in per cent, of the weights that were best in validation; the interval is Student's, of the
-mean over seeds. The example gives no spread, and its two sets of runs of the plain model differ about as much as its
-rows with and without TokenLearner. `GMACs` counts every multiply-add. `example's count` is the profiler's, which leaves
-out all of attention; the published column is of that kind. The published counts show that 4 tokens were used in all
-three rows called "1.1"."""
+`top-1` is the test accuracy in percent, of the weights with the best validation. The interval is Student's 95 %
+confidence interval of the mean over seeds. The example gives no spread, and its two sets of runs of the plain model
+differ about as much as its rows with and without TokenLearner. `GMACs` counts every multiply-add. `example's count` is
+the count of TensorFlow's profiler, which excludes all products of attention, and the published column is such a count.
+The published counts show that 4 tokens were used in all three rows called "1.1"."""
 
 
 def dataset_name(root: Path) -> str:
@@ -67,13 +71,13 @@ def dataset_name(root: Path) -> str:
     return f"CIFAR-10 ({copy} copy, class folders)"
 
 
-def collect(folder: Path, data_name: str | None = None) -> Line:
-    """The csv line of a finished run, from its own files."""
+def collect(folder: Path, data_name: str | None = None) -> Row:
+    """Return the csv row of a finished run, from its own files."""
     cfg, ran, numbers = OmegaConf.load(folder / "config.yaml"), OmegaConf.load(folder / "run.json"), report.read(folder)
     assert numbers is not None
     with (folder / "metrics.csv").open(newline="") as file:
         best = max((float(r["val/top1"]) for r in csv.DictReader(file) if r.get("val/top1")), default=None)
-    found = {f: numbers.get(f"cost/{f}") for f in ("gmacs", "gmacs_keras", "params")}
+    found = {f: numbers.get(f"cost/{f}") for f in ("gmacs", "params")}
     found |= {"test_top1": numbers.get("test/top1"), "val_top1": best, "epochs": numbers["train/epochs"]}
     values = {
         **{name: "" if value is None else f"{value:.10g}" for name, value in found.items()},
@@ -87,84 +91,94 @@ def collect(folder: Path, data_name: str | None = None) -> Line:
         "lightning": ran.versions.lightning,
         "commit": ran.commit or "",
         "date": ran.written,
-        "command": ran.command.replace(str(cfg.data.root), "<cifar10>"),  # where the data lies is of no interest
+        "command": ran.command.replace(str(cfg.data.root), "<cifar10>"),  # without the path, which differs elsewhere
     }
     return {name: values[name] for name in COLUMNS}
 
 
-def read(path: Path) -> list[Line]:
-    """The lines of the csv, none where it does not exist."""
+def read(path: Path) -> list[Row]:
+    """Return the rows of the csv, none if it does not exist."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         return [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(file)]
 
 
-def merge(old: Iterable[Line], new: Iterable[Line]) -> list[Line]:
-    """All lines, a new one in the place of the old one of the same run; sorted as the table is."""
-    lines = {tuple(line[name] for name in KEY): line for line in (*old, *new)}
-    order = list(PUBLISHED)
-    place = {row: order.index(row) for row in order}
+def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """Return all rows, sorted as in the table. A new row replaces the old row of the same run."""
+    rows = {tuple(row[name] for name in KEY): row for row in (*old, *new)}
+    order = {name: index for index, name in enumerate(PUBLISHED)}
     return sorted(
-        lines.values(), key=lambda x: (place.get(x["row"], len(order)), [x[n] for n in SETTING], int(x["seed"]))
+        rows.values(), key=lambda x: (order.get(x["row"], len(order)), [x[n] for n in SETTING], int(x["seed"]))
     )
 
 
-def interval(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % confidence interval of the mean (Student's t); None for a single value."""
-    if len(values) < 2:
-        return None
-    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+def write(rows: Sequence[Row], path: Path) -> None:
+    """Write the csv, completely or not at all, and the page beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".csv.part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+    path.with_suffix(".md").write_text(page(rows, costs(PUBLISHED)))
 
 
-def page(lines: Sequence[Line], costs: Mapping[str, tuple[float, float]]) -> str:
-    """The page: a table for each setting (data, split, precision, epochs), from the csv and the counted costs."""
+def costs(names: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """Return GMACs per image, and the example's count of them, for experiments in configs/experiment/cifar10/."""
+    found = {}
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for name in names:
+            cfg = compose("train", [f"experiment=cifar10/{name}"])
+            model = instantiate(cfg.backbone).eval()
+            image = torch.zeros(1, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
+            found[name] = (macs(model, image) / 1e9, keras_flops(model) // 2 / 1e9)
+    return found
+
+
+def page(rows: Sequence[Row], costs: Mapping[str, tuple[float, float]]) -> str:
+    """Return the page, with a table for each setting (data, split, precision, epochs), from the csv and the costs."""
     parts = [
         "# CIFAR-10: the Keras TokenLearner example",
         "Written by `python -m fewtokens.benchmarks.keras_table`.",
         NOTES,
     ]
-    settings = sorted({tuple(line[name] for name in SETTING) for line in lines})
+    settings = sorted({tuple(row[name] for name in SETTING) for row in rows})
     for setting in settings:
-        chosen = [line for line in lines if tuple(line[name] for name in SETTING) == setting]
+        chosen = [row for row in rows if tuple(row[name] for name in SETTING) == setting]
         data, split, precision, epochs = setting
-        parts.append(f"## {data}, {precision}, {epochs} epochs\n\nValidation: {split}. {_where(chosen)}")
+        parts.append(f"## {data}, {precision}, {epochs} epochs\n\nValidation: {split}. {_environment(chosen)}")
         head = "| model | published top-1 | top-1 here, 95 % | seeds | GMACs | example's count | published GFLOPs |"
-        parts.append(
-            "\n".join([head, "|---|---|---|---|---|---|---|", *(_row(row, chosen, costs[row]) for row in PUBLISHED)])
-        )
-        missing = [row for row in PUBLISHED if all(line["row"] != row for line in chosen)]
+        lines = [_line(name, chosen, costs[name]) for name in PUBLISHED]
+        parts.append("\n".join([head, "|---|---|---|---|---|---|---|", *lines]))
+        missing = [name for name in PUBLISHED if all(row["row"] != name for row in chosen)]
         parts.append(f"Not run: {', '.join(missing) or 'nothing, every row has a run'}.")
     if not any("official archive" in setting[0] for setting in settings):
         parts.append("No run has used the official archive, on which the published numbers were measured.")
     return "\n\n".join(parts) + "\n"
 
 
-def _where(lines: Sequence[Line]) -> str:
-    words = sorted({f"{x['device']}, torch {x['torch']}, lightning {x['lightning']}" for x in lines})
+def interval(values: Sequence[float]) -> float | None:
+    """Return half the width of the 95 % confidence interval of the mean (Student's t), or None for a single value."""
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def _environment(rows: Sequence[Row]) -> str:
+    words = sorted({f"{x['device']}, torch {x['torch']}, lightning {x['lightning']}" for x in rows})
     return f"Run on: {'; '.join(words)}."
 
 
-def _row(row: str, lines: Sequence[Line], cost: tuple[float, float]) -> str:
-    model, published, gflops = PUBLISHED[row]
+def _line(name: str, rows: Sequence[Row], cost: tuple[float, float]) -> str:
+    model, published, gflops = PUBLISHED[name]
     counted = f"{cost[0]:.4f} | {cost[1]:.4f} | {gflops}"
-    mine = [line for line in lines if line["row"] == row and line["test_top1"]]
-    if not mine:
+    own = [row for row in rows if row["row"] == name and row["test_top1"]]
+    if not own:
         return f"| {model} | {published} | not run | 0 | {counted} |"
-    top1 = [100 * float(line["test_top1"]) for line in mine]
+    top1 = [100 * float(row["test_top1"]) for row in own]
     half = interval(top1)
     spread = "(n = 1, no interval)" if half is None else f"± {half:.2f}"
-    seeds = f"{len(mine)} ({', '.join(line['seed'] for line in mine)})"
+    seeds = f"{len(own)} ({', '.join(row['seed'] for row in own)})"
     return f"| {model} | {published} | {statistics.mean(top1):.2f} {spread} | {seeds} | {counted} |"
-
-
-def write(lines: Sequence[Line], path: Path) -> None:
-    """The csv, at once, and the page beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".csv.part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    part.replace(path)
-    path.with_suffix(".md").write_text(page(lines, costs(PUBLISHED)))

@@ -1,0 +1,164 @@
+"""Points of accuracy, cost and speed: read from the reports of runs, and compared between methods."""
+
+import csv
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fewtokens.errors import FewtokensError
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: its method, its settings, and the numbers of its report.
+
+    Args:
+        method: Class of the tokenizer, with those of its settings that are words; "dense" for the plain transformer.
+        setting: The other overrides of the tokenizer on the command line of the run.
+        accuracy: The metric, from 0 to 1.
+        gmacs: 1e9 multiply-adds per image.
+        share: The same divided by that of the dense model.
+        speedup: Measured speed divided by that of the dense model; None if the run did not measure it.
+        images_per_s: Measured speed; None if the run did not measure it.
+        commit: Commit of the code, if known.
+        device: Device of the measures, if known.
+    """
+
+    method: str
+    setting: str
+    accuracy: float
+    gmacs: float
+    share: float
+    speedup: float | None
+    images_per_s: float | None
+    commit: str | None
+    device: str | None
+
+
+def read_points(paths: Iterable[Path], metric: str) -> tuple[list[Point], list[str]]:
+    """Read all reports in the folders, and all csv files that `write_points` has written.
+
+    Returns:
+        The points, sorted by method and cost, and a sentence for each report that is skipped.
+
+    Raises:
+        FewtokensError: There is no report, or a file is not a report.
+    """
+    paths = list(paths)
+    points = [point for path in paths if path.suffix == ".csv" for point in _read_csv(path)]
+    files = sorted({file for path in paths for file in path.rglob("report.json")})
+    if not files and not points:
+        raise FewtokensError(
+            f"There is no report.json in {', '.join(map(str, paths))} or below. Write some with python eval.py -m "
+            "checkpoint=<run> tokenizer=tome tokenizer.build.r=1,2,4."
+        )
+    skipped = []
+    for file in files:
+        report = _read_json(file)
+        missing = [name for name in (metric, "cost/gmacs", "cost/gmacs_dense") if name not in report]
+        if missing:
+            skipped.append(f"{file} has no {', '.join(missing)}.")
+        else:
+            points.append(_point(file.parent, report, metric))
+    return sorted(points, key=lambda point: (point.method != DENSE, point.method, -point.gmacs)), skipped
+
+
+def write_points(points: Sequence[Point], path: Path) -> None:
+    """Write the points as a csv file."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Point)])
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in points)
+
+
+def frontier(points: Sequence[Point], cost: Callable[[Point], float]) -> set[Point]:
+    """Return the points of the Pareto frontier: no other point is at least as good in cost and accuracy, and better."""
+    return {
+        point
+        for point in points
+        if not any(
+            cost(other) <= cost(point)
+            and other.accuracy >= point.accuracy
+            and (cost(other), -other.accuracy) != (cost(point), -point.accuracy)
+            for other in points
+        )
+    }
+
+
+def accuracy_at(points: Sequence[Point], value: Callable[[Point], float | None], level: float) -> dict[str, float]:
+    """Return the accuracy of every method where `value` equals `level`, interpolated linearly between its points.
+
+    The dense model is a point of every method, which then drops nothing. Methods whose points do not enclose the level
+    are not returned.
+    """
+    dense = [point for point in points if point.method == DENSE]
+    found = {}
+    for method in dict.fromkeys(point.method for point in points if point.method != DENSE):
+        own = [point for point in points if point.method == method] + dense
+        known = sorted((x, point.accuracy) for point in own if (x := value(point)) is not None)
+        for (low, first), (high, second) in pairwise(known):
+            if low <= level <= high:
+                found[method] = first if low == high else first + (second - first) * (level - low) / (high - low)
+                break
+    return found
+
+
+def _point(run: Path, report: dict[str, float], metric: str) -> Point:
+    about = _read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    config = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").is_file() else {}
+    target = config.get("tokenizer", {}).get("build", {}).get("_target_", "unknown").rpartition(".")[2]
+    overrides = [
+        part.removeprefix("tokenizer.")
+        for part in shlex.split(about.get("command", ""))
+        if part.startswith("tokenizer.")
+    ]
+    # A word, such as true or inverse_transform, makes another method. A number says how many tokens it keeps.
+    words = [part for part in overrides if re.fullmatch(r"build\.\w+=(?!all$|null$)[A-Za-z_]\w*", part)]
+    named = ", ".join(part.removeprefix("build.") for part in words)
+    return Point(
+        DENSE if target == "Tokenizer" else f"{target} ({named})" if named else target,
+        " ".join(part.removeprefix("build.") for part in overrides if part not in words),
+        report[metric],
+        report["cost/gmacs"],
+        report["cost/gmacs"] / report["cost/gmacs_dense"],
+        report.get("throughput/speedup"),
+        report.get("throughput/images_per_s"),
+        about.get("commit"),
+        about.get("measured_on", about.get("device")),
+    )
+
+
+def _read_csv(path: Path) -> list[Point]:
+    texts = ("method", "setting", "commit", "device")
+    points = []
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                values: dict[str, Any] = {
+                    name: text if name in texts else float(text) if text else None for name, text in row.items()
+                }
+                points.append(Point(**values))
+    except (OSError, TypeError, ValueError) as error:
+        raise FewtokensError(
+            f"{path} must be a csv file written by --write, but reading it failed: {error}."
+        ) from error
+    return points
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise FewtokensError(f"{path} must be a json object, as train.py and eval.py write it. Remove the file.")
+    return content
