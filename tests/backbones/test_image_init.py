@@ -36,9 +36,8 @@ def random(model: Any) -> Any:
 
 
 def image_model(pool: str = "token", **changes: Any) -> ViT:
-    options = {"fc_norm": False, **changes.pop("options", {})}
-    settings = {"image_size": SIDES, "patch_size": 4, "tokenizer": NONE, "pool": pool, **SIZES, **changes}
-    return random(vit(**settings, options=options))
+    settings = {"image_size": SIDES, "patch_size": 4, "tokenizer": NONE, "pool": pool, "norm": "before_pool"}
+    return random(vit(**{**settings, **SIZES, **changes}))
 
 
 def video_model(model: Model = "spatio_temporal", frames: int = 6, tubelet: int = 2, **changes: Any) -> ViViT:
@@ -207,11 +206,11 @@ def test_a_head_of_another_size_stays_random() -> None:
 
 @torch.no_grad()
 def test_a_norm_after_the_pooling_becomes_the_one_before_it() -> None:
-    image = image_model("avg", options={"fc_norm": True})
+    image = image_model("avg", norm="after_pool")
     video = video_model("factorised_self_attention")
     assert not init_from_image(video, image.state_dict()).missing
     assert torch.equal(video.vit.norm.weight, image.vit.fc_norm.weight)
-    other = video_model("factorised_self_attention", options={"fc_norm": True})
+    other = video_model("factorised_self_attention", norm="after_pool")
     init_from_image(other, image.state_dict())
     assert torch.equal(other.vit.fc_norm.bias, image.vit.fc_norm.bias)
 

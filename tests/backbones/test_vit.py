@@ -60,6 +60,19 @@ def test_the_plain_model_equals_timms_with_the_same_arguments(pool: str) -> None
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("norm", [None, "before_pool", "after_pool"])
+def test_the_norm_is_before_or_after_the_pooling(norm: str | None, pool: str) -> None:
+    """By default it is where timm puts it: after the pooling for avg, max and avgmax."""
+    model = build(pool=pool, norm=norm)
+    after = pool in ("avg", "max", "avgmax") if norm is None else norm == "after_pool"
+    x = model.encoder(model.embed(images())).x
+    vit, layer_norm = model.vit, model.vit.fc_norm if after else model.vit.norm
+    expected = layer_norm(vit.pool(x)) if after else vit.pool(layer_norm(x))
+    assert torch.equal(model(images()), vit.head(expected))
+
+
+@torch.no_grad()
 def test_embed_returns_prefix_and_grid() -> None:
     tokens = build(options={"reg_tokens": 2}).embed(images())
     assert (tokens.prefix, tokens.frames, tokens.grid) == (3, 1, (2, 4))
@@ -174,6 +187,11 @@ def test_no_weight_decay_names_positions_class_and_register_tokens() -> None:
             r".*'mlp_rato'.*\. See help\(timm\.models\.vision_transformer\.VisionTransformer\)\.$",
         ),
         ({"pool": "median"}, r"`backbone\.options` must be arguments of timm's .*'median'"),
+        ({"norm": "after"}, r"`backbone\.norm` must be 'before_pool', 'after_pool' or null, got 'after'\.$"),
+        (
+            {"norm": "after_pool", "options": {"fc_norm": False}},
+            r"backbone\.norm=after_pool and backbone\.options\.fc_norm=False set the same thing\. Set only one\.$",
+        ),
         (
             {"options": {"class_token": False}},
             r"`backbone\.options` must be arguments of timm's .*'class_token': False",

@@ -156,6 +156,21 @@ def test_every_pooling(model: Model, pool: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", MODELS)
+def test_the_norm_comes_before_the_pooling_by_default(model: Model) -> None:
+    default, before, after = (build(model, pool="avg", norm=norm) for norm in (None, "before_pool", "after_pool"))
+    for net in (default, before):
+        assert isinstance(net.vit.norm, nn.LayerNorm)
+        assert isinstance(net.vit.fc_norm, nn.Identity)
+    assert isinstance(after.vit.norm, nn.Identity)
+    assert isinstance(after.vit.fc_norm, nn.LayerNorm)
+    assert torch.equal(default(clips()), before(clips()))
+    assert not torch.allclose(before(clips()), after(clips()), atol=1e-4)
+    if isinstance(after, FactorisedEncoder):
+        assert isinstance(after.temporal.vit.fc_norm, nn.LayerNorm), "both encoders"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", MODELS)
 def test_a_clip_of_one_frame_is_an_image(model: Model) -> None:
     cut = Tubelets(clip_frames=1, image_size=8, frames=1, height=4, width=4)
     net = build(model, tubelets=cut)
@@ -169,7 +184,7 @@ def test_model_1_of_one_frame_is_the_vit(pool: str) -> None:
     cut = Tubelets(clip_frames=1, image_size=8, frames=1, height=4, width=4)
     net = build(tubelets=cut, pool=pool)
     sizes = {"num_classes": 5, "dim": 16, "depth": 3, "heads": 2}
-    image = vit(image_size=8, patch_size=4, tokenizer=NONE, pool=pool, options={"fc_norm": False}, **sizes).eval()
+    image = vit(image_size=8, patch_size=4, tokenizer=NONE, pool=pool, norm="before_pool", **sizes).eval()
     state = net.state_dict()
     state["vit.patch_embed.proj.weight"] = state["vit.patch_embed.proj.weight"][:, :, 0]
     image.load_state_dict(state)
@@ -287,7 +302,7 @@ def test_a_fuser_restores_the_grid_of_every_time_step(model: Model) -> None:
 )
 def test_the_same_reduction_in_every_time_step_allows_attention_over_time(model: Model, kept: Callable) -> None:
     tokens = record(model, kept)
-    assert (tokens.frames, tokens.num_patches) == (3, 3 * (3 if kept.func is FixedPattern else 2))
+    assert (tokens.frames, tokens.num_patches) == (3, 3 * 2)  # fixed: the complete inner ring of 2 x 3 patches
 
 
 DROPPING = {
@@ -389,6 +404,7 @@ def test_tokens_without_a_position_are_an_error_with_attention_over_time(
         ({"options": {"dynamic_img_size": True}}, r"`backbone\.options` .*: clips have a fixed size"),
         ({"options": {"embed_dim": 8}}, r"`backbone\.options` .*'embed_dim': 8\}"),
         ({"pool": "median"}, r"`backbone\.options` .*'median'"),
+        ({"norm": "after"}, r"`backbone\.norm` must be 'before_pool', 'after_pool' or null, got 'after'\.$"),
         (
             {"model": "factorised_dot_product", "heads": 1},
             r"`backbone\.heads` must be even, since half attend over time, got 1\.$",

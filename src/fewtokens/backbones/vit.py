@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from fewtokens.tokenizers.base import LayerContext
 from fewtokens.tokens import Tokens
 
 Pool = Literal["token", "avg", "max", "avgmax", "map"]
+Norm = Literal["before_pool", "after_pool"]
 
 
 class TokenizerRecipe(TypedDict):
@@ -173,6 +174,7 @@ def vit(
     heads: int,
     channels: int = 3,
     pool: Pool = "token",
+    norm: Norm | None = None,
     grad_checkpointing: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> ViT:
@@ -189,6 +191,8 @@ def vit(
         channels: Number of image channels.
         pool: Input of the head: the class token ("token"), or the patches pooled by one of timm's poolings. With the
             latter there is no class token.
+        norm: Position of the final norm, "before_pool" or "after_pool". None is timm's default: after the pooling for
+            "avg", "max" and "avgmax", before it for "token" and "map".
         grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
         options: Further arguments of timm's VisionTransformer: mlp_ratio, drop_path_rate, init_values, class_token ...
 
@@ -196,9 +200,8 @@ def vit(
         FewtokensError: The sizes do not fit together, or timm does not know an option.
     """
     check_sizes(image_size, patch_size, dim, heads, depth)
-    settings = {"class_token": pool == "token", "global_pool": pool, **(options or {})}
     timm_model = build_timm(
-        settings,
+        pool_settings(pool, norm, options or {}),
         img_size=pair(image_size),
         patch_size=pair(patch_size),
         in_chans=channels,
@@ -210,6 +213,21 @@ def vit(
     model = ViT(timm_model, tokenizer)
     model.set_grad_checkpointing(grad_checkpointing)
     return model
+
+
+def pool_settings(pool: str, norm: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with timm's arguments for the pooling and for the position of the final norm.
+
+    Raises:
+        FewtokensError: There is no such position, or it is given twice.
+    """
+    check(norm in (None, *get_args(Norm)), "backbone.norm", "'before_pool', 'after_pool' or null", norm)
+    if norm is not None and "fc_norm" in options:
+        raise FewtokensError(
+            f"backbone.norm={norm} and backbone.options.fc_norm={options['fc_norm']} set the same thing. Set only one."
+        )
+    position = {} if norm is None else {"fc_norm": norm == "after_pool"}
+    return {"class_token": pool == "token", "global_pool": pool, **position, **options}
 
 
 def build_timm(options: Mapping[str, Any], **settings: Any) -> VisionTransformer:

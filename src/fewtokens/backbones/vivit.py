@@ -11,7 +11,7 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fewtokens.backbones.vit import Pool, TokenizerRecipe, ViT, build_timm, check_heads
+from fewtokens.backbones.vit import Norm, Pool, TokenizerRecipe, ViT, build_timm, check_heads, pool_settings
 from fewtokens.errors import FewtokensError, check_choice
 from fewtokens.layers.block import Block
 from fewtokens.layers.embedding import Pixels, TubeletEmbed, Tubelets
@@ -116,6 +116,7 @@ def vivit(
     model: Model = "spatio_temporal",
     temporal_depth: int = 4,
     pool: Pool | None = None,
+    norm: Norm | None = None,
     grad_checkpointing: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> ViViT:
@@ -135,16 +136,17 @@ def vivit(
         temporal_depth: Blocks of the factorised encoder's second encoder; 0 averages over time instead.
         pool: Input of the head: the class token ("token"), or the patches pooled by one of timm's poolings. None is the
             class token in models 1 and 2, and the mean in models 3 and 4, which cannot have a class token.
+        norm: Position of the final norm, "before_pool" or "after_pool". None is scenic's: before the pooling.
         grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
         options: Further arguments of timm's VisionTransformer. `drop_path_rate` is timm's stochastic depth, which
             divides the kept samples by the probability to keep them; scenic's ViViT does not. `act_layer: gelu_tanh` is
-            Flax's GELU. The final norm comes before the pooling, as in scenic, unless `fc_norm: true`.
+            Flax's GELU.
 
     Raises:
         FewtokensError: The sizes do not fit together, or the model does not have an option.
     """
     check_heads(dim, heads, depth)
-    settings, sizes = _settings(model, pool, options or {}), {"embed_dim": dim, "num_heads": heads}
+    settings, sizes = _settings(model, pool, norm, options or {}), {"embed_dim": dim, "num_heads": heads}
     per_step = model == "factorised_encoder"
     has_temporal = per_step and temporal_depth > 0
     timm_model = build_timm(
@@ -189,12 +191,12 @@ def _block(model: Model, steps: int) -> Any:
     return Block
 
 
-def _settings(model: Model, pool: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(model: Model, pool: str | None, norm: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of timm's model that depend on the pooling, and the options."""
     check_choice("backbone.model", model, get_args(Model))
     over_time = model not in ("spatio_temporal", "factorised_encoder")
     pool = pool or ("avg" if over_time else "token")
-    settings = {"class_token": pool == "token", "global_pool": pool, "fc_norm": False, **options}
+    settings = {"fc_norm": False, **pool_settings(pool, norm, options)}
     invalid = [name for name in ("class_token", "reg_tokens", "patch_drop_rate") if settings.get(name)]
     if over_time and invalid:
         raise FewtokensError(
