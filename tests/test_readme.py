@@ -1,40 +1,10 @@
-"""The README's recipe for a new tokenizer, as a new user would follow it."""
+"""Commands and files that the README names."""
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
-
-import torch
-import yaml
 
 from conftest import ROOT
-from fewtokens.runs.targets import instantiate
 
 TEXT = (ROOT / "README.md").read_text()
-
-
-def block(language: str, words: str) -> str:
-    found = [b for b in re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL) if words in b]
-    assert len(found) == 1
-    return found[0]
-
-
-def test_the_recipe_for_a_new_tokenizer_works(composed, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "stride.py").write_text(block("python", "class Stride"))
-    spec = importlib.util.spec_from_file_location("stride", tmp_path / "stride.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "stride", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setenv("FEWTOKENS_ALLOW_TARGETS", "stride.")
-    config = yaml.safe_load(block("yaml", "Stride"))
-    assert config["build"]["_target_"] == "fewtokens.tokenizers.stride.Stride", "where the text puts the file"
-    config["build"]["_target_"] = "stride.Stride"
-    cfg = composed("tokenizer=none")
-    cfg.tokenizer = config
-    model = instantiate(cfg.backbone)
-    counts = [tokens.num_patches for tokens in model.trace(torch.randn(2, 1, 8, 8))]
-    assert counts == [16, 8, 4, 2]
 
 
 def test_commands_and_files_that_the_readme_names_exist() -> None:
