@@ -1,11 +1,15 @@
 """The device and the mode in which measures run."""
 
+import inspect
+from types import SimpleNamespace
+
 import pytest
 import torch
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
 from fewtokens.analysis.evaluation import class_names, measured_on, unwrap_compiled
+from fewtokens.runs import job
 
 
 class Recorder(LightningModule):
@@ -36,6 +40,29 @@ def test_the_task_goes_back_after_an_error() -> None:
     with pytest.raises(KeyError), measured_on(task, torch.device("meta")):
         raise KeyError
     assert (task.device, task.training) == (torch.device("cpu"), True)
+
+
+def test_a_run_measures_on_the_device_of_its_trainer(tmp_path, monkeypatch) -> None:
+    seen = []
+
+    class Measure:
+        def __call__(self, task, datamodule, run_dir):
+            seen.append((task.device.type, task.training))
+            return {"x": 1.0}
+
+    meta, trainer = torch.device("meta"), Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(job, "instantiate", lambda node: Measure())
+    monkeypatch.setattr(type(trainer.strategy), "root_device", property(lambda self: meta))
+    parts = SimpleNamespace(
+        cfg=SimpleNamespace(measure={"x": {"_target_": "Measure"}}),
+        directory=tmp_path,
+        data=None,
+        task=Recorder(),
+        trainer=trainer,
+    )
+    assert inspect.unwrap(job.measure)(parts) == ({"x": 1.0}, [])
+    assert seen == [("meta", False)]
+    assert parts.task.device.type == "cpu"
 
 
 def test_the_model_is_moved_with_its_buffers() -> None:

@@ -95,6 +95,8 @@ def test_the_command_writes_points_plot_and_tables(runs: Path, tmp_path: Path, c
     capsys.readouterr()
     main([str(runs), "--cost-only"])
     assert "1.2 x" not in capsys.readouterr().out
+    main([str(runs / "0")])  # the dense model alone
+    assert "At equal" not in capsys.readouterr().out
 
 
 def test_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

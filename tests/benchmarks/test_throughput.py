@@ -55,6 +55,7 @@ def test_a_trained_run_is_timed_with_its_weights_and_test_images(script, tmp_pat
     script(COMMAND, f"checkpoint={run}", "images=test", "tokenizers=[top_k]", "batch=[4]", "seconds=0.1", "timm=false")
     assert [record["tokenizer"] for record in records(tmp_path)] == ["none", "top_k"]
     assert records(tmp_path)[0]["checkpoint"] == str(run)
+    assert records(tmp_path)[0]["backbone"] == "vit"
 
 
 def test_clips_are_timed_without_video_data(composed, tmp_path: Path, capsys) -> None:

@@ -59,11 +59,10 @@ def tables(points: Sequence[Point], metric: str) -> str:
         marks = ["yes" if p in chosen else "" for chosen in (best, fastest)]
         cells = [p.method, p.setting, f"{p.accuracy:.2%}", f"{p.gmacs:.4f}", f"{p.share:.0%}", *speed, *marks]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "At equal multiply-adds (share of the dense model's):", ""]
-    lines += _accuracy_table(points, lambda p: p.share, SHARES, "{:.0%}")
-    if timed:
-        lines += ["", "At equal speed (measured speed-up over the dense model):", ""]
-        lines += _accuracy_table(points, lambda p: p.speedup, SPEEDUPS, "{:g} x")
+    if rows := _accuracy_table(points, lambda p: p.share, SHARES, "{:.0%}"):
+        lines += ["", "At equal multiply-adds (share of the dense model's):", "", *rows]
+    if rows := _accuracy_table(points, lambda p: p.speedup, SPEEDUPS, "{:g} x"):
+        lines += ["", "At equal speed (measured speed-up over the dense model):", "", *rows]
     return "\n".join(lines)
 
 
@@ -91,6 +90,7 @@ def plot(points: Sequence[Point], metric: str) -> Figure:
 def _accuracy_table(
     points: Sequence[Point], value: Callable[[Point], float | None], levels: Sequence[float], form: str
 ) -> list[str]:
+    """Return the rows of a table of the accuracy of every method at every level, none if no method reaches a level."""
     found = [accuracy_at(points, value, level) for level in levels]
     methods = {method for row in found for method in row}
     ranked = sorted(methods, key=lambda method: (-sum(row.get(method, 0.0) for row in found), method))
@@ -98,7 +98,7 @@ def _accuracy_table(
     for method in ranked:
         cells = [f"{row[method]:.2%}" if method in row else "-" for row in found]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    return lines
+    return lines if ranked else []
 
 
 def _write(points: Sequence[Point], path: Path, title: str, text: str, metric: str) -> None:

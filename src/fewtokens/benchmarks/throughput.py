@@ -161,6 +161,8 @@ def _compose(entry: str) -> DictConfig:
 
 def _origin(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
     choice = HydraConfig.get().runtime.choices["backbone"]
+    if choice == "run":  # the config of a checkpoint does not know which option it was
+        choice = cfg.backbone._target_.rpartition(".")[2]
     return {
         "backbone": str(cfg.backbone.get("name") or choice),
         "image_size": cfg.data.image_size,
