@@ -1,4 +1,4 @@
-"""Small models, stand-ins for methods of every kind, and a data module without files."""
+"""Small models, minimal methods of every kind, and a data module without files."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ class Task(L.LightningModule):
 
 
 class Data(L.LightningDataModule):
-    """uint8 batches of 3 images, two views each, the second of which is zero."""
+    """Batches of 3 uint8 images with two views each, the second of which is zero."""
 
     def __init__(self, channels: int, size: tuple[int, int], count: int = 7) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Data(L.LightningDataModule):
 
 
 class Select(Tokenizer):
-    """Keeps the patches after the first third: selection."""
+    """Drops the first third of the patches, as a selection method."""
 
     def forward(self, tokens, block):
         tokens, _ = block.attend(tokens)
@@ -43,7 +43,7 @@ class Select(Tokenizer):
 
 
 class Adaptive(Tokenizer):
-    """Keeps the patches with a positive sum, padded: selection, each image in its own number."""
+    """Keeps the patches with a positive sum and pads, as a method with another number of tokens for every image."""
 
     adaptive = True
 
@@ -55,7 +55,7 @@ class Adaptive(Tokenizer):
 
 
 class Merge(Tokenizer):
-    """Joins the last two patches: merging."""
+    """Merges the last two patches."""
 
     def forward(self, tokens, block):
         tokens, _ = block.attend(tokens)
@@ -73,7 +73,7 @@ def small(build=Tokenizer, at=(), channels=3, size=(8, 12), **settings) -> ViT:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small only wait for the other threads, for long where the cores are shared."""
+    """Use one thread, since models this small would only wait for the others, for long if the cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -87,7 +87,7 @@ def make() -> Callable[..., ViT]:
 
 @pytest.fixture
 def adaptive() -> ViT:
-    """ATS in every block, with attention that is not flat: images keep different numbers of tokens."""
+    """Return a model with ATS in every block, and weights so large that images keep different numbers of tokens."""
     model = small(ATS, at=[0, 1, 2])
     for block in model.encoder.blocks:
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.5)
@@ -96,7 +96,7 @@ def adaptive() -> ViT:
 
 @pytest.fixture
 def measured() -> Callable[..., tuple[Task, Data]]:
-    """A task and its data for a model of images (channels, height, width)."""
+    """Return a function that builds a task and its data for a model of images (channels, height, width)."""
 
     def build(model, channels=3, size=(8, 12), count=7):
         return Task(model), Data(channels, size, count)

@@ -23,7 +23,7 @@ def clips(count: int = 2) -> Tensor:
 
 
 class Data(L.LightningDataModule):
-    """Two clips, two views each, the second of which is zero."""
+    """Two clips with two views each, the second of which is zero."""
 
     def test_dataloader(self) -> Any:
         return [(clips(2), torch.zeros(2).long())]
