@@ -1,4 +1,4 @@
-"""Settings that all methods share: one value for each stage, warnings about too many tokens, and the dtypes used."""
+"""What all methods share: one value for each stage, warnings about too many tokens, dtypes, and `Tokens.size_bias`."""
 
 import logging
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fewtokens.analysis.cost import tokens_per_block
 from fewtokens.errors import FewtokensError
@@ -120,3 +120,19 @@ def test_nothing_is_computed_in_float64(method: type[Tokenizer], block, make_ima
     tokenizer, tokens = method(context, keep_rate=0.7).eval(), make_images(mask=padded)
     with NoFloat64():
         tokenizer(tokens, block)
+
+
+# --- size_bias of Tokens
+
+
+@torch.no_grad()
+def test_size_bias_is_carried_on_and_turns_off_the_bias_of_sizes_only(make_images, padding) -> None:
+    size = torch.rand(4, 18) + 1
+    tokens = make_images(size=size, size_bias=False)
+    leaves, spec = tree_flatten(tokens)
+    for record in (tokens.update(tokens.x), tree_unflatten(leaves, spec), tokens.select(torch.zeros(4, 2, dtype=int))):
+        assert not record.size_bias
+        assert record.bias() is None
+    masked = replace(tokens, mask=padding)
+    torch.testing.assert_close(masked.bias(), replace(masked, size=None).bias())
+    torch.testing.assert_close(tokens.mean(), replace(tokens, size_bias=True).mean())
