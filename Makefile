@@ -1,15 +1,18 @@
-# Every target sets up what it needs: a virtual environment with the versions of pyproject.toml, made once.
+# Every target first makes a virtual environment with the versions of pyproject.toml, if it does not exist.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cksum pyproject.toml | cut -d' ' -f1)
 ARGS ?=
-# Processes that tests run in; 0: in that of make alone.
+# Number of test processes; 0 runs the tests in a single process.
 WORKERS ?= 2
 SEEDS ?= 0,1,2,3,4
 CIFAR10 ?= data/cifar10
+# make gpu uses an environment that is there, since machines with GPUs come with their own torch.
+GPU_PYTHON ?= PYTHONPATH=src python3
+OLDEST ?= .venv-oldest
 
-.PHONY: help setup train eval test test-all check format clean benchmark reproduce-cifar10
+.PHONY: help setup train eval test test-all test-oldest check gpu format clean benchmark reproduce-cifar10
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -44,15 +47,30 @@ check: $(STAMP)  ## Format, lint, types, import contract, tests
 	$(BIN)/lint-imports
 	$(MAKE) test
 
-format: $(STAMP)  ## Format the code and mend what the linter can
+gpu:  ## Tests, speed and a short training on a GPU, in the current environment (ARGS="smoke=true" on a CPU)
+	$(GPU_PYTHON) -m fewtokens.benchmarks.gpu $(ARGS)
+
+test-oldest: $(OLDEST)/.installed  ## The tests with the oldest supported torch, in an environment of its own
+	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 torchvision==0.26.0
+	$(OLDEST)/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  extra = p['optional-dependencies']; own = ('torch==', 'torchvision==', 'fewtokens'); \
+	  print(*(d for d in p['dependencies'] + extra['export'] + extra['dev'] if not d.startswith(own)), sep='\n')" \
+	  | $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
+	touch $@
+
+format: $(STAMP)  ## Format the code and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmark: $(STAMP)  ## Input speed and training-step overhead, as ratios
+benchmark: $(STAMP)  ## Speed of the image input and overhead of the training step, as ratios
 	$(BIN)/python -m fewtokens.benchmarks.image_input $(if $(wildcard $(CIFAR10)),--root $(CIFAR10),--generated)
 	$(BIN)/python -m fewtokens.benchmarks.train_step
 
-reproduce-cifar10: $(STAMP)  ## The Keras example's table (SEEDS=0,1,2,3,4 CIFAR10=<folder>); goes on where it stopped
+reproduce-cifar10: $(STAMP)  ## The Keras example's table (SEEDS=0,1,2,3,4 CIFAR10=<folder>); continues an interrupted run
 	$(BIN)/python -m fewtokens.benchmarks.keras_table --seeds $(SEEDS) --root $(CIFAR10) $(ARGS)
 
 clean:  ## Remove .venv and caches; outputs/ and data/ stay

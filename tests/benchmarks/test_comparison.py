@@ -6,7 +6,7 @@ from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 
 from fewtokens.analysis.cost import macs
-from fewtokens.benchmarks.comparison import Setting, compare, in_batches, timm_reference
+from fewtokens.benchmarks.comparison import Setting, compare, compiled_copy, in_batches, timm_reference
 from fewtokens.errors import FewtokensError
 from fewtokens.tokenizers.ats import ATS
 from fewtokens.tokenizers.top_k import TopK
@@ -48,7 +48,7 @@ def test_records_of_a_comparison(make, setting):
     plain, reduced = records
     for record in records:
         assert (record["batch"], record["precision"]) == (setting.batch, setting.precision)
-        assert (record["mode"], record["compiled"]) == (setting.mode, False)
+        assert (record["mode"], record["compiled"]) == (setting.mode, setting.compiled)
         assert record["images_per_s"] > 0
         assert record["rounds"] >= 1
         ratio = record["gmacs_dense"] / record["gmacs"]
@@ -88,3 +88,21 @@ def test_batches_are_whole_and_small_ones_are_several():
 def test_invalid_settings(wrong, message):
     with pytest.raises(FewtokensError, match=message):
         Setting(**wrong)
+
+
+def test_a_graph_needs_a_gpu_and_is_for_inference(make):
+    with pytest.raises(FewtokensError, match=r"`compiled` must be no graph with mode=training, got 'graph'"):
+        Setting(compiled="graph", mode="training")
+    with pytest.raises(FewtokensError, match="records a CUDA graph and needs a GPU"):
+        compare({"none": make()}, images(2), Setting(batch=2, compiled="graph"), 0.1)
+
+
+def test_a_compiled_copy_shares_the_parameters_and_leaves_the_model_alone(make):
+    model = make(partial(TopK, keep_rate=0.5), at=[1], pool="token")
+    for how in ("layers", "model"):
+        compiled = compiled_copy(model, how)
+        assert all(a is b for a, b in zip(model.parameters(), compiled.parameters(), strict=True))
+        assert all(module._compiled_call_impl is None for module in model.modules())
+    assert compiled_copy(model, "none") is model
+    layers = compiled_copy(timm_reference(model), "layers").blocks
+    assert all(block._compiled_call_impl is not None for block in layers)

@@ -13,16 +13,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fewtokens.analysis.cost import macs
 from fewtokens.analysis.throughput import AUTOCAST, Run, interquartile_range, seconds_on, time_in_turns
 from fewtokens.backbones.vit import ViT
-from fewtokens.errors import check, check_choice
+from fewtokens.errors import FewtokensError, check, check_choice
+from fewtokens.tasks.classification import compile_model
 
 DENSE = "none"
 PRECISIONS = ("32-true", "bf16-true", *AUTOCAST)
 MODES = ("inference", "training")
+COMPILED = {"none": "eager", "layers": "compiled layers", "model": "compiled", "graph": "CUDA graph"}
 MIN_IMAGES = 8  # images timed together: at batch 1, the time of an adaptive tokenizer depends on the image
 COUNTED_IMAGES = 16
 
@@ -34,25 +37,28 @@ class Setting:
     Args:
         batch: Images per forward pass.
         precision: "32-true", "bf16-true" (weights, too), "bf16-mixed" or "16-mixed" (autocast).
-        compiled: Compile every model with `torch.compile`, for this batch size.
+        compiled: "none"; "layers" or "model" for `torch.compile` of every layer or of the whole model; or "graph" to
+            record the kernels of a forward pass as a CUDA graph, which removes the time to launch them.
         mode: "inference", or "training": forward pass, cross-entropy, backward pass and a step of AdamW.
 
     Raises:
-        FewtokensError: The batch is less than 1, or the precision or mode is unknown.
+        FewtokensError: The batch is less than 1, a name is unknown, or a graph is asked for in training.
     """
 
     batch: int = 32
     precision: str = "32-true"
-    compiled: bool = False
+    compiled: str = "none"
     mode: str = "inference"
 
     def __post_init__(self) -> None:
         check(self.batch >= 1, "batch", "a list of ints >= 1, as in batch=[1,32]", self.batch)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("mode", self.mode, MODES)
+        check_choice("compiled", self.compiled, COMPILED)
+        check(self.compiled != "graph" or self.mode == "inference", "compiled", "no graph with mode=training", "graph")
 
     def __str__(self) -> str:
-        return f"{self.mode}, batch {self.batch}, {self.precision}, {'compiled' if self.compiled else 'eager'}"
+        return f"{self.mode}, batch {self.batch}, {self.precision}, {COMPILED[self.compiled]}"
 
 
 def compare(
@@ -132,11 +138,15 @@ def timed_run(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], sett
     if setting.precision == "bf16-true":
         model = copy.deepcopy(model).bfloat16()
         batches = [batch.bfloat16() for batch in batches]
-    compiled = torch.compile(model, dynamic=False) if setting.compiled else model
     dtype = AUTOCAST.get(setting.precision)
 
     def autocast() -> AbstractContextManager[Any]:
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+    if setting.compiled == "graph":
+        with torch.inference_mode(), autocast():
+            return record_graph(model.eval(), batches)
+    compiled = compiled_copy(model, setting.compiled)
 
     def infer() -> None:
         with torch.inference_mode(), autocast():
@@ -144,13 +154,13 @@ def timed_run(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], sett
                 compiled(batch)
 
     if setting.mode == "inference":
-        model.eval()
+        compiled.eval()
         return infer
     # With a learning rate of 0, a step takes as long but does not change the weights, which the models share.
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
 
     def train() -> None:
-        model.train()
+        compiled.train()
         for batch in batches:
             with autocast():
                 logits = compiled(batch)
@@ -160,6 +170,45 @@ def timed_run(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], sett
             optimizer.zero_grad()
 
     return train
+
+
+def compiled_copy(model: nn.Module, how: str) -> nn.Module:
+    """Return a copy with the same parameters that is compiled, so that the model itself stays as it is.
+
+    Args:
+        model: A model of ours, or timm's.
+        how: "none", "layers" or "model"; with "none" the model itself is returned.
+    """
+    if how == "none":
+        return model
+    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    if how == "layers" and isinstance(model, VisionTransformer):
+        for block in copied.blocks:
+            block.compile()
+        return copied
+    compile_model(copied, how)
+    return copied
+
+
+def record_graph(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]]) -> Run:
+    """Record the forward passes of all batches as one CUDA graph, and return the function that replays it.
+
+    Raises:
+        FewtokensError: The model is not on a GPU.
+    """
+    if batches[0].device.type != "cuda":
+        raise FewtokensError("compiled=graph records a CUDA graph and needs a GPU. Set compiled=[none] or [layers].")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm up outside of the recording, on the stream that records
+        for batch in batches * 3:
+            model(batch)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for batch in batches:
+            model(batch)
+    return graph.replay
 
 
 def timm_reference(model: ViT) -> nn.Module:

@@ -43,7 +43,11 @@ from fewtokens.runs.config import CONFIGS, instantiate
 from fewtokens.tasks.classification import Classifier
 from fewtokens.tasks.optim import parameter_groups, scale_learning_rates
 
-OVERRIDES = {"digits": ["data=digits"], "cifar10": ["experiment=cifar10/keras_4_tokens"]}
+OVERRIDES = {
+    "digits": ["data=digits"],
+    "cifar10": ["experiment=cifar10/keras_4_tokens"],
+    "cifar10_strong": ["experiment=cifar10/strong_base"],
+}
 LIGHTNING, REFERENCE = "Lightning", "reference loop"
 WARMUP = 5  # untimed steps, in which memory is allocated and kernels are chosen
 
@@ -110,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.write is not None:
         content = {
             "title": title,
+            "batch_size": cfg.data.batch_size,
             "torch": torch.__version__,
             "device": report.device_name(device),
             "commit": report.commit(),
@@ -126,7 +131,7 @@ def compose_config(data: str, folder: str, steps: int, overrides: Sequence[str] 
     """Return the config of a training run without validation, checkpoints and progress bar.
 
     Args:
-        data: "digits" or "cifar10".
+        data: "digits", "cifar10" or "cifar10_strong".
         folder: Folder for metrics.csv.
         steps: Number of timed steps.
         overrides: Further overrides.

@@ -96,7 +96,8 @@ class ATS(Tokenizer):
         valid = valid_patches(tokens)
         valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         order, picked = self.sample(scores, valid, self.probes)
-        if self.static or torch.compiler.is_compiling():
+        recording = scores.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph has fixed shapes, too
+        if self.static or torch.compiler.is_compiling() or recording:
             return pack(order, picked, min(self.probes, tokens.num_patches))
         fewest, most = torch.stack(picked.sum(dim=1).aminmax()).tolist()  # the only synchronization with the device
         index, mask = pack(order, picked, most)
