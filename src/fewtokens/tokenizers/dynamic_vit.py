@@ -36,8 +36,8 @@ class DynamicViT(Tokenizer):
     towards the target of the stage. In evaluation, the patches with the highest scores are kept, the same number in
     every image, so that shapes are static.
 
-    Memory: in training, the attention matrix of every head (B, heads, N, N) is built, since no fused kernel passes a
-    gradient to the keep mask. Evaluation uses the fused kernels.
+    Memory: in training, the attention matrix of every head (B, heads, N, N) is built, since an additive mask, as fused
+    kernels take it, passes no gradient to the decision on a dropped patch. Evaluation uses the fused kernels.
 
     The paper's two distillation losses towards the dense model are not implemented. To fine-tune a dense model as in
     the paper, start from its run (init_from=<dense run>).
