@@ -271,7 +271,13 @@ def _flatten(tokens: Tokens) -> tuple[list[Any], Any]:
 def _unflatten(tensors: Any, context: Any) -> Tokens:
     x, size, mask, origin, keep_mask = tensors
     prefix, frames, grid, trace, bias = context  # The trace is passed on as the same list, which collects the records.
-    return Tokens(x, prefix, frames, grid, size, mask, origin, keep_mask, trace, bias)
+    names = ("x", "prefix", "frames", "grid", "size", "mask", "origin", "keep_mask", "trace", "size_bias")
+    values = (x, prefix, frames, grid, size, mask, origin, keep_mask, trace, bias)
+    # Not by the constructor, whose types tests check: torch also maps functions over a tree that return no tensors.
+    tokens = object.__new__(Tokens)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(tokens, name, value)
+    return tokens
 
 
 _pytree.register_pytree_node(Tokens, _flatten, _unflatten, serialized_type_name="fewtokens.tokens.Tokens")

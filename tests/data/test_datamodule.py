@@ -10,9 +10,12 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from PIL import Image
 
 from fewtokens.data.datamodule import Loader
+from fewtokens.data.image.cifar10 import Cifar10
 from fewtokens.data.image.digits import Digits
+from fewtokens.data.image.imagenet import ImageNet
 from fewtokens.data.image.in_memory import Samples, hold_out
 from fewtokens.data.transforms.geometric import PadCrop, RandomCrop, RandomFlip, Resize
 from fewtokens.errors import FewtokensError
@@ -142,3 +145,34 @@ def test_configurations_build_their_datamodules(path: Path, tmp_path: Path) -> N
     for fact in ("num_classes", "image_size", "channels", "frames"):
         assert getattr(found, fact) == config.data[fact]
     assert found.train_pipeline.before == [] or path.stem != "imagenet"
+
+
+def test_class_names_are_those_of_the_data(tmp_path: Path) -> None:
+    assert list(Digits(num_classes=10, image_size=8, channels=1, batch_size=4).class_names) == list("0123456789")
+    for name in ("n01440764", "n01443537"):
+        for part in ("train", "val"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / part / name / "0.png")
+    settings = {"image_size": 32, "batch_size": 1}
+    known = ImageNet(tmp_path, num_classes=2, **settings)
+    known.setup()
+    assert [name.partition(",")[0] for name in known.class_names] == ["tench", "goldfish"]
+    everything = ImageNet(tmp_path, num_classes=1000, **settings)
+    everything.setup()
+    assert len(everything.class_names) == 1000
+    assert everything.class_names[:2] == known.class_names
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "cifar" / part / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / "cifar" / part / name / "0.png")
+    assert list(Cifar10(tmp_path / "cifar", num_classes=2, **settings).class_names) == ["cat", "dog"]
+    assert Cifar10(tmp_path / "nowhere", num_classes=10, **settings).class_names[3] == "cat"
+
+
+def test_there_are_no_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Digits(num_classes=10, image_size=8, channels=1, batch_size=4, num_workers=8)
+    data.setup()
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    assert data.train_dataloader().num_workers == 2
+    data.num_workers = 0
+    assert data.train_dataloader().num_workers == 0

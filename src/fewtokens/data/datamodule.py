@@ -1,5 +1,6 @@
 """Base class of all datamodules: settings, loaders, sharding, augmentation on the device, and resuming."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NotRequired, Required, TypedDict, Unpack
@@ -51,6 +52,7 @@ class ClipSettings(Common):
         views: Number of clips and number of crops of each test video.
         decoder: "decord", "torchcodec" or "pyav".
         decode_limit: Seconds after which decoding a clip is given up.
+        max_broken: Largest share of the training videos that may be unreadable, from 0 to 1.
     """
 
     stride: NotRequired[int]
@@ -59,6 +61,7 @@ class ClipSettings(Common):
     views: NotRequired[Sequence[int]]
     decoder: NotRequired[str]
     decode_limit: NotRequired[float]
+    max_broken: NotRequired[float]
 
 
 class Loader(DataLoader):
@@ -115,7 +118,8 @@ class DataModule(L.LightningDataModule):
         std: Standard deviation per channel, on the scale 0 to 1; None: 1.
         train_transforms: Transforms of a training batch, see `fewtokens.data.transforms.geometric`.
         eval_transforms: Transforms of a validation or test batch.
-        **loading: `batch_size` and `eval_batch_size` (per process; None: the same), `num_workers`, `seed` (of order and
+        **loading: `batch_size` and `eval_batch_size` (per process; None: the same), `num_workers` (at most the
+            number of cores per process), `seed` (of order and
             augmentation), `drop_last` (in training).
 
     Raises:
@@ -127,6 +131,7 @@ class DataModule(L.LightningDataModule):
     stamped: ClassVar[bool] = False  # whether the data set needs the epoch with every index, see `TrainSampler`
     holds_clips: ClassVar[bool] = False  # whether a sample may have several frames
     description = "images"
+    class_names: Sequence[str] = ()  # in the order of the class numbers, if they are known; set by `setup`
 
     def __init__(
         self,
@@ -239,19 +244,28 @@ class DataModule(L.LightningDataModule):
 
     def _loader(self, samples: Dataset, sampler: Any, batch_size: int, drop_last: bool, part: Part | None) -> Loader:
         root = self.trainer.strategy.root_device.type if self.trainer is not None else "cpu"
+        workers = self._num_workers()
         return Loader(
             samples,
             batch_size=batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=workers,
             collate_fn=identity_collate,
             pin_memory=root == "cuda",
             drop_last=drop_last,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=workers > 0,
             receive=partial(self.receive, part),
             # Every iterator draws a seed. From the global generator, this would change the dropout of resumed runs.
             generator=torch.Generator().manual_seed(seeding.mix(seeding.IMAGE, self.seed)),
         )
+
+    def _num_workers(self) -> int:
+        """Return `num_workers`, or the number of cores for each process of this machine if that is less."""
+        if self.num_workers == 0:
+            return 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = self.trainer.num_devices if self.trainer is not None else 1
+        return min(self.num_workers, max(1, cores // processes))
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

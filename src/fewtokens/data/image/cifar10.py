@@ -22,6 +22,8 @@ from fewtokens.errors import FewtokensError, check, check_choice
 _CACHE = ".fewtokens-cache.safetensors"
 _PATIENCE = 20.0  # seconds until a silent server counts as unreachable
 Source = Literal["extracted", "archive", "folders"]
+# Of the official archive, in the order of the class numbers.
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def find_source(root: Path) -> Source | None:
@@ -106,6 +108,7 @@ class Cifar10(InMemory):
     def _describe(self, source: Source | None) -> None:
         where = f"class folders at {self.root}" if source == "folders" else "official archive"
         self.description = f"CIFAR-10 ({where})"
+        self.class_names = folders.class_names(self.root / "train") if source == "folders" else CLASSES
 
     def _check_classes(self, classes: list[str]) -> None:
         expected = f"{len(classes)}, the number of class folders in {self.root / 'train'}"

@@ -17,6 +17,8 @@ class Digits(InMemory):
         **common: See `DataModule`. `channels` may be 1, or more to repeat the gray value.
     """
 
+    class_names = tuple("0123456789")
+
     def __init__(self, *, split_seed: int = 0, **common: Unpack[Common]) -> None:
         super().__init__(**common)
         self.split_seed = split_seed

@@ -148,12 +148,14 @@ class ImageNet(DataModule):
         return FolderDataset(files, self._labels(files), read, crop, self.seed)
 
     def _labels(self, files: folders.ClassFolders) -> Int64[Tensor, " k"]:
-        found = len(files.classes)
+        found, info = len(files.classes), ImageNetInfo()
+        indices = {wnid: index for index, wnid in enumerate(info.label_names())}
         if found == self.num_classes:
+            self.class_names = [info.label_name_to_description(x) if x in indices else x for x in files.classes]
             return torch.arange(found)
-        indices = {wnid: index for index, wnid in enumerate(ImageNetInfo().label_names())}
         unknown = [name for name in files.classes if name not in indices]
         if self.num_classes == _ILSVRC_CLASSES and not unknown:
+            self.class_names = [info.index_to_description(index) for index in range(_ILSVRC_CLASSES)]
             return torch.tensor([indices[name] for name in files.classes])
         hint = f" ({unknown[0]} is no class of ILSVRC)" if unknown else ""
         raise FewtokensError(

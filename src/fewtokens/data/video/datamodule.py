@@ -29,6 +29,7 @@ _CLIP_DEFAULTS: dict[str, Any] = {  # of `ClipSettings`
     "views": (1, 1),
     "decoder": "decord",
     "decode_limit": 60.0,
+    "max_broken": 0.01,
 }
 
 
@@ -50,7 +51,6 @@ class Videos(DataModule):
         classes: File with all class names in the order of their numbers (see `parts.read_classes`). None: the names in
             the training part (in the part itself if there is no training part), sorted.
         multilabel: Whether a video may have any number of classes.
-        max_broken: Largest share of the training videos that may be unreadable, from 0 to 1.
         **settings: See `DataModule` and `ClipSettings`. `eval_batch_size` counts views.
 
     Raises:
@@ -67,14 +67,13 @@ class Videos(DataModule):
         parts: Mapping[str, str | None],
         classes: str | None = None,
         multilabel: bool = False,
-        max_broken: float = 0.01,
         **settings: Unpack[ClipSettings],
     ) -> None:
         given: dict[str, Any] = dict(settings)
         clips = {name: given.pop(name, default) for name, default in _CLIP_DEFAULTS.items()}
         super().__init__(**given)
         self.root, self.parts, self.classes = Path(root).expanduser(), dict(parts), classes
-        self.multilabel, self.max_broken = multilabel, max_broken
+        self.multilabel, self.max_broken = multilabel, clips["max_broken"]
         self._check_clips(clips)
         self.reader = Reader(clips["decoder"], clips["decode_limit"])
         shape = (self.frames, clips["stride"], self.image_size, clips["resize"])
@@ -124,6 +123,7 @@ class Videos(DataModule):
     def _read_list(self, part: Part, source: str) -> tuple[Sequence[Video | ManifestRow], list[Skipped]]:
         order = [self.parts.get("train"), source]
         names = ordered_class_names(self.root, self.classes, order, self.num_classes, self.multilabel)
+        self.class_names = names
         return read_part(self.root, source, part, self.num_classes, multilabel=self.multilabel, classes=names or None)
 
     def dataset(self, part: Part) -> VideoDataset | None:
