@@ -1,12 +1,12 @@
-"""Evaluates a model once: python eval.py checkpoint=<run> [group=option ...] [key=value ...]."""
+"""Evaluate a model once: python eval.py checkpoint=<run> [group=option ...] [key=value ...]."""
 
 from fewtokens.runs.cli import command
 from omegaconf import DictConfig
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """One evaluation."""
-    from fewtokens.runs.eval import run  # imports torch, which takes seconds, only once the config is known
+    """Run one evaluation."""
+    from fewtokens.runs.eval import run  # imports torch, which takes seconds, so only after the config is composed
 
     run(cfg)
 

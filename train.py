@@ -1,12 +1,12 @@
-"""Trains a model and evaluates it: python train.py [group=option ...] [key=value ...]."""
+"""Train a model and evaluate it: python train.py [group=option ...] [key=value ...]."""
 
 from fewtokens.runs.cli import command
 from omegaconf import DictConfig
 
 
 def train(cfg: DictConfig) -> None:
-    """One training run."""
-    from fewtokens.runs.train import run  # imports torch, which takes seconds, only once the config is known
+    """Run one training."""
+    from fewtokens.runs.train import run  # imports torch, which takes seconds, so only after the config is composed
 
     run(cfg)
 

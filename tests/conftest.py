@@ -1,10 +1,10 @@
-"""What the tests of whole runs share."""
+"""Fixtures and settings for tests that run whole jobs."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
+from fewtokens.runs.compose import compose_on_saved_runs
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-# Small enough for seconds, large enough to be a real run.
+# A real run that takes seconds.
 TINY = [
     "backbone.patch_size=2",
     "backbone.dim=16",
@@ -29,21 +31,30 @@ TINY = [
 ]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do
-if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: more threads than cores would only fight for them
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a command under test: no account, no launcher, one thread."""
+    """Return the environment of a command under test: no W&B account, no launcher, one thread."""
     hidden = ("WANDB_", "SLURM_", "FEWTOKENS_", "LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     return kept | {"OMP_NUM_THREADS": "1", "NETRC": os.devnull, **more}
 
 
+def run_without_type_checks(file: str, *options: str) -> str:
+    """Run tests of a file in a process without jaxtyping's hook, whose checks torch.compile cannot trace."""
+    quiet = ["-q", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *quiet, *options, file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 @pytest.fixture
 def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run train.py, eval.py or a module (fewtokens...) in a process of its own, with outputs below tmp_path."""
+    """Run train.py, eval.py or a module (fewtokens...) as a command, with outputs in tmp_path."""
 
     def run(name: str, *arguments: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -62,13 +73,14 @@ def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
-def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictConfig]:
-    """Compose a job's config in this process, as Hydra would, with its run directory in tmp_path."""
+def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., DictConfig]]:
+    """Compose a job's config in this process, as a command does, with a run directory in tmp_path."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    compose_on_saved_runs()
 
-    def make(*overrides: str, base: str = "train", folder: Path = CONFIGS, directory: str = "run") -> DictConfig:
+    def make(*overrides: str, base: str = "train", directory: str = "run") -> DictConfig:
         GlobalHydra.instance().clear()
-        with initialize_config_dir(str(folder), version_base="1.3"):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             cfg = compose(base, list(overrides), return_hydra_config=True)
         with open_dict(cfg):
             cfg.hydra.runtime.output_dir = str(tmp_path / directory)

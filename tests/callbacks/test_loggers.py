@@ -41,6 +41,17 @@ def test_a_resumed_run_forgets_what_it_will_log_again(tmp_path: Path) -> None:
     ]
 
 
+def test_a_full_disk_is_an_error_with_a_sentence(tmp_path: Path) -> None:
+    logger = CsvLogger(str(tmp_path))
+    (tmp_path / ".metrics.csv.part").symlink_to("/dev/full")
+    with pytest.raises(FewtokensError, match=r"Cannot write .*metrics\.csv: No space left on device"):
+        logger.log_metrics({"a": 1.0}, step=0)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "metrics.csv").symlink_to("/dev/full")
+    with pytest.raises(FewtokensError, match=r"Cannot write .*metrics\.csv: No space left on device"):
+        logger.log_metrics({"a": 1.0}, step=0)
+
+
 def test_wandb_stays_offline_without_an_account_or_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

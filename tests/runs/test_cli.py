@@ -1,19 +1,18 @@
-"""The command line's answers: quick, and a sentence for every mistake."""
+"""The command line: quick answers, and a sentence for every mistake."""
 
-import os
 import resource
 import subprocess
 import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, TINY
+from fewtokens.errors import FewtokensError
 from fewtokens.runs import cli as module
-from fewtokens.runs import distributed as processes
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What train.py says to wrong arguments on standard error."""
+    """Return what train.py prints to stderr for wrong arguments."""
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as stop:
         module.command("train", lambda cfg: None)
@@ -24,15 +23,18 @@ def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
-        ("tokenizer=token_lerner", "did you mean tokenizer=token_learner"),
-        ("tokeniser=none", "did you mean tokenizer"),
-        ("backbone=vit_huge", "did you mean backbone=vit_"),
-        ("trainer.max_epoch=3", "did you mean trainer.max_epochs"),
-        ("tokenizer.build.num_token=3", "did you mean tokenizer.build.num_tokens"),
-        ("num_tokens=3", "did you mean tokenizer.build.num_tokens"),
-        ("experiment=cifar10/keras_plane", "did you mean experiment=cifar10/keras_plain"),
-        ("tokenizer.at=[3,6", "quote values"),
-        ("resume=/nowhere", "/nowhere (not there)"),
+        ("tokenizer=token_lerner", "Did you mean `tokenizer=token_learner`"),
+        ("tokeniser=none", "Did you mean `tokenizer`"),
+        ("backbone=vit_huge", "Did you mean `backbone=vit_"),
+        ("trainer.max_epoch=3", "Did you mean `trainer.max_epochs`"),
+        ("tokenizer.build.num_token=3", "Did you mean `tokenizer.build.num_tokens`"),
+        ("num_tokens=3", "Did you mean `tokenizer.build.num_tokens`"),
+        ("experiment=cifar10/keras_plane", "Did you mean `experiment=cifar10/keras_plain`"),
+        ("tokenizer.at=[3,6", "Quote lists"),
+        ("resume=/nowhere", "`resume` must be the directory of a run, which contains config.yaml, got /nowhere"),
+        ("ckpt_path=run", "Use resume=<run>"),
+        ("tokenizer=null", "cannot be null, got tokenizer=null"),
+        ("measure=", "cannot be null, got measure="),
     ],
 )
 def test_a_misspelt_override_is_answered_with_the_nearest_name(monkeypatch, capsys, wrong: str, right: str) -> None:
@@ -60,28 +62,69 @@ def test_answers_without_heavy_imports(arguments: list[str], code: int) -> None:
     assert seconds < 3, "of the processor, so that a busy machine does not fail it"
 
 
-def test_what_resume_and_checkpoint_name() -> None:
-    assert module.saved_run(["resume=a/b"]) == "a/b"
-    assert module.saved_run(["seed=1", "+checkpoint='a b'"]) == "a b"
-    assert module.saved_run(["resume=null"]) is None
-    assert module.saved_run(["--config-path", "x", "+resume=a"]) is None, "a child's config is complete"
+class Misconfiguration(Exception):
+    """Stands for Lightning's exception, which is recognized by its name."""
 
 
-def test_one_job_hides_the_sweep_from_children_and_cleans_up(monkeypatch, tmp_path) -> None:
-    for name in (*processes.OF_THE_LAUNCHER, "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1"])
+Misconfiguration.__name__ = "MisconfigurationException"
 
-    def inside() -> None:
-        with processes.one_job(tmp_path, ["+resume=null"]):
-            assert sys.argv[1:5] == ["--config-path", str(tmp_path), "--config-name", "config"]
-            assert "-m" not in sys.argv
-            assert os.environ[processes.RUN_DIR] == str(tmp_path)
-            os.environ["LOCAL_RANK"] = "0"  # as Lightning does
-            raise RuntimeError
 
-    with pytest.raises(RuntimeError):
-        inside()
-    assert sys.argv == ["train.py", "-m", "seed=0,1"]
-    assert "LOCAL_RANK" not in os.environ
-    assert processes.RUN_DIR not in os.environ
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            Misconfiguration("No GPU."),
+            "Lightning does not accept the settings: No GPU. Check the overrides of `trainer`",
+        ),
+        (PermissionError(13, "Permission denied", "/there"), "/there: Permission denied. Check that"),
+        (RuntimeError("odd\nsecond line"), "RuntimeError: odd (" + __file__),
+    ],
+)
+def test_every_error_of_a_job_is_a_sentence(monkeypatch, capsys, tmp_path, error: Exception, words: str) -> None:
+    def fail(cfg: object) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path}"])
+    monkeypatch.setenv("FEWTOKENS_TRACEBACK", "0")
+    with pytest.raises(SystemExit) as stop:
+        module.command("train", fail)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert printed.startswith("Error: ")
+    assert words in printed
+    assert "Traceback" not in printed
+    monkeypatch.setenv("FEWTOKENS_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        module.command("train", fail)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_failing_job_does_not_stop_a_sweep(monkeypatch, capsys, tmp_path) -> None:
+    seeds = []
+
+    def fail_first(cfg) -> None:
+        seeds.append(cfg.seed)
+        if cfg.seed == 0:
+            raise FewtokensError("This seed is bad.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}"])
+    with pytest.raises(SystemExit) as stop:
+        module.command("train", fail_first)
+    assert (seeds, stop.value.code) == ([0, 1], 1)
+    assert "Error: This seed is bad." in capsys.readouterr().err
+
+
+def test_outputs_that_cannot_be_written_are_named(script, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    done = script("train.py", "paths.outputs=file", code=1)
+    assert "Not a directory. Check that the path exists, is writable" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_file_is_left_in_the_temporary_directory(script, tmp_path) -> None:
+    (tmp_path / "tmp").mkdir()
+    script("train.py", *TINY, "hydra.run.dir=run", TMPDIR=str(tmp_path / "tmp"))
+    script("eval.py", "checkpoint=run", TMPDIR=str(tmp_path / "tmp"))
+    assert list((tmp_path / "tmp").iterdir()) == []

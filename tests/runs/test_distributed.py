@@ -1,4 +1,4 @@
-"""Commands in processes of their own: two ranks, signals, kills, and what is left of the run afterwards."""
+"""Commands in processes of their own: several ranks, signals, kills, and what a run leaves behind."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from PIL import Image
 
 from conftest import ROOT, TINY, environment
 
-# Everything random there is, so that a resumed run must draw it all again.
+# All sources of randomness, which a resumed run must repeat.
 RANDOM = [
     *TINY,
     "trainer.max_epochs=3",
@@ -41,6 +41,14 @@ def same(a: Path, b: Path) -> bool:
     return left.keys() == right.keys() and all(
         torch.equal(left[k], right[k]) for k in left if "train_loss" not in k and "metrics" not in k
     )
+
+
+def record(run: Path) -> dict[str, str]:
+    return json.loads((run / "run.json").read_text())
+
+
+def step(run: Path) -> int:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
 
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -103,18 +111,19 @@ def test_sigterm_saves_at_a_step_and_resume_goes_on_exactly(script, tmp_path: Pa
     script("train.py", *RANDOM, f"hydra.run.dir={whole}")
     process = start(tmp_path, *RANDOM, "trainer.max_epochs=300", f"hydra.run.dir={cut}")
     _wait(lambda: (cut / "checkpoints" / "last.ckpt").is_file(), process)
+    assert record(cut)["status"] == "started"
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert "continue with resume=" in output
-    content = torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)
+    assert f"Stopped by SIGTERM after step {step(cut)}. Continue with resume={cut}" in output
+    assert record(cut)["status"] == "stopped"
+    assert step(cut) > 0
     shutil.rmtree(cut)
-    # The same again with the right length, stopped while it runs or not at all: either way it must end alike.
+    # The same again with the right length. Whether it is stopped in time or not, it must end with the same weights.
     process = start(tmp_path, *RANDOM, f"hydra.run.dir={cut}")
     _wait(lambda: (cut / "checkpoints" / "last.ckpt").is_file(), process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    assert content["global_step"] > 0
     if process.returncode != 0:
         script("train.py", f"resume={cut}")
     assert same(whole, cut)
@@ -122,18 +131,34 @@ def test_sigterm_saves_at_a_step_and_resume_goes_on_exactly(script, tmp_path: Pa
         assert report(whole)[name] == report(cut)[name]
 
 
-def test_a_run_in_its_own_words_when_it_fails(script, tmp_path: Path) -> None:
+def test_a_command_that_fails_prints_one_sentence(script, tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
     for name, arguments, words in (
         ("train.py", ["data=cifar10", "data.root=nowhere"], "nowhere"),
-        ("eval.py", [f"checkpoint={tmp_path / 'x.ckpt'}"], "comes with the config"),
-        ("eval.py", ["checkpoint=nowhere"], "nowhere"),
-        ("train.py", ["tokenizer.at=99"], "0..3"),
+        ("eval.py", [f"checkpoint={tmp_path / 'x.ckpt'}"], "comes without the config of its run"),
+        ("eval.py", ["checkpoint=nowhere"], "but nowhere does not exist"),
+        ("train.py", ["tokenizer.at=99"], "`tokenizer.at` must be a block index from 0 to 3"),
     ):
         done = script(name, *arguments, code=1)
+        assert done.stderr.startswith("Error: ")
         assert "Traceback" not in done.stderr
         assert words in done.stderr
-        assert "To do:" in done.stderr
+    done = script("train.py", "tokenizer.at=99", code=1, HYDRA_FULL_ERROR="1")
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_save_too(tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    process = start(tmp_path, *TINY, "trainer.max_epochs=3000", f"hydra.run.dir={run}")
+    _wait(lambda: (run / "checkpoints" / "last.ckpt").is_file(), process)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, output
+    assert f"Stopped by {number.name} after step {step(run)}. Continue with resume={run}" in output
+    assert "Traceback" not in output
+    assert record(run)["status"] == "stopped"
+    assert record(run)["reason"] == f"stopped by {number.name}"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""Exported files compute what the model computes, for every tokenizer that configs/ has, or nothing is written."""
+"""Export: files compute what the model computes, for every tokenizer in configs/, or they are not written."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +14,18 @@ from conftest import CONFIGS, ROOT, TINY, environment
 from fewtokens.backbones.vit import ViT
 from fewtokens.backbones.vivit import Model
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import config as saved
-from fewtokens.runs import exported, exporting
+from fewtokens.runs import export, model_file
 from fewtokens.runs import train as training
-from fewtokens.runs.targets import instantiate
+from fewtokens.runs.config import instantiate
 from fewtokens.tokenizers.base import Tokenizer
 
 TOKENIZERS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml"))
-# Of methods that act before, inside and around a block, one each, and one whose shapes depend on values in eager mode.
+# One method each that acts before, inside and around a block, and one whose shapes depend on values in eager mode.
 ALWAYS = ("token_learner", "tome", "token_fuser", "ats")
 
 
 def model_with(composed, *overrides: str, seed: int = 0) -> ViT:
-    """A mini ViT of which no parameter is zero and whose attention is not flat."""
+    """Return a mini ViT without parameters of zero, whose attention is not uniform."""
     cfg = composed("backbone.pool=token", "backbone.dim=32", "backbone.heads=2", "backbone.depth=3", *overrides)
     torch.manual_seed(seed)
     model = instantiate(cfg.backbone)
@@ -39,13 +39,14 @@ def images(count: int = 7) -> torch.Tensor:
 
 
 def check_files(model: nn.Module, folder: Path, *suffixes: str) -> None:
-    """Traced, written, read back, and compared with eager in batches of several sizes."""
-    program = exported.trace(model, images(2), any_batch=True)
+    """Export a model, and compare the files with it in batches of several sizes."""
+    program = model_file.trace(model, images(2), any_batch=True)
     for suffix in suffixes:
-        exported.write(program, folder / f"model{suffix}")
-        found = exporting.compare(model, exported.read(folder / f"model{suffix}"), images(100), 1e-4, None)
-        assert (found.worst, found.batches) == (0, (1, 3, 32))
-        assert found.difference <= 1e-4 or found.near_ties <= 2
+        model_file.write(program, folder / f"model{suffix}")
+        found = export.compare(model, model_file.read(folder / f"model{suffix}"), images(100), 1e-4, None)
+        assert found.batches == (1, 3, 32)
+        assert found.mismatched <= (0.02 if model_file.compares_scores(program) else 0)
+        assert found.same_class >= 0.98
         assert str(ROOT).encode() not in (folder / f"model{suffix}").read_bytes(), "no paths of this machine"
     assert sorted(file.suffix for file in folder.iterdir()) == sorted(suffixes), "one file each"
 
@@ -76,7 +77,7 @@ def test_poolings_in_which_sizes_count(composed, tmp_path: Path, pool: str) -> N
 
 
 class Sorted(nn.Module):
-    """Positions by value, as choosing methods order tokens, and where further values belong among them."""
+    """Sorts positions by their values, as selecting methods do, and finds where other values belong among them."""
 
     def forward(self, images):
         flat = images.flatten(1)
@@ -91,8 +92,8 @@ class Sorted(nn.Module):
 
 def test_onnx_orders_equal_values_as_torch_does(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    exported.write(exported.trace(Sorted(), images(2), any_batch=True), path)
-    forward = exported.read(path)
+    model_file.write(model_file.trace(Sorted(), images(2), any_batch=True), path)
+    forward = model_file.read(path)
     for levels in (1, 2, 5):
         ties = torch.randint(0, levels, (3, 1, 32, 32)).float()
         small = ties[:, :, :8, :8].contiguous()
@@ -100,7 +101,7 @@ def test_onnx_orders_equal_values_as_torch_does(tmp_path: Path) -> None:
 
 
 class Extremes(nn.Module):
-    """Which of some large whole numbers, which agree in their upper halves, are the least and the greatest."""
+    """Marks the smallest and the largest of some large integers with equal upper halves."""
 
     def forward(self, images):
         numbers = (images.double() * 2**31).long() + 2**38
@@ -108,42 +109,83 @@ class Extremes(nn.Module):
         return torch.cat([numbers == least, numbers == greatest], dim=1).float().flatten(1)
 
 
-def test_onnx_finds_the_least_of_large_whole_numbers(tmp_path: Path) -> None:
+def test_onnx_finds_the_smallest_of_large_integers(tmp_path: Path) -> None:
     pictures, path = torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(2)) * 2, tmp_path / "model.onnx"
-    exported.write(exported.trace(Extremes(), pictures[:2], any_batch=True), path)
-    assert torch.equal(exported.read(path)(pictures), Extremes()(pictures)), "ReduceMin of int64 would not"
+    model_file.write(model_file.trace(Extremes(), pictures[:2], any_batch=True), path)
+    assert torch.equal(model_file.read(path)(pictures), Extremes()(pictures)), "ReduceMin of int64 would not"
 
 
 def test_a_file_of_fixed_batch_size_takes_no_other(composed, tmp_path: Path) -> None:
     model, path = model_with(composed, "tokenizer=top_k"), tmp_path / "model.onnx"
-    exported.write(exported.trace(model, images(3), any_batch=False), path)
-    found = exporting.compare(model, exported.read(path), images(7), 1e-4, 3)
-    assert (found.worst, found.batches) == (0, (3,))
+    model_file.write(model_file.trace(model, images(3), any_batch=False), path)
+    found = export.compare(model, model_file.read(path), images(7), 1e-4, 3)
+    assert (found.mismatched, found.batches) == (0, (3,))
     with pytest.raises(Exception, match="dimension"):
-        exported.read(path)(images(2))
+        model_file.read(path)(images(2))
 
 
-class Switch(nn.Module):
-    """Two logits that change places where the mean of an image changes its sign, and follow it otherwise."""
+def off_by(difference: float, share: float) -> model_file.Forward:
+    """Return a file that computes a logit wrongly on the first images of each batch."""
+
+    def forward(batch):
+        logits = Sums()(batch)
+        logits[: math.ceil(share * len(batch)), 0] += difference
+        return logits
+
+    return forward
+
+
+class Sums(nn.Module):
+    """Two logits, of the size of 1."""
 
     def forward(self, images):
         mean = images.mean(dim=(1, 2, 3))
-        return torch.stack([(mean > 0).float() + mean, (mean <= 0).float()], dim=1)
+        return torch.stack([mean, -mean], dim=1)
 
 
-def test_a_near_tie_is_told_from_an_error() -> None:
-    picture = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
-    tied, clear = picture + 1e-9, picture + 0.5
-    found = exporting.compare(Switch(), lambda x: Switch()(x - 2e-7), torch.cat([tied, clear]), 1e-4, None)
-    assert (found.near_ties, found.worst, found.same_class) == (1, 0, 0.5)
-    found = exporting.compare(Switch(), lambda x: Switch()(x) + 0.01, torch.cat([clear, clear]), 1e-4, None)
-    assert (found.near_ties, found.worst) == (0, pytest.approx(0.01))
-    found = exporting.compare(Switch(), lambda x: 4 * Switch()(x), torch.cat([tied, tied]), 1e-4, None)
-    assert found.worst == pytest.approx(3), "more than a jump explains"
-    found = exporting.compare(Switch(), lambda x: Switch()(x) * torch.nan, torch.cat([tied, clear]), 1e-4, None)
-    assert found.worst == torch.inf
-    found = exporting.compare(Switch(), lambda x: Switch()(x) + 1e-6, torch.cat([clear, clear]), 1e-9, None)
-    assert found.worst > 0, "a tolerance below rounding is not met by what follows smoothly"
+def test_a_difference_is_measured_on_every_image() -> None:
+    found = export.compare(Sums(), off_by(0.0, 1.0), images(64), 1e-4, None)
+    assert found == export.Agreement(difference=0.0, mismatched=0.0, same_class=1.0, batches=(1, 31, 32))
+    found = export.compare(Sums(), off_by(0.01, 1.0), images(64), 1e-4, 32)
+    assert (found.difference, found.mismatched) == (pytest.approx(0.01, rel=1e-4), 1)
+    found = export.compare(Sums(), off_by(9.0, 0.25), images(64), 1e-4, 32)
+    assert (found.mismatched, found.same_class) == (0.25, pytest.approx(1 - 0.25 / 2, abs=0.1))
+    found = export.compare(Sums(), off_by(torch.nan, 0.25), images(64), 1e-4, 32)
+    assert (found.difference, found.mismatched) == (torch.inf, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "compares_scores", "accepted"),
+    [
+        (off_by(0.0, 1.0), False, True),
+        (off_by(1e-5, 1.0), False, True),  # within the tolerance
+        (off_by(0.01, 1 / 64), False, False),
+        (off_by(0.01, 1 / 64), True, True),  # a single image of 64, on which a choice may be different
+        (off_by(0.01, 2 / 64), True, False),
+        (off_by(1e-3, 1.0), True, False),
+        (off_by(torch.nan, 1 / 64), True, False),
+        (lambda batch: Sums()(batch).flip(1), True, False),
+    ],
+)
+def test_a_file_that_computes_something_else_is_refused(
+    composed, wrong: model_file.Forward, compares_scores: bool, accepted: bool
+) -> None:
+    settings = composed(base="export").export
+    found = export.compare(Sums(), wrong, images(64), settings.tolerance, 64)
+    if accepted:
+        export.require(found, "onnx", settings, compares_scores)
+    else:
+        with pytest.raises(FewtokensError, match="does not compute the same as the model"):
+            export.require(found, "onnx", settings, compares_scores)
+        with pytest.raises(FewtokensError, match="does not compute the same as the model"):
+            export.require(found, "onnx", composed("export.max_mismatched=0", base="export").export, compares_scores)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_tokenizers_that_compare_scores_are_recognized(composed, tokenizer: str) -> None:
+    program = model_file.trace(model_with(composed, f"tokenizer={tokenizer}"), images(2), any_batch=True)
+    soft = tokenizer.startswith(("token_", "sinkhorn", "sit", "patch_merger", "pool", "none", "fixed_pattern"))
+    assert model_file.compares_scores(program) == (not soft)
 
 
 class Counts(Tokenizer):
@@ -168,30 +210,32 @@ class Bessel(Tokenizer):
         return block(tokens.update(torch.special.bessel_j0(tokens.x)))
 
 
-@pytest.mark.parametrize(("method", "words"), [(Counts, "static-shape.*Counts"), (Draws, "Draws.*second time")])
-def test_what_cannot_be_traced_is_refused_with_a_sentence(composed, method: type[Tokenizer], words: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [(Counts, "torch.export fails with Counts.*static shapes"), (Draws, "second forward pass differ with Draws")],
+)
+def test_what_cannot_be_traced_is_an_error_with_a_sentence(composed, method: type[Tokenizer], words: str) -> None:
     model = model_with(composed, "tokenizer=none")
     model.encoder.layers[1].tokenizer = method(model.encoder.tokenizers[1].context)
-    with pytest.raises(FewtokensError, match=words) as caught:
-        exported.trace(model, images(2), any_batch=True)
-    assert "To do:" in str(caught.value)
+    with pytest.raises(FewtokensError, match=words):
+        model_file.trace(model, images(2), any_batch=True)
 
 
 def test_what_onnx_lacks_is_named(composed, tmp_path: Path) -> None:
     model = model_with(composed, "tokenizer=none")
     model.encoder.layers[1].tokenizer = Bessel(model.encoder.tokenizers[1].context)
-    program = exported.trace(model, images(2), any_batch=True)
-    exported.write(program, tmp_path / "model.pt2")
+    program = model_file.trace(model, images(2), any_batch=True)
+    model_file.write(program, tmp_path / "model.pt2")
     with pytest.raises(FewtokensError, match=r"bessel_j0.*torch_export"):
-        exported.write(program, tmp_path / "model.onnx")
+        model_file.write(program, tmp_path / "model.onnx")
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    exported.check_packages(["onnx", "torch_export"])
+    model_file.check_packages(["onnx", "torch_export"])
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    exported.check_packages(["torch_export"])
-    with pytest.raises(FewtokensError, match=r"no onnxscript.*\.\[export\]"):
-        exported.check_packages(["onnx"])
+    model_file.check_packages(["torch_export"])
+    with pytest.raises(FewtokensError, match=r"there is no onnxscript.*\.\[export\]"):
+        model_file.check_packages(["onnx"])
 
 
 def test_weights_beside_the_file_are_published_before_it(tmp_path: Path) -> None:
@@ -199,7 +243,7 @@ def test_weights_beside_the_file_are_published_before_it(tmp_path: Path) -> None
     for name in ("m.onnx", "m.onnx.data"):
         (tmp_path / "part" / name).write_text(name)
         (tmp_path / name).write_text("old")
-    files = exported.publish(tmp_path / "part", tmp_path / "m.onnx")
+    files = model_file.publish(tmp_path / "part", tmp_path / "m.onnx")
     assert [file.name for file in files] == ["m.onnx.data", "m.onnx"]
     assert [file.read_text() for file in files] == ["m.onnx.data", "m.onnx"]
 
@@ -207,14 +251,12 @@ def test_weights_beside_the_file_are_published_before_it(tmp_path: Path) -> None
 def test_a_trained_run_under_another_tokenizer(composed, tmp_path: Path, capsys) -> None:
     training.run(composed(*TINY, "tokenizer=none", "tokenizer.at=[]", "backbone.pool=token"))
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
-    folder = saved.overlay(saved.config_of(checkpoint), "export", CONFIGS)
 
-    def export(*overrides: str) -> list[Path]:
+    def write(*overrides: str) -> list[Path]:
         target = f"export.path={tmp_path / 'files' / 'vit.v1'}"
-        cfg = composed(f"checkpoint={checkpoint}", target, *overrides, base="job", folder=folder, directory="export")
-        return exporting.run(cfg)
+        return export.run(composed(f"checkpoint={checkpoint}", target, *overrides, base="export", directory="export"))
 
-    files = export("tokenizer=evit", "tokenizer.at=1", "export.format=[onnx,torch_export]", "export.num_images=40")
+    files = write("tokenizer=evit", "tokenizer.at=1", "export.format=[onnx,torch_export]", "export.num_images=40")
     assert [file.name for file in files] == ["vit.v1.onnx", "vit.v1.pt2"]
     assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["vit.v1.onnx", "vit.v1.pt2"]
     shown = capsys.readouterr().out
@@ -225,7 +267,7 @@ def test_a_trained_run_under_another_tokenizer(composed, tmp_path: Path, capsys)
     program = torch.export.load(files[1])
     assert any(torch.equal(value, weights) for value in program.state_dict.values()), "the run's weights"
     with pytest.raises(FewtokensError, match="must be trained first"):
-        export("tokenizer=token_learner", "tokenizer.at=1")
+        write("tokenizer=token_learner", "tokenizer.at=1")
 
 
 @pytest.fixture
@@ -248,7 +290,7 @@ CLIPS = ["backbone=vivit_mini", "backbone.depth=2", "backbone.dim=16", "backbone
 def test_video_models_export_without_video_data(composed, tmp_path: Path, capsys, model: str, tokenizer: str) -> None:
     target = [f"export.path={tmp_path / 'model'}", "export.format=torch_export"]
     method = [f"tokenizer={tokenizer}", "tokenizer.at=1", f"backbone.model={model}"]
-    [path] = exporting.run(composed(*CLIPS, *method, *target, base="export"))
+    [path] = export.run(composed(*CLIPS, *method, *target, base="export"))
     assert torch.export.load(path).module()(torch.randn(5, 1, 4, 16, 16)).shape == (5, 10)
     shown = " ".join(capsys.readouterr().out.split())
     assert "clips (batch, channels, frames, height, width)" in shown
@@ -259,28 +301,29 @@ def test_video_models_export_without_video_data(composed, tmp_path: Path, capsys
 @pytest.mark.parametrize("model", get_args(Model))
 def test_so_do_they_as_onnx(composed, tmp_path: Path, model: str) -> None:
     target = [f"export.path={tmp_path / 'model'}", "tokenizer.at=1", f"backbone.model={model}"]
-    assert exporting.run(composed(*CLIPS, *target, base="export")) == [tmp_path / "model.onnx"]
+    assert export.run(composed(*CLIPS, *target, base="export")) == [tmp_path / "model.onnx"]
 
 
 def test_a_file_that_differs_is_not_written(plain_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.pt2").write_text("what was there before")
-    read = exported.read
-    monkeypatch.setattr(exported, "read", lambda path: lambda images: read(path)(images).flip(1))
-    with pytest.raises(FewtokensError, match="was not written"):
-        exporting.run(plain_job())
+    read = model_file.read
+    monkeypatch.setattr(model_file, "read", lambda path: lambda images: read(path)(images).flip(1))
+    with pytest.raises(FewtokensError, match="The torch_export file was not written"):
+        export.run(plain_job())
     assert (tmp_path / "model.pt2").read_text() == "what was there before"
     assert {path.name for path in tmp_path.iterdir()} == {"model.pt2", "run"}
     monkeypatch.undo()
-    assert exporting.run(plain_job()) == [tmp_path / "model.pt2"]
+    assert export.run(plain_job()) == [tmp_path / "model.pt2"]
 
 
 @pytest.mark.parametrize("wrong", ["export.format=tensorrt", "export.format=[]", "export.num_images=0",
                                    "export.batch_size=0", "export.tolerance=0", "export.images=val",
-                                   "export.path=.", "export.path=/dev/null/x/model"])  # fmt: skip
-def test_a_wrong_setting_is_answered_with_a_sentence(plain_job, wrong: str) -> None:
-    with pytest.raises(FewtokensError, match=wrong.partition("=")[0]) as caught:
-        exporting.run(plain_job(wrong))
-    assert "To do:" in str(caught.value)
+                                   "export.max_mismatched=1", "export.path=.",
+                                   "export.path=/dev/null/x/model"])  # fmt: skip
+def test_a_wrong_setting_is_answered_with_a_sentence(plain_job, tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(FewtokensError, match=wrong.partition("=")[0]):
+        export.run(plain_job(wrong))
+    assert not (tmp_path / "run").exists()
 
 
 def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -290,9 +333,9 @@ def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def test_the_command_names_the_nearest_key_and_says_what_is_not_there(tmp_path: Path) -> None:
-    assert "did you mean export.format" in command(tmp_path, "export.fromat=onnx").stderr
+    assert "Did you mean `export.format`" in command(tmp_path, "export.fromat=onnx").stderr
     done = command(tmp_path, "checkpoint=/nowhere")
-    assert (done.returncode, "not there" in done.stderr) == (1, True)
+    assert (done.returncode, "/nowhere does not exist" in done.stderr) == (1, True)
 
 
 @pytest.mark.slow

@@ -1,19 +1,24 @@
-"""Whole runs, in this process: what they leave, and what errors they give."""
+"""Whole runs in this process: what they leave behind, and their errors."""
 
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from conftest import TINY
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import config as saved
 from fewtokens.runs import eval as evaluation
 from fewtokens.runs import train as training
-from fewtokens.runs.targets import instantiate
+from fewtokens.runs.cli import describe
+from fewtokens.runs.compose import config_of
+from fewtokens.runs.config import instantiate
+from fewtokens.runs.directory import RunDirectory
+from fewtokens.tasks.classification import Classifier
 
 
 def test_a_run_leaves_config_checkpoints_metrics_and_a_report(composed, tmp_path: Path) -> None:
@@ -43,31 +48,34 @@ def test_a_run_leaves_config_checkpoints_metrics_and_a_report(composed, tmp_path
 def test_eval_repeats_the_test_of_the_run(composed, tmp_path: Path) -> None:
     trained = training.run(composed(*TINY))
     for reference in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "best.ckpt"):
-        folder = saved.overlay(saved.config_of(saved.checkpoint_of(str(reference))), "eval", _configs())
-        cfg = composed(f"checkpoint={reference}", "measure=none", base="job", folder=folder, directory="eval")
+        cfg = composed(f"checkpoint={reference}", "measure=none", base="eval", directory=f"eval_{reference.name}")
         assert evaluation.run(cfg)["test/top1"] == pytest.approx(trained["test/top1"])
     moved = tmp_path / "moved.ckpt"
     moved.write_bytes((tmp_path / "run" / "checkpoints" / "best.ckpt").read_bytes())
-    assert saved.config_of(moved)["backbone"]["dim"] == 16
+    assert config_of(moved)["backbone"]["dim"] == 16
 
 
 def test_a_dense_run_is_evaluated_with_methods_plugged_in(composed, tmp_path: Path) -> None:
     dense = ["tokenizer=none", "backbone.pool=token"]
     trained = training.run(composed(*[part for part in TINY if "tokenizer" not in part], *dense))
-    folder = saved.overlay(saved.config_of(saved.checkpoint_of(str(tmp_path / "run"))), "eval", _configs())
 
     def evaluate(*overrides: str) -> dict[str, float]:
         given = [f"checkpoint={tmp_path / 'run'}", "measure=cost", *overrides]
-        return evaluation.run(composed(*given, base="job", folder=folder, directory="eval"))
+        return evaluation.run(composed(*given, base="eval", directory="_".join(overrides)))
 
     for name, setting in (("ats", "budget=all"), ("tome", "r=0"), ("top_k", "keep_rate=1.0")):
         numbers = evaluate(f"tokenizer={name}", f"tokenizer.build.{setting}", "tokenizer.at=[0,1]")
         assert numbers["test/top1"] == trained["test/top1"]
-    for name, setting in (("ats", "budget=3"), ("tome", "r=2"), ("evit", "keep_rate=0.3"), ("random_drop", "keep_rate=0.3")):
+    for name, setting in (
+        ("ats", "budget=3"),
+        ("tome", "r=2"),
+        ("evit", "keep_rate=0.3"),
+        ("random_drop", "keep_rate=0.3"),
+    ):
         numbers = evaluate(f"tokenizer={name}", f"tokenizer.build.{setting}", "tokenizer.at=[0,1]")
         assert 0 <= numbers["test/top1"] <= 1
         assert numbers["cost/gmacs"] < numbers["cost/gmacs_dense"]
-    with pytest.raises(FewtokensError, match="trained first"):
+    with pytest.raises(FewtokensError, match="must be trained first"):
         evaluate("tokenizer=token_learner", "tokenizer.at=1")
 
 
@@ -148,41 +156,161 @@ def test_an_offline_wandb_run_is_recorded_and_closed(composed, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("tokenizer.at=9", "0..1"),
-        ("tokenizer.at=1.0", "relative depth"),
-        ("tokenizer.at=[0,0.1]", "name each block once"),
-        ("backbone.patch_size=3", "tile"),
-        ("backbone.heads=5", "divides 16"),
-        ("data.num_classes=3", "num_classes"),
-        ("data.image_size=9", "image_size|tile"),
-        ("data.batch_size=0", "batch_size"),
-        ("task.label_smoothing=2.0", "smoothing"),
-        ("task._target_=os.system", "allowed"),
-        ("+optimizer.speed=1", "speed"),
-        ("optimizer.lr=1e30", "finite|loss"),
-        ("+backbone.options.colour=red", "colour"),
+        ("tokenizer.at=9", r"`tokenizer\.at` must be a block index from 0 to 1"),
+        ("tokenizer.at=1.0", r"`tokenizer\.at` must be .* a relative depth"),
+        ("tokenizer.at=[0,0.1]", r"`tokenizer\.at` must name different blocks"),
+        ("backbone.patch_size=3", "patch_size"),
+        ("backbone.patch_size=", "`backbone.patch_size` must be an int"),
+        ("backbone.heads=5", "heads"),
+        ("data.num_classes=3", "`data.num_classes` must be 10"),
+        ("data.image_size=9", "image_size"),
+        ("data.batch_size=0", "`data.batch_size` must be an int >= 1"),
+        ("data.batch_size=1.5", "`data.batch_size` must be an int, got 1.5"),
+        ("seed=abc", "`seed` must be an int"),
+        ("seed=-1", "`seed` must be an int"),
+        ("task.label_smoothing=2.0", "`task.label_smoothing` must be a number in"),
+        ("task._target_=os.system", "A config may only call"),
+        ("task.mix=7", "`task.mix` must be Mix or null, got 7"),
+        ("task.mix.mixup=-1.0", "`task.mix.mixup` must be a number >= 0"),
+        ("schedule.warmup=-1", "`schedule.warmup` must be a number of steps >= 0"),
+        ("+optimizer.speed=1", "AdamW has no argument `speed`"),
+        ("optimizer.lr=1e30", "The mean training loss of epoch 0"),
+        ("optimizer.lr=-1", "The optimizer does not accept its settings: Invalid learning rate: -1"),
+        ("optimizer.lr=nan", "The optimizer does not accept its settings"),
+        ("optimizer=sgd optimizer.lr=nan", "`optimizer.lr` must be a finite number, got nan"),
+        ("optimizer.betas=[1,2]", "The optimizer does not accept its settings: Invalid beta parameter"),
+        ("+backbone.options.colour=red", "unexpected keyword argument 'colour'"),
+        ("trainer.max_epochs=0", "`trainer.max_epochs` must be an int >= 1"),
+        ("trainer.max_epochs=abc", "`trainer.max_epochs` must be an int or null, got 'abc'"),
+        ("trainer.max_steps=0", "`trainer.max_steps` must be an int >= 1"),
+        ("trainer.limit_train_batches=0", "`trainer.limit_train_batches` must be an int >= 1, a share"),
+        ("trainer.limit_train_batches=0.0", "`trainer.limit_train_batches` must be an int >= 1, a share"),
     ],
 )
 def test_mistakes_are_answered_with_a_sentence(composed, override: str, words: str) -> None:
-    with pytest.raises(FewtokensError, match=words) as caught:
+    with pytest.raises(FewtokensError, match=words):
+        training.run(composed(*TINY, *override.split(" ")))
+
+
+@pytest.mark.parametrize("override", ["trainer.max_epochs=-5", "trainer.devices=0", "trainer.profiler=x"])
+def test_what_lightning_refuses_is_its_own_exception(composed, override: str) -> None:
+    with pytest.raises(MisconfigurationException) as caught:
         training.run(composed(*TINY, override))
-    assert "To do:" in str(caught.value)
+    assert "Check the overrides of `trainer`" in describe(caught.value, "train")
 
 
-def test_a_tokenizer_that_needs_the_lattice_says_so_on_a_broken_one(composed) -> None:
+def test_a_tokenizer_that_needs_the_grid_says_so_on_an_incomplete_one(composed) -> None:
     cfg = composed(*TINY, "tokenizer.at=[0,1]")
     model = instantiate(cfg.backbone)
-    with pytest.raises(FewtokensError, match="lattice"):
+    with pytest.raises(FewtokensError, match="needs patch tokens on a complete"):
         model(torch.randn(1, 1, 8, 8))
+
+
+def run_json(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())
+
+
+def files(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tokenizer=none",  # another model
+        "optimizer=sgd",  # its first step fails
+        "trainer.max_epochs=1",  # shorter than the run is
+        "data.batch_size=0",
+        "trainer.devices=0",
+    ],
+)
+def test_a_run_that_cannot_be_resumed_stays_as_it_was(composed, tmp_path: Path, override: str) -> None:
+    run = tmp_path / "run"
+    training.run(composed(*TINY, "trainer.max_epochs=3"))
+    (run / "report.json").unlink()  # as if it had been killed
+    before = files(run)
+    with pytest.raises((FewtokensError, MisconfigurationException, KeyError)):
+        training.run(composed(f"resume={run}", "trainer.max_epochs=4", override))
+    assert files(run) == before
+    assert training.run(composed(f"resume={run}", "trainer.max_epochs=4"))["train/epochs"] == 4
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 4
+    assert yaml.safe_load((run / "config.0.yaml").read_text())["trainer"]["max_epochs"] == 3
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_report(composed, tmp_path: Path) -> None:
+    training.run(composed(*TINY, "tokenizer=none", "tokenizer.at=[]", directory="dense"))
+    first = training.run(composed(*TINY, f"init_from={tmp_path / 'dense'}"))
+    rows = (tmp_path / "run" / "metrics.csv").read_text()
+    (tmp_path / "run" / "report.json").unlink()
+    again = training.run(composed(f"resume={tmp_path / 'run'}"))
+    assert {"val/top1", "val/loss", "init/loaded", "train/epochs", "test/top1"} <= first.keys()
+    assert {k: v for k, v in again.items() if k != "train/seconds"} == {
+        k: v for k, v in first.items() if k != "train/seconds"
+    }
+    assert again["train/seconds"] == pytest.approx(first["train/seconds"], abs=1)
+    assert (tmp_path / "run" / "metrics.csv").read_text().startswith(rows[: rows.index("test")])
+
+
+def test_a_resumed_run_counts_the_time_before_it_stopped(composed, tmp_path: Path) -> None:
+    first = training.run(composed(*TINY))
+    (tmp_path / "run" / "report.json").unlink()
+    again = training.run(composed(f"resume={tmp_path / 'run'}", "trainer.max_epochs=2"))
+    assert again["train/seconds"] > first["train/seconds"]
+    assert run_json(tmp_path / "run")["status"] == "finished"
+
+
+def test_two_runs_cannot_share_a_directory(composed, tmp_path: Path) -> None:
+    cfg = composed(*TINY)
+    other = RunDirectory(composed(*TINY))
+    with RunDirectory(cfg), pytest.raises(FewtokensError, match=r"Another process writes to .*/run"):
+        other.__enter__()
+    with other:
+        pass
+
+
+def test_a_run_does_not_overwrite_another(composed, tmp_path: Path) -> None:
+    training.run(composed(*TINY))
+    before = files(tmp_path / "run")
+    for cfg, run in ((composed(*TINY), training.run), (composed(base="eval"), evaluation.run)):
+        with pytest.raises(FewtokensError, match=r"contains a finished run \(report.json\)"):
+            run(cfg)
+    assert files(tmp_path / "run") == before
+    (tmp_path / "run" / "report.json").unlink()
+    with pytest.raises(FewtokensError, match=r"contains an unfinished run .*resume="):
+        training.run(composed(*TINY))
+
+
+def test_a_run_that_failed_says_why(composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FewtokensError):
+        training.run(composed(*TINY, "tokenizer.at=9"))
+    record = run_json(tmp_path / "run")
+    assert record["status"] == "failed"
+    assert record["reason"].startswith("`tokenizer.at` must be")
+    assert "traceback" not in record
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(Classifier, "training_step", broken)
+    with pytest.raises(ZeroDivisionError):
+        training.run(composed(*TINY))
+    record = run_json(tmp_path / "run")
+    assert (record["status"], record["reason"]) == ("failed", "ZeroDivisionError: by zero")
+    assert record["traceback"][0].startswith("Traceback")
+
+
+def test_a_run_that_is_interrupted_outside_of_training_says_so(composed, tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classifier, "test_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # which the command line turns into exit code 130
+        training.run(composed(*TINY))
+    record = run_json(tmp_path / "run")
+    assert (record["status"], record["reason"]) == ("stopped", "interrupted")
 
 
 def test_gradients_reach_every_parameter_in_two_steps(composed) -> None:
     task = instantiate(composed(*TINY).task)
     task.model(torch.randn(4, 1, 8, 8)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in task.model.parameters() if p.requires_grad)
-
-
-def _configs() -> Path:
-    from conftest import CONFIGS
-
-    return CONFIGS

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CONFIGS
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import config as saved
 from fewtokens.runs import eval as evaluation
 from fewtokens.runs import train as training
 
@@ -42,8 +40,7 @@ def test_the_quick_start_leaves_a_report_and_a_picture_of_its_tokens(composed, a
     assert numbers["cost/gmacs"] < numbers["cost/gmacs_dense"]
     for name in ("token_maps.png", "token_maps_over_time.png", "token_maps_over_time.gif", "confusion.png"):
         assert (run / "pictures" / name).stat().st_size > 10_000
-    folder = saved.overlay(saved.config_of(saved.checkpoint_of(str(run))), "eval", CONFIGS)
-    again = composed(f"checkpoint={run}", "measure=none", base="job", folder=folder, directory="eval")
+    again = composed(f"checkpoint={run}", "measure=none", base="eval", directory="eval")
     assert evaluation.run(again)["test/top1"] == pytest.approx(numbers["test/top1"])
 
 

@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from fewtokens.errors import check_choice
+from fewtokens.errors import check_choice, write_error
+from fewtokens.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class CsvLogger(Logger):
     def __init__(self, directory: str) -> None:
         super().__init__()
         self.path = Path(directory) / "metrics.csv"
-        self.columns = self._read()[0] if self.path.exists() else []
+        self.columns = self._read()[0]
+        self._rewind_to: int | None = None
 
     @property
     def name(self) -> str:
@@ -53,33 +55,38 @@ class CsvLogger(Logger):
         """Append a row. New metrics add columns."""
         row = {"step": step, **metrics}
         new = [name for name in row if name not in self.columns]
-        if new:
-            old = self._read()[1] if self.path.exists() else []
+        if new or self._rewind_to is not None:
             self.columns += new
-            self._rewrite(old)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns, restval="").writerow(row)
+            self._rewrite(self._read()[1], self._rewind_to)
+            self._rewind_to = None
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns, restval="").writerow(row)
+        except OSError as error:
+            raise write_error(self.path, error) from error
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Delete the rows from `step` on, because a run that resumes there will log them again."""
-        if self.path.exists():
-            self._rewrite([row for row in self._read()[1] if row["step"] and int(row["step"]) < step])
+        """Delete the rows from `step` on, because a run that resumes there logs them again.
+
+        They are deleted when the next row is logged, so that a resume that fails before changes nothing.
+        """
+        self._rewind_to = step
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        if not self.path.exists():
+            return [], []
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
             rows = [row for row in reader if None not in row.values()]  # skips a row that a kill cut short
             return list(reader.fieldnames or []), rows
 
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".csv.part")
-        with part.open("w", newline="") as file:
+    def _rewrite(self, rows: list[dict[str, str]], before: int | None) -> None:
+        kept = [row for row in rows if before is None or (row["step"] and int(row["step"]) < before)]
+        with replace_file(self.path, newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
-            writer.writerows(rows)
-        part.replace(self.path)
+            writer.writerows(kept)
 
 
 class WandbRun(WandbLogger):

@@ -1,6 +1,7 @@
-"""Handling of SIGTERM and SIGUSR1: save at the end of a step, then exit with a nonzero code."""
+"""Handling of signals: save at the end of a step, then exit with a nonzero code."""
 
 import logging
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -10,18 +11,30 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 log = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(SystemExit):
-    """Training was stopped by a signal, and the checkpoint to resume from has been written."""
+    """Training was stopped by a signal, and the checkpoint to resume from has been written.
+
+    Args:
+        code: The exit code.
+        number: Number of the signal.
+    """
+
+    def __init__(self, code: int, number: int) -> None:
+        super().__init__(code)
+        self.reason = f"stopped by {signal.Signals(number).name}"
 
 
 class StopOnSignal(Checkpoint):
-    """Saves `last.ckpt` at the end of the step in which any rank received SIGTERM or SIGUSR1, and stops all ranks.
+    """Saves `last.ckpt` at the end of the step in which any rank received a signal, and stops all ranks.
 
-    Lightning's handler saves nothing, broadcasts inside the handler and exits with code 0. This one only sets a flag in
-    the handler, and exits with 128 plus the number of the signal. It is a `Checkpoint` because Lightning calls those
-    last: the saved state must include what other callbacks, such as an average of the weights, do after the step.
+    The signals are SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1. A second Ctrl-C ends the process at once.
+
+    Lightning's handlers save nothing, and exit with code 0 (SIGTERM) or 1 (SIGINT). This one only sets a flag in the
+    handler, and exits with 128 plus the number of the signal. It is a `Checkpoint` because Lightning calls those last:
+    the saved state must include what other callbacks, such as an average of the weights, do after the step.
 
     Args:
         path: Path of the checkpoint.
@@ -37,8 +50,9 @@ class StopOnSignal(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace Lightning's signal handlers, which Lightning restores when training ends."""
         try:
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, self._receive)
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, or in the background of a script
+                    signal.signal(number, self._receive)
         except ValueError:  # Python allows handlers in the main thread only; notebooks and launchers may use another
             log.warning("Signals are not caught: training does not run in the main thread")
 
@@ -47,17 +61,23 @@ class StopOnSignal(Checkpoint):
     ) -> None:
         """Save and stop on all ranks if one of them received a signal."""
         skip = not self.received if trainer.world_size == 1 else batch_idx % self.ask_every > 0
-        if skip or not trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
-            return
-        trainer.save_checkpoint(self.path)
+        if not skip and self._received_anywhere(trainer):
+            trainer.save_checkpoint(self.path)
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop after a signal in the last validation. The checkpoint of the last epoch is written already."""
+        if self._received_anywhere(trainer):
+            self._stop(trainer)
+
+    def _received_anywhere(self, trainer: Trainer) -> bool:
+        return trainer.strategy.reduce_boolean_decision(bool(self.received), all=False)
+
+    def _stop(self, trainer: Trainer) -> None:
         number = self.received or int(signal.SIGTERM)
-        log.warning(
-            "Stopped by signal %d after step %d. Continue with resume=%s",
-            number,
-            trainer.global_step,
-            self.path.parent.parent,
-        )
-        raise Stopped(self._exit_code(trainer, number))
+        run, step = self.path.parent.parent, trainer.global_step
+        log.warning("Stopped by %s after step %d. Continue with resume=%s", signal.Signals(number).name, step, run)
+        raise Stopped(self._exit_code(trainer, number), number)
 
     def _exit_code(self, trainer: Trainer, number: int) -> int:
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -67,3 +87,8 @@ class StopOnSignal(Checkpoint):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        # torchrun passes on the Ctrl-C that the terminal has sent to all processes, so that each of them gets two.
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # and not by print, which is not safe in a signal handler
+                os.write(2, b"\nSaving at the end of this step. Press Ctrl-C again to end at once, without saving.\n")

@@ -1,83 +1,174 @@
-"""The command line: composes the config, imports what is heavy only then, and answers errors with a sentence."""
+"""The command line: compose the config, run the job, and answer errors with a sentence."""
 
-import atexit
+import difflib
+import functools
 import os
-import shutil
+import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import config as saved
-from fewtokens.runs import distributed as processes
-from fewtokens.runs.suggestions import explain
+from fewtokens.runs.compose import compose_on_saved_runs, reference_overrides
+from fewtokens.runs.config import CONFIGS
+from fewtokens.runs.distributed import share_timestamp
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+TRACEBACK = "FEWTOKENS_TRACEBACK"
+WRONG_KEY = re.compile(
+    r"(?:Could not override|Could not append to config. An item is already at|Could not delete.*?) '([^']+)'"
+)
+WRONG_OPTION = re.compile(
+    r"Could not find '([^']+)'|Cannot find primary config '([^']+)'|In '[^']*': Could not (?:find|load) '([^']+)'"
+)
+HINTS = {"ckpt_path": "Use resume=<run> to continue a run, or eval.py checkpoint=<run> to evaluate one."}
 
 
-def command(base: str, job: Callable[[DictConfig], Any]) -> None:
+def command(name: str, job: Callable[[DictConfig], Any]) -> None:
     """Run a job from the command line: `python train.py [group=option ...] [key=value ...]`.
 
+    Errors end with one sentence and exit code 1. With HYDRA_FULL_ERROR=1 they print their traceback, too.
+
     Args:
-        base: Name of the primary config, and of the job.
-        job: What is done with the composed config; it imports what it needs itself.
+        name: Name of the primary config.
+        job: Called with the composed config. It imports slow packages itself.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the sentence below is ours
-    # Idle OpenMP threads sleep instead of spinning: where cores are shared, spinning was measured 14 times slower.
+    os.environ.setdefault(
+        TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")
+    )  # set by the user, for child processes too
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
+    # Idle OpenMP threads sleep instead of spinning. On shared cores, spinning was measured to be 14 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    folder, name = CONFIGS, base
     try:
-        reference = saved_run(sys.argv[1:])
-        if reference:
-            folder, name = _on_top_of(reference, base), "job"
-        processes.agree_on_stamp()
-        hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
-    except FewtokensError as error:
-        _leave(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        _leave(str(explain(error, folder, name)))
+        share_timestamp()
+        compose_on_saved_runs()
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(_describing_errors(job, name))()
     except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # python train.py --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's flush at exit fails again
         sys.exit(141)
+    except Exception as error:
+        _print(error, name)
+        sys.exit(1)
 
 
-def saved_run(arguments: list[str]) -> str | None:
-    """What `resume=` or `checkpoint=` names on the command line; None in a child, whose config is complete."""
-    if any(argument in ("--config-path", "-cp") for argument in arguments):
-        return None
-    for argument in arguments:
-        key, _, value = argument.lstrip("+").partition("=")
-        if key in ("resume", "checkpoint") and value not in ("", "null"):
-            return value.strip("'\"")
-    return None
+def _describing_errors(job: Callable[[DictConfig], Any], name: str) -> Callable[[DictConfig], Any]:
+    """Return the job with its errors printed at once. Hydra runs the other jobs of a sweep before it raises them."""
+
+    @functools.wraps(job)
+    def run(cfg: DictConfig) -> Any:
+        try:
+            return job(cfg)
+        except Exception as error:
+            _print(error, name)
+            if HydraConfig.get().mode == RunMode.RUN:
+                sys.exit(1)
+            raise
+
+    return run
 
 
-def _on_top_of(reference: str, base: str) -> Path:
-    """The folder of configs in which the run's own config stands under the overrides."""
-    checkpoint = saved.checkpoint_of(reference)
-    folder = saved.overlay(saved.config_of(checkpoint), base, CONFIGS)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if base == "train":
-        run = saved.run_of(checkpoint)
-        if run is None or not Path(reference).is_dir():
-            raise FewtokensError(
-                "resume continues a run in its own directory",
-                expected="the directory of a run",
-                got=reference,
-                fix="give the run's directory; for a bare checkpoint file use init_from or eval.py",
-            )
-        os.environ.setdefault(processes.RUN_DIR, str(run))
-    return folder
+def _print(error: Exception, name: str) -> None:
+    if os.environ[TRACEBACK] == "1":
+        traceback.print_exception(error)
+    print(f"Error: {describe(error, name)}", file=sys.stderr, flush=True)
 
 
-def _leave(message: str) -> NoReturn:
-    print(f"Error: {message}", file=sys.stderr)
-    sys.exit(1)
+def describe(error: Exception, name: str) -> str:
+    """Return one or two sentences about an error.
+
+    Args:
+        error: Any error that ended a command.
+        name: Name of the primary config.
+    """
+    text = str(error)
+    if isinstance(error, FewtokensError):
+        return text
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _describe_override(text, name)
+    if "Config group override must be a string" in text:  # Hydra does not name it
+        null = [
+            arg for arg in sys.argv[1:] if arg.endswith(("=null", "=")) and (CONFIGS / arg.partition("=")[0]).is_dir()
+        ]
+        return f"A group of the config cannot be null, got {' '.join(null)}. Choose one of its options, see --help."
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if type(error).__name__ == "MisconfigurationException":
+        return f"Lightning does not accept the settings: {first} Check the overrides of `trainer`."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}. Check that the path exists, is writable, and has free space."
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{type(error).__name__}: {first} ({frame.filename}:{frame.lineno}). This is a wrong setting that was not "
+        "recognized, or a bug. Set HYDRA_FULL_ERROR=1 to see the traceback."
+    )
+
+
+def _describe_override(text: str, name: str) -> str:
+    """Return a sentence about an error of Hydra, with the nearest valid name."""
+    if found := WRONG_OPTION.search(text):
+        return _describe_option(next(part for part in found.groups() if part))
+    if found := WRONG_KEY.search(text):
+        return _describe_key(found.group(1), name)
+    first = " ".join(line.strip() for line in text.splitlines()[:2])
+    return (
+        f"{first} Overrides are group=option or key=value. Quote lists and special characters: 'tokenizer.at=[3,6,9]'"
+    )
+
+
+def _describe_option(path: str) -> str:
+    group, _, option = path.partition("/")
+    folder = CONFIGS / group
+    options = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
+    hint = _did_you_mean(option, options, f"{group}=")
+    return (
+        f"`{group}={option}`: there is no configs/{group}/{option}.yaml. {hint} The options are {', '.join(options)}."
+    )
+
+
+def _describe_key(key: str, name: str) -> str:
+    name_only = key.partition("@")[0]
+    if name_only in HINTS:
+        return f"There is no key `{key}` in the config. {HINTS[name_only]}"
+    groups = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_dir())
+    keys = sorted({*_keys(_composed(name)), *groups})
+    siblings = [k for k in keys if k.rpartition(".")[0] == name_only.rpartition(".")[0]]
+    hint = _did_you_mean(name_only, keys, "")
+    return (
+        f"There is no key `{key}` in the config. {hint} The keys there are {', '.join(siblings or groups)}. "
+        "A new key is added with +key=value."
+    )
+
+
+def _did_you_mean(wrong: str, names: list[str], prefix: str) -> str:
+    leaf = wrong.rpartition(".")[2]
+    near = [name for name in names if name.rpartition(".")[2] == leaf]  # the right name in the wrong place
+    near = near or difflib.get_close_matches(wrong, names, n=1, cutoff=0.4)
+    return f"Did you mean `{prefix}{near[0]}`?" if near else "See python train.py --help."
+
+
+def _composed(name: str) -> DictConfig:
+    overrides = reference_overrides(get_args_parser().parse_args().overrides)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, overrides)
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of a config, without resolving values."""
+    for key in map(str, node):
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not (child._is_interpolation() or child._is_none() or child._is_missing()):
+            yield from _keys(child, f"{prefix}{key}.")

@@ -1,135 +1,251 @@
-"""A run's own config: saved beside its checkpoints and inside them, and laid under new overrides."""
+"""From a composed config to objects, and to the `config.yaml` of the run: checks, instantiation, saving."""
 
+import collections.abc
+import difflib
+import importlib
+import inspect
+import os
 import re
 import shutil
-import tempfile
+import types
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+import hydra.utils
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check
+from fewtokens.files import replace_file
 
+CONFIGS = Path(__file__).parents[3] / "configs"
 CONFIG = "config.yaml"
+NOT_SAVED = ("hydra", "resume", "checkpoint", "experiment")  # they belong to a command and not to the run
+# Hydra's own list of blocked targets lets torch.load, torch.hub.load, numpy.load and others through.
+ALLOWED = (
+    "fewtokens.analysis.",
+    "fewtokens.backbones.",
+    "fewtokens.callbacks.",
+    "fewtokens.data.",
+    "fewtokens.layers.",
+    "fewtokens.tasks.",
+    "fewtokens.tokenizers.",
+    "lightning.pytorch.callbacks.",
+    "lightning.pytorch.loggers.",
+    "lightning.pytorch.profilers.",
+    "lightning.pytorch.strategies.",
+    "lightning.pytorch.Trainer",
+    "timm.layers.",
+    "timm.optim.",
+    "torch.nn.modules.",
+    "torch.nn.",
+    "torch.optim.",
+    "torchvision.transforms.",
+)
+# An environment variable, since a config must not be able to extend the list.
+ALLOW_VARIABLE = "FEWTOKENS_ALLOW_TARGETS"
+HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|access_token|auth_token|credentials?)$", re.IGNORECASE)
-NOT_OF_THE_RUN = ("hydra", "resume", "checkpoint", "experiment")
+
+
+def check_groups(cfg: DictConfig) -> None:
+    """Raise an error if a group of the config was set to null or to a single value."""
+    for group in CONFIGS.iterdir():
+        if group.is_dir() and group.name not in ("experiment", "hydra"):
+            options = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+            node = OmegaConf.select(cfg, group.name)
+            check(isinstance(node, DictConfig), group.name, f"an option of configs/{group.name} ({options})", node)
+
+
+def instantiate(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
+    """Call Hydra's `instantiate`, after a check of every target in the node and of its arguments.
+
+    Args:
+        node: A node of the config.
+        arguments: Further arguments of its target.
+
+    Raises:
+        FewtokensError: A target is not allowed or does not exist, an interpolation fails, or an argument is wrong.
+    """
+    config: Any = node if OmegaConf.is_config(node) else OmegaConf.create(node)
+    try:
+        for call in calls(config):
+            check_arguments(allowed_target(str(call["_target_"])), call)
+        return hydra.utils.instantiate(OmegaConf.to_container(config, resolve=True), _convert_="all", **arguments)
+    except OmegaConfBaseException as error:
+        raise FewtokensError(
+            f"The config cannot be resolved: {str(error).splitlines()[0]}. See it with: python train.py --cfg job"
+        ) from error
+    except InstantiationException as error:
+        raise _reason(error) from error
+
+
+def calls(node: Node) -> Iterator[DictConfig]:
+    """Yield every node with a `_target_` in a config, also behind interpolations.
+
+    Raises:
+        FewtokensError: A mandatory value is missing.
+    """
+    node = node._dereference_node()
+    if not isinstance(node, DictConfig | ListConfig) or node._is_none():
+        return
+    if isinstance(node, DictConfig) and "_target_" in node:
+        yield node
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        check(not OmegaConf.is_missing(node, key), node._get_full_key(key), "set", "nothing")
+        yield from calls(node._get_node(key))  # type: ignore[arg-type]
+
+
+def allowed_target(target: str) -> Callable[..., Any]:
+    """Return the class or function that a target names, if it is defined in an allowed package.
+
+    A prefix alone is no boundary: `fewtokens.data.samplers.os.system` has one too. So the object must be defined at the
+    top of a module of the same package.
+
+    Raises:
+        FewtokensError: The target is not allowed, or does not exist.
+    """
+    allowed = ALLOWED + tuple(prefix for prefix in os.environ.get(ALLOW_VARIABLE, "").split(",") if prefix)
+    prefixes = [prefix for prefix in allowed if f"{target}.".startswith(f"{prefix.rstrip('.')}.")]
+    module, _, name = target.rpartition(".")
+    try:
+        found: Any = getattr(importlib.import_module(module), name) if prefixes and module else None
+    except (ImportError, AttributeError):
+        raise FewtokensError(
+            f"`_target_: {target}` does not exist: {module} has no {name}. Check the spelling. A run that was saved by "
+            "an older version may need that version."
+        ) from None
+    # lightning.pytorch.Trainer is defined in lightning.pytorch.trainer.trainer
+    homes = [prefix.replace("pytorch.Trainer", "pytorch.trainer.").rstrip(".") + "." for prefix in allowed]
+    home, package = f"{getattr(found, '__module__', '')}.", target.partition(".")[0]
+    defined = home.startswith(f"{package}.") and any(home.startswith(prefix) for prefix in homes)
+    callable_ = inspect.isclass(found) or inspect.isfunction(found)
+    if not (callable_ and defined and "." not in getattr(found, "__qualname__", ".")):
+        raise FewtokensError(
+            f"A config may only call classes and functions defined in {', '.join(p.rstrip('.') for p in allowed)}, got "
+            f"`_target_: {target}`. If you trust it, set {ALLOW_VARIABLE}=<package>."
+        )
+    return found
+
+
+def check_arguments(function: Callable[..., Any], call: DictConfig) -> None:
+    """Raise an error for arguments that a target does not accept, before a recipe is called much later.
+
+    Args:
+        function: The target.
+        call: The node with its arguments.
+
+    Raises:
+        FewtokensError: The target has no argument of a name, or a value has the wrong type.
+    """
+    hints, any_name = _argument_types(function)
+    for name in map(str, call):
+        if name in HYDRA_KEYS or (any_name and name not in hints):
+            continue
+        node = call._get_node(name)._dereference_node()  # type: ignore[union-attr]
+        key = node._get_full_key(None) or name
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"Did you mean `{near[0]}`?" if near else f"It accepts {', '.join(sorted(hints))}."
+            raise FewtokensError(f"`{call._get_full_key(name)}`: {call['_target_']} has no argument `{name}`. {hint}")
+        value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node._value()
+        check(_fits(value, hints[name]), key, _described(hints[name]), value)
+
+
+def _argument_types(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+    """Return the type of each argument, and whether the function accepts any other name."""
+    try:
+        types_ = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)  # type: ignore[misc]
+    except (NameError, TypeError, AttributeError):  # names that are imported for type checkers only
+        types_ = {}
+    hints: dict[str, Any] = {}
+    any_name = False
+    for parameter in inspect.signature(function).parameters.values():
+        hint = types_.get(parameter.name, Any)
+        if parameter.kind is parameter.VAR_KEYWORD and typing.get_origin(hint) is typing.Unpack:
+            hints |= typing.get_type_hints(typing.get_args(hint)[0])
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            any_name = True
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            hints[parameter.name] = typing.Optional[hint] if parameter.default is None else hint  # noqa: UP045
+    return hints, any_name
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a plain value may have a type, as far as this can be decided: whether it is of the right kind."""
+    origin = typing.get_origin(hint) or hint
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if origin in (int, str, bool, types.NoneType):
+        return type(value) is origin
+    if isinstance(value, dict | list) or not inspect.isclass(origin) or origin is object:
+        return True
+    collection = issubclass(origin, collections.abc.Iterable | collections.abc.Callable) and not issubclass(origin, str)
+    return isinstance(value, str) and not collection and not origin.__module__.startswith("fewtokens.")
+
+
+def _described(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_described(part) for part in typing.get_args(hint))
+    names = {int: "an int", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    return names.get(hint) or str(getattr(typing.get_origin(hint) or hint, "__name__", hint))
+
+
+def _reason(error: BaseException) -> BaseException:
+    """Return the FewtokensError that caused Hydra's error, or one about the arguments, or a bug unchanged."""
+    deepest = error
+    while deepest.__cause__ is not None and not isinstance(deepest, FewtokensError):
+        deepest = deepest.__cause__
+    if isinstance(deepest, TypeError | ValueError | InstantiationException) and not isinstance(deepest, FewtokensError):
+        first, reason = str(error).splitlines()[0], str(deepest).splitlines()[0]
+        return FewtokensError(f"{first} {reason if deepest is not error else ''} Check its arguments.")
+    return deepest
 
 
 def save(cfg: DictConfig, directory: Path) -> None:
-    """Write the composed config, interpolations kept, so that overrides on top still flow; a changed one is kept too.
+    """Write the config to the run directory, with interpolations, so that later overrides apply to what refers to them.
+
+    A config that differs from the one before it, as after a resume, leaves that as `config.<n>.yaml`.
 
     Args:
-        cfg: The job's config.
-        directory: Of the run.
+        cfg: The config of the job.
+        directory: The run directory.
     """
     text = OmegaConf.to_yaml(OmegaConf.create(plain(cfg)))
     path = directory / CONFIG
-    if path.exists() and path.read_text() != text:
+    if path.exists() and path.read_text(encoding="utf-8") != text:
         count = len(list(directory.glob("config.*.yaml")))
         shutil.copy(path, directory / f"config.{count}.yaml")
-    path.write_text(text)
+    with replace_file(path) as file:
+        file.write(text)
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The config as plain values, interpolations as text, secrets masked."""
-    container = OmegaConf.to_container(cfg, resolve=False)
+def plain(cfg: DictConfig, resolve: bool = False) -> dict[str, Any]:
+    """Return the saved part of a config as plain values, with secrets masked.
+
+    Args:
+        cfg: The config of the job.
+        resolve: Replace interpolations by their values, instead of keeping their text.
+    """
+    container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)
-    return masked({str(key): value for key, value in container.items() if key not in NOT_OF_THE_RUN})
+    return masked({str(key): value for key, value in container.items() if key not in NOT_SAVED})
 
 
 def masked(node: Any) -> Any:
-    """The same tree with the values of keys such as api_key or password replaced."""
+    """Return the same tree, with the values of keys such as `api_key` or `password` replaced by asterisks."""
     if isinstance(node, dict):
-        return {k: "***" if SECRET.search(str(k)) and v is not None else masked(v) for k, v in node.items()}
+        return {
+            key: "***" if SECRET.search(str(key)) and value is not None else masked(value)
+            for key, value in node.items()
+        }
     return [masked(value) for value in node] if isinstance(node, list) else node
-
-
-def checkpoint_of(reference: str) -> Path:
-    """The checkpoint file that a run directory or a file names: the best one, or the last where there is no best.
-
-    Raises:
-        FewtokensError: There is none.
-    """
-    path = Path(reference)
-    candidates = [path] if path.is_file() else [path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise FewtokensError(
-        "A checkpoint is a file, or a run directory with checkpoints/best.ckpt or last.ckpt",
-        expected=" or ".join(map(str, candidates)),
-        got=f"{path} ({'a directory without them' if path.is_dir() else 'not there'})",
-        fix="give a directory below outputs/ that a finished epoch of train.py wrote",
-    )
-
-
-def run_of(checkpoint: Path) -> Path | None:
-    """The run directory that a checkpoint lies in, if it lies in one."""
-    run = checkpoint.resolve().parent.parent
-    return run if (run / CONFIG).is_file() else None
-
-
-def config_of(checkpoint: Path) -> dict[str, Any]:
-    """The run's saved config, or, where the file was moved away from its run, the copy inside.
-
-    Raises:
-        FewtokensError: Neither is there, or it is no config.
-    """
-    run = run_of(checkpoint)
-    if run is not None:
-        text = (run / CONFIG).read_text()
-    else:
-        from fewtokens.runs.checkpoints import read  # torch takes seconds to import
-
-        text = read(checkpoint).get("config", "")
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError:
-        config = None
-    if not isinstance(config, dict) or "backbone" not in config:
-        raise FewtokensError(
-            "A checkpoint comes with the config of its run",
-            expected=f"{CONFIG} in the run directory, or a copy inside the checkpoint",
-            got=f"none for {checkpoint}",
-            fix="give a checkpoint that train.py wrote; weights of others go into backbone.weights=<file>",
-        )
-    return config
-
-
-def overlay(config: dict[str, Any], base: str, configs: Path) -> Path:
-    """A folder of configs in which the saved one stands under the present ones.
-
-    Its `job.yaml` is the present `base` with every group replaced by the saved node, as option `run` of the group:
-    overrides then work as ever, `tokenizer=ats` and `tokenizer.build.num_tokens=4` alike.
-
-    Args:
-        config: The saved config.
-        base: Name of the present primary config.
-        configs: The folder of the present configs.
-
-    Returns:
-        The folder; Hydra's primary config in it is `job`.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="fewtokens-config-"))
-    known = _groups(configs / "train.yaml")
-    defaults: list[Any] = [base]
-    rest = {}
-    # Not where that run wrote, even if it was told where: this job would write into its files.
-    own = yaml.safe_load((configs / "paths" / "default.yaml").read_text())["run"]
-    config = config | {"paths": config.get("paths", {}) | {"run": own}}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            (folder / key).mkdir()
-            (folder / key / "run.yaml").write_text(yaml.safe_dump(value, sort_keys=False))
-            defaults.append({f"override {key}": "run"} if key in known else {key: "run"})
-        else:
-            rest[key] = value
-    job = {"defaults": [*defaults, "_self_"], "hydra": {"searchpath": [f"file://{configs}"]}, **rest}
-    (folder / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
-    return folder
-
-
-def _groups(primary: Path) -> set[str]:
-    entries = yaml.safe_load(primary.read_text())["defaults"]
-    return {name for entry in entries if isinstance(entry, dict) for name in entry}

@@ -1,4 +1,4 @@
-"""One job, several processes: all agree on one run directory, and each runs that job only."""
+"""One job in several processes: all use one run directory, and Lightning's child processes run only this job."""
 
 import os
 import sys
@@ -6,81 +6,99 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-RUN_DIR, STAMP = "FEWTOKENS_RUN_DIR", "FEWTOKENS_STAMP"
-OF_THE_LAUNCHER = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+
+RUN_DIR, TIMESTAMP = "FEWTOKENS_RUN_DIR", "FEWTOKENS_STAMP"  # configs/hydra/default.yaml reads them
+LAUNCHER_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_rank_zero() -> bool:
+    """Return whether this is the main process of the job. It can be called before Lightning has set anything up.
+
+    No single variable tells: torchrun sets RANK and srun SLURM_PROCID, whereas processes that Lightning starts have
+    only LOCAL_RANK, and inherit SLURM_PROCID=0 if their parent runs inside `srun --ntasks=1`.
+    """
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def started_by_torchrun() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def agree_on_stamp() -> None:
-    """Let all processes that torchrun or srun started use one time stamp, and only the first write Hydra's files.
+def share_timestamp() -> None:
+    """Let all processes that torchrun or srun started use the same timestamp, and only rank 0 write Hydra's log file.
 
-    Every process composes the config by itself, so their clocks would name different run directories.
+    Every process composes the config by itself, so that their own clocks would name different run directories.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_JOB_ID" in os.environ
-    if not started_by_torchrun() and not slurm:
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+    by_srun = "SLURM_STEP_ID" in os.environ and tasks > 1
+    if not started_by_torchrun() and not by_srun:
         return
-    if STAMP not in os.environ:
-        os.environ[STAMP] = f"slurm-{os.environ['SLURM_JOB_ID']}" if slurm else _stamp_over_store(rank)
-    if rank > 0:
+    if TIMESTAMP not in os.environ:
+        os.environ[TIMESTAMP] = _torchrun_timestamp() if started_by_torchrun() else _slurm_name()
+    if not is_rank_zero():
         sys.argv += ["hydra/job_logging=stdout"]
 
 
-def _stamp_over_store(rank: int) -> str:
-    """Rank 0's time, over the store that torchrun keeps for its workers."""
+def _slurm_name() -> str:
+    """Return a name that the processes of a job step share, and no other step or restart has."""
+    name = f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return name if restarts == "0" else f"{name}-restart{restarts}"
+
+
+def _torchrun_timestamp() -> str:
+    """Return the time of rank 0, which it tells the others over torchrun's store."""
     from datetime import datetime, timedelta
 
     from torch.distributed import TCPStore
 
-    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return f"{os.environ['TORCHELASTIC_RUN_ID']}"  # the same for all ranks, if the user gave one
-    store = TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60)
-    )
+        return os.environ["TORCHELASTIC_RUN_ID"]  # the same in all processes, if the user has set it
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
     key = f"fewtokens/stamp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if rank == 0:
-        store.set(key, stamp)
+    if is_rank_zero():
+        store.set(key, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     return str(store.get(key).decode())
 
 
 @contextmanager
-def one_job(run_dir: Path, extra: list[str]) -> Iterator[None]:
-    """Within it, child processes that Lightning starts run this very job, not the command line.
+def child_processes_run_this_job(run_dir: Path) -> Iterator[None]:
+    """Return a context in which Lightning's child processes run the current job, in the same directory.
 
-    Lightning repeats the command line for its children: in a sweep (`-m`) each child would run the whole sweep. Here
-    they get the composed config instead, and the run directory. Afterwards nothing is left of it, so that the next job
-    of a sweep starts afresh.
+    Lightning starts them with the command line of this process. In a sweep (`-m`) each of them would run the whole
+    sweep. At the end of the context the environment is as before, so that the next job of a sweep can start its own.
 
     Args:
-        run_dir: Of the job; `config.yaml` in it is the composed config.
-        extra: Overrides that the saved config does not hold.
+        run_dir: Directory of the run.
     """
     if "LOCAL_RANK" in os.environ or started_by_torchrun():
         yield
         return
-    argv = list(sys.argv)
+    command, sys.argv = sys.argv, [sys.argv[0], *_job_arguments(sys.argv[1:])]
     os.environ[RUN_DIR] = str(run_dir)
-    sys.argv = [argv[0], "--config-path", str(run_dir), "--config-name", "config", "hydra/job_logging=stdout", *extra]
     try:
         yield
     finally:
-        _leave_group()
-        sys.argv = argv
-        for name in (RUN_DIR, *OF_THE_LAUNCHER):
+        _destroy_process_group()
+        sys.argv = command
+        for name in (RUN_DIR, *LAUNCHER_VARIABLES):
             os.environ.pop(name, None)
 
 
-def override(key: str, value: str | None) -> str:
-    """The override that adds a key which saved configs do not hold."""
-    return f"+{key}=null" if value is None else f"+{key}='{value}'"
+def _job_arguments(arguments: list[str]) -> list[str]:
+    """Return the arguments that compose the config of the current job, which may be one of a sweep."""
+    args, overrides = get_args_parser().parse_known_args(arguments)[0], HydraConfig.get().overrides
+    flags = [f"--{name.replace('_', '-')}={value}" for name in ("config_path", "config_name", "config_dir")
+             if (value := getattr(args, name)) is not None]  # fmt: skip
+    of_hydra = [override for override in overrides.hydra if not override.startswith("hydra.mode=")]
+    return [*flags, *of_hydra, *overrides.task, "hydra/job_logging=stdout"]
 
 
-def _leave_group() -> None:
+def _destroy_process_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

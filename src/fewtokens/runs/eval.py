@@ -1,47 +1,42 @@
-"""An evaluation: the test set once, the measures, the report."""
+"""An evaluation: build, load the weights, test, measure, report."""
 
 import logging
 
+from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
-from torch import nn
 
 from fewtokens.runs import checkpoints, job, skipped_videos
-from fewtokens.runs import config as saved
-from fewtokens.runs.distributed import one_job, override
+from fewtokens.runs.compose import checkpoint_of
+from fewtokens.runs.distributed import child_processes_run_this_job
 
 log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """Evaluate as the config says.
+    """Evaluate a model on the test set.
 
     Args:
-        cfg: The composed config: the run's own, with overrides on top; `checkpoint` names the run or file, or is null
-            for a model as it is configured.
+        cfg: The composed config. `checkpoint` names the run whose config it is based on, or is null for a model as
+            configured.
 
     Returns:
         The numbers of report.json (on rank 0).
     """
-    parts, ok = None, False
-    try:
-        parts = job.build(cfg)
+    with job.running(cfg) as parts:
         load_weights(cfg, parts.task)
-        with one_job(parts.directory, [override("checkpoint", cfg.checkpoint)]):
+        with child_processes_run_this_job(parts.directory):
             parts.trainer.test(parts.task, parts.data, verbose=False)
-            metrics = parts.trainer.callback_metrics.items()
-            numbers = {name: float(value) for name, value in metrics if name.startswith("test/")}
+            numbers = parts.metrics("test/")
             numbers |= skipped_videos.summarize(parts, numbers)
-            more, pictures = job.measure(parts)
-            job.finish(parts, numbers | more, pictures)
-        ok = True
-        return numbers | more
-    finally:
-        job.close(parts, ok)
+            measured, pictures = job.measure(parts)
+            numbers |= measured
+            job.finish(parts, numbers, pictures)
+    return numbers
 
 
-def load_weights(cfg: DictConfig, task: nn.Module) -> None:
-    """Put the weights of `checkpoint` into the task's model; without one, say so if they are random."""
+def load_weights(cfg: DictConfig, task: LightningModule) -> None:
+    """Load the weights of `checkpoint` into the model, or log a warning if its weights are random."""
     if cfg.checkpoint is not None:
-        checkpoints.load_model(task, saved.checkpoint_of(cfg.checkpoint))
+        checkpoints.load_model(task, checkpoint_of(cfg.checkpoint))
     elif not cfg.backbone.get("pretrained") and not cfg.backbone.get("weights"):
-        log.warning("No checkpoint=<run>, backbone.pretrained or backbone.weights: the weights are random")
+        log.warning("The weights are random, without checkpoint=<run>, backbone.pretrained or backbone.weights")

@@ -1,21 +1,17 @@
-"""What a run leaves behind: report.json (numbers), run.json (what ran, where and when), and a table on the screen."""
+"""The report of a run: report.json, a table on the screen, and what the code ran on."""
 
 import json
-import os
 import platform
-import shlex
 import subprocess
-import sys
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+
+from fewtokens.files import replace_file
 
 PACKAGES = (
     "fewtokens",
@@ -28,18 +24,18 @@ PACKAGES = (
     "timm",
     "wandb",
 )
-TABLE = (  # "*" is "image", or "clip", or "view" where samples have several
+# Name in report.json, words, format. "*" stands for "image", "clip", or "view" if samples have several.
+TABLE = (
     ("test/top1", "test accuracy", "{:.2%}"),
     ("test/top5", "test accuracy, top 5", "{:.2%}"),
     ("test/skipped", "test videos that were skipped", "{:,.0f}"),
-    ("test/top1_of_listed", "test accuracy, those counted as wrong", "{:.2%}"),
+    ("test/top1_of_listed", "test accuracy, with those counted as wrong", "{:.2%}"),
     ("cost/gmacs_dense", "GMACs per *, all tokens", "{:.4f}"),
     ("cost/gmacs", "GMACs per *, with the tokenizer", "{:.4f}"),
     ("cost/gmacs_std", "standard deviation over the *s", "{:.4f}"),
     ("cost/gmacs_padded", "GMACs per *, as batches computed them", "{:.4f}"),
     ("cost/views", "views of a sample", "{:.0f}"),
     ("cost/gmacs_all_views", "GMACs of all its views, with the tokenizer", "{:.4f}"),
-    ("cost/gmacs_keras", "GMACs in the Keras example's count", "{:.4f}"),
     ("cost/params", "parameters", "{:,.0f}"),
     ("cost/peak_mib_dense", "peak memory of a batch (MiB), all tokens", "{:,.1f}"),
     ("cost/peak_mib", "peak memory of a batch (MiB), with the tokenizer", "{:,.1f}"),
@@ -49,78 +45,19 @@ TABLE = (  # "*" is "image", or "clip", or "view" where samples have several
 )
 
 
-def rank() -> int:
-    """Of this process among those of the job, before Lightning has set anything up."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
-
-
 def write(numbers: dict[str, float], directory: Path) -> None:
-    """Write report.json: one flat object of names and numbers."""
+    """Write report.json, a single object of names and numbers."""
     write_json({name: float(value) for name, value in sorted(numbers.items())}, directory / "report.json")
 
 
 def read(directory: Path) -> dict[str, float] | None:
-    """The report of a finished run, or None."""
+    """Return the report of a finished run, or None."""
     path = directory / "report.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def write_run(cfg: DictConfig, directory: Path, status: str) -> None:
-    """Write run.json: command, choices, versions, commit, device and times."""
-    path = directory / "run.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    command = shlex.join(["python", *_program(), *HydraConfig.get().overrides.task])
-    choices = HydraConfig.get().runtime.choices
-    content = {
-        "name": cfg.name,
-        "status": status,
-        "command": before.get("command", command),  # a resumed run keeps the one that began it
-        "last_command": command,
-        "choices": {k: str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None},
-        "seed": cfg.seed,
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
-        "device": device(),
-        "started": before.get("started", now),
-        "written": now,
-    }
-    write_json(content, path)
-
-
-def _program() -> list[str]:
-    """What python was asked to run: a file, or a module by `-m`."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name] if spec is not None and spec.name.startswith("fewtokens.") else [Path(sys.argv[0]).name]
-
-
-def commit() -> str | None:
-    """The commit of the code, with "+changes" where the tree differs from it; None outside a repository."""
-    root = Path(__file__).parents[3]
-    try:
-        git = ["git", "-C", str(root)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+changes" if changes.strip() else "")
-
-
-def device() -> str:
-    """What computes, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return cpu()
-
-
-def cpu() -> str:
-    """The processor, in words."""
-    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
-
-
 def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]) -> None:
-    """The numbers that matter, and where the rest lies."""
+    """Print the most important numbers, and the paths of the report and of the pictures."""
     table = Table(show_header=False)
     unit = "view" if "cost/views" in numbers else "clip" if "cost/frames" in numbers else "image"
     for name, words, form in TABLE:
@@ -134,14 +71,48 @@ def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write the file at once: a reader sees the old one or the new one."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
+    """Write a JSON file atomically."""
+    with replace_file(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+
+
+def commit() -> str | None:
+    """Return the commit of the code, with "+changes" if files differ from it, or None outside a git repository."""
+    git = ["git", "-C", str(Path(__file__).parents[3])]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes.strip() else "")
+
+
+def device() -> str:
+    """Return the names of the devices of this machine that can compute: its GPUs or its CPU."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return cpu()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device, such as "NVIDIA H100" or "CPU, 8 threads (x86_64)"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu() if device.type == "cpu" else device.type
+
+
+def cpu() -> str:
+    """Return the number of threads and the architecture of the CPU."""
+    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of the packages on which results depend."""
+    return {name: version_of(name) for name in PACKAGES}
 
 
 def version_of(name: str) -> str | None:
-    """Of an installed package, or None."""
+    """Return the version of an installed package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:

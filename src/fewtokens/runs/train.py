@@ -1,105 +1,99 @@
-"""A training run: fit, test the best checkpoint, measure, report."""
+"""A training run: build, load the weights to start from, fit, test the best checkpoint, measure, report."""
 
-import time
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from fewtokens.callbacks.loggers import CsvLogger
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check
 from fewtokens.runs import checkpoints, job, skipped_videos
-from fewtokens.runs import config as saved
-from fewtokens.runs.distributed import one_job, override
-from fewtokens.runs.targets import instantiate
+from fewtokens.runs.compose import checkpoint_of, run_to_resume
+from fewtokens.runs.config import instantiate
+from fewtokens.runs.distributed import child_processes_run_this_job
+from fewtokens.runs.job import Job
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """Train as the config says.
+    """Train and evaluate a model.
 
     Args:
-        cfg: The composed config; `resume` names a run to continue, `init_from` one whose weights to start with.
+        cfg: The composed config. `resume` names a run to continue, `init_from` one whose weights to start from.
 
     Returns:
         The numbers of report.json (on rank 0).
     """
-    parts, ok = None, False
-    try:
-        parts = job.build(cfg)
-        start = _resume(cfg, parts)
-        numbers = _init(cfg, parts) | _init_image(cfg, parts)
-        with one_job(parts.directory, [override("resume", cfg.resume)]):
-            began = time.monotonic()
-            parts.trainer.fit(parts.task, parts.data, ckpt_path=start, weights_only=True)
-            numbers |= {"train/seconds": time.monotonic() - began, "train/epochs": float(parts.trainer.current_epoch)}
-            numbers |= _numbers(parts, "val/")
+    with job.running(cfg) as parts:
+        check_length(cfg.trainer)
+        checkpoint = load_start_weights(parts)
+        with child_processes_run_this_job(parts.directory):
+            numbers = fit(parts, checkpoint)
             if cfg.test:
-                _load_best(parts)
-                parts.trainer.test(parts.task, parts.data, verbose=False)
-                numbers |= _numbers(parts, "test/")
+                numbers |= test(parts)
             numbers |= skipped_videos.summarize(parts, numbers)
-            more, pictures = job.measure(parts)
-            job.finish(parts, numbers | more, pictures)
-        ok = True
-        return numbers | more
-    finally:
-        job.close(parts, ok)
+            measured, pictures = job.measure(parts)
+            numbers |= measured
+            job.finish(parts, numbers, pictures)
+    return numbers
 
 
-def _resume(cfg: DictConfig, parts: job.Job) -> Path | None:
-    """The checkpoint to continue from, with the csv file cut back to it."""
-    if cfg.resume is None:
-        return None
-    path = Path(cfg.resume) / "checkpoints" / "last.ckpt"
-    if not path.is_file():
+def check_length(trainer: DictConfig) -> None:
+    """Raise an error for settings with which Lightning trains nothing and does not say so."""
+    epochs, steps, batches = trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches
+    check(
+        epochs is None or epochs == -1 or epochs >= 1, "trainer.max_epochs", "an int >= 1, or -1 for no limit", epochs
+    )
+    check(steps == -1 or steps >= 1, "trainer.max_steps", "an int >= 1, or -1 for no limit", steps)
+    valid = batches is None or (batches >= 1 if isinstance(batches, int) else 0 < batches <= 1)
+    check(valid, "trainer.limit_train_batches", "an int >= 1, a share in (0, 1], or null for all", batches)
+
+
+def load_start_weights(parts: Job) -> Path | None:
+    """Load the weights of another run (`init_from`) or of an image model (`init_image`), if the config names one.
+
+    Returns:
+        The checkpoint to resume from, which contains its weights, or None.
+    """
+    cfg, task, numbers = parts.cfg, parts.task, parts.record.numbers
+    # `init_image=none` after an experiment that sets init_image.weights leaves a node without a target.
+    image = cfg.init_image if "_target_" in cfg.init_image else None
+    if cfg.resume is not None:
+        path = run_to_resume(cfg.resume)
+        checkpoints.load_model(task, path)  # the same error as elsewhere, if it does not fit
+        return path
+    if cfg.init_from is not None and image is not None:
         raise FewtokensError(
-            "A run is resumed from its last checkpoint",
-            expected=path,
-            got="no such file",
-            fix="start it anew; it ended before its first epoch",
+            f"A model can start from one set of weights only, got init_from={cfg.init_from} and "
+            f"init_image.weights={image.weights}. Use init_image=none or init_from=null."
         )
-    step = int(checkpoints.read(path)["global_step"])
-    for logger in parts.loggers:
-        if isinstance(logger, CsvLogger):
-            logger.rewind(step)
-    return path
+    if cfg.init_from is not None:
+        numbers |= checkpoints.start_from(task, checkpoint_of(cfg.init_from))
+    if image is not None:
+        found = instantiate(image)(task.model)
+        numbers |= {
+            f"init_image/{name}": float(len(getattr(found, name))) for name in ("loaded", "missing", "unexpected")
+        }
+    return None
 
 
-def _init(cfg: DictConfig, parts: job.Job) -> dict[str, float]:
-    """Weights of another run to start from; a resumed run has its own."""
-    if cfg.init_from is None or cfg.resume is not None:
-        return {}
-    if _has_image(cfg):
-        raise FewtokensError(
-            "A model starts from one set of weights",
-            expected="init_from (a run of the same kind) or init_image (an image model for a video model)",
-            got=f"init_from={cfg.init_from} and init_image={cfg.init_image.weights}",
-            fix="leave one of them out",
-        )
-    return checkpoints.start_from(parts.task, saved.checkpoint_of(cfg.init_from))
+def fit(parts: Job, checkpoint: Path | None) -> dict[str, float]:
+    """Train, from a checkpoint if there is one.
+
+    Returns:
+        `train/seconds`, `train/epochs`, `val/*` of the last epoch, and the numbers of the weights to start from.
+    """
+    parts.trainer.fit(parts.task, parts.data, ckpt_path=checkpoint, weights_only=True)
+    parts.run.begin()  # unless training did it: a finished run that is resumed has nothing to train
+    return parts.record.numbers | {"train/epochs": float(parts.trainer.current_epoch)}
 
 
-def _init_image(cfg: DictConfig, parts: job.Job) -> dict[str, float]:
-    """An image model for a video model to start from; a resumed run has weights of its own."""
-    if not _has_image(cfg) or cfg.resume is not None:
-        return {}
-    started = instantiate(cfg.init_image)(parts.task.model)
-    names = ("loaded", "missing", "unexpected")
-    return {f"init_image/{name}": float(len(getattr(started, name))) for name in names}
+def test(parts: Job) -> dict[str, float]:
+    """Test the weights with the best validation loss, or the last ones if there was no validation.
 
-
-def _has_image(cfg: DictConfig) -> bool:
-    """Not so where `init_image=none` took the recipe away and left the weights that an experiment names."""
-    return bool(cfg.init_image) and "_target_" in cfg.init_image
-
-
-def _load_best(parts: job.Job) -> None:
-    """The best weights by validation, where there was one; otherwise the last."""
-    folder = parts.directory / "checkpoints"
-    best = folder / "best.ckpt"
-    parts.trainer.strategy.barrier()
+    Returns:
+        The metrics `test/*`.
+    """
+    best = parts.directory / "checkpoints" / "best.ckpt"
+    parts.trainer.strategy.barrier()  # rank 0 may still be writing it
     if best.is_file():
         checkpoints.load_model(parts.task, best)
-
-
-def _numbers(parts: job.Job, prefix: str) -> dict[str, float]:
-    return {k: float(v) for k, v in parts.trainer.callback_metrics.items() if k.startswith(prefix)}
+    parts.trainer.test(parts.task, parts.data, verbose=False)
+    return parts.metrics("test/")

@@ -1,5 +1,6 @@
 """Classification of images, and of videos as stacks of views."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -110,7 +111,13 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule."""
-        optimizer = self.optimizer(parameter_groups(self.model, self.weight_decay, self.decay, self.layer_decay))
+        groups = parameter_groups(self.model, self.weight_decay, self.decay, self.layer_decay)
+        try:
+            optimizer = self.optimizer(groups)
+        except (TypeError, ValueError) as error:
+            raise FewtokensError(f"The optimizer does not accept its settings: {error}. Check `optimizer`.") from error
+        rate = optimizer.defaults["lr"]
+        check(math.isfinite(rate), "optimizer.lr", "a finite number", rate)
         scale_learning_rates(optimizer)
         steps = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": by_step(optimizer, self.schedule, steps)}

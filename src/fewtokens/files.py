@@ -1,0 +1,49 @@
+"""Atomic writing of files."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from fewtokens.errors import write_error
+
+
+@contextmanager
+def replace_file(path: Path, mode: str = "w", newline: str | None = None) -> Iterator[IO[Any]]:
+    """Return a context that opens a temporary file, which replaces `path` when the block ends without an error.
+
+    A reader, or the next start after a kill, finds the old file or the complete new one. The temporary file is
+    `.<name>.part` in the folder of `path`, since a move from another file system would not be atomic.
+
+    Args:
+        path: The file to write. Its folder is created if necessary.
+        mode: "w" or "wb".
+        newline: See `open`.
+
+    Raises:
+        FewtokensError: The file cannot be written, for example because the disk is full.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open(mode, newline=newline, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:  # after an error; otherwise it has been renamed
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    except OSError:  # not every file system can sync a directory; the rename is atomic nevertheless
+        pass

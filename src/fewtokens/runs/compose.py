@@ -1,0 +1,203 @@
+"""Composition of configs on top of saved runs, and reading of what a run has saved.
+
+If `resume` or `checkpoint` names a run, Hydra composes on top of its `config.yaml`: the file is read as plain data, and
+its groups become the default choices in place of the present ones. Experiments and overrides then apply as usual,
+`tokenizer=tome` and `tokenizer.build.r=4` alike.
+"""
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import hydra._internal.hydra
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from fewtokens.errors import FewtokensError
+from fewtokens.runs.config import CONFIG, CONFIGS, NOT_SAVED
+
+
+def compose_on_saved_runs() -> None:
+    """Let `hydra.main` and `hydra.compose` compose on top of the run that `resume` or `checkpoint` names."""
+    Plugins.instance().register(SavedRun)
+    # Hydra 1.3 has no hook for each composition, and every job of a sweep may name another run.
+    hydra._internal.hydra.ConfigLoaderImpl = ConfigLoader  # type: ignore[attr-defined]
+
+
+def reference_overrides(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides that may name a saved run, directly or in an experiment; the first value of a sweep.
+
+    They can be composed without the others, which may use keys that only the saved run has.
+    """
+    found = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if (
+            override.key_or_group in ("experiment", "resume", "checkpoint", "hydra.searchpath")
+            and not override.is_delete()
+        ):
+            swept = override.is_sweep_override()
+            value = next(override.sweep_string_iterator()) if swept else override.get_value_string()
+            found.append(f"{override.get_key_element()}={value}")
+    return found
+
+
+class ConfigLoader(ConfigLoaderImpl):
+    """Hydra's config loader, which composes on top of a saved run if the config names one."""
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """Return the composed config, as Hydra's own method does."""
+        search_path = copy.deepcopy(self.config_search_path)
+        first = ConfigLoaderImpl(search_path).load_configuration(
+            config_name, reference_overrides(overrides), RunMode.RUN
+        )
+        resume, checkpoint = (OmegaConf.select(first, key) for key in ("resume", "checkpoint"))
+        if resume is not None and "checkpoint" in first:
+            raise FewtokensError("`resume` continues a training run with train.py. Use checkpoint=<run> here.")
+        if resume is not None or checkpoint is not None:
+            path = run_to_resume(resume) if resume is not None else checkpoint_of(checkpoint)
+            search_path.prepend("saved run", f"{SavedRun.scheme()}://{path}")
+        loader = ConfigLoaderImpl(search_path)
+        cfg = loader.load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        if resume is not None and run_mode == RunMode.RUN:  # a resumed run, in a sweep too, writes where it wrote
+            run = Path(resume)
+            cfg.hydra.run.dir, cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(run), str(run.parent), run.name
+        return cfg
+
+
+class SavedRun(ConfigSource):
+    """Hydra's source of a saved config: the groups of the run, each with the single option `run`.
+
+    It also has the primary configs (train, eval ...), which choose this option.
+
+    Args:
+        provider: Name of the source in Hydra's messages.
+        path: `run://` and the path of a checkpoint.
+    """
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        saved = config_of(Path(self.path))
+        known = {name for entry in _load("train.yaml")["defaults"] if isinstance(entry, dict) for name in entry}
+        self.groups = {key: node for key, node in saved.items() if key in known and isinstance(node, dict)}
+        self.others = {key: node for key, node in saved.items() if key not in known}
+        # A job must not write into the files of another one, even if `paths.run` was set there.
+        self.groups["paths"] = self.groups.get("paths", {}) | {"run": _load("paths/default.yaml")["run"]}
+
+    @staticmethod
+    def scheme() -> str:
+        """Return the prefix of the paths that belong to this source."""
+        return "run"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return a group of the run, or a primary config that chooses the groups of the run."""
+        group, _, name = config_path.rpartition("/")
+        content = self.groups[group] if group else self._primary(name)
+        return ConfigResult(self.provider, self.full_path(), OmegaConf.create(content), {"package": None})
+
+    def _primary(self, name: str) -> dict[str, Any]:
+        content = _load(f"{name}.yaml")
+        for entry in content["defaults"]:
+            for key in entry if isinstance(entry, dict) else ():
+                if key.removeprefix("override ") in self.groups:
+                    entry[key] = "run"
+        return content | self.others if name == "train" else content
+
+    def is_group(self, config_path: str) -> bool:
+        """Return whether the run has this group."""
+        return config_path.rstrip("/") in self.groups
+
+    def is_config(self, config_path: str) -> bool:
+        """Return whether `load_config` has this config."""
+        group, _, name = config_path.rpartition("/")
+        return (group in self.groups and name == "run") if group else (CONFIGS / f"{name}.yaml").is_file()
+
+    def available(self) -> bool:
+        """Return True, since the config was read by the constructor."""
+        return True
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Return the options of a group."""
+        return ["run"] if self.is_group(config_path) and results_filter != ObjectType.GROUP else []
+
+
+def _load(name: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / name))  # PyYAML reads 1e-4 as a string
+
+
+def checkpoint_of(reference: str) -> Path:
+    """Return the checkpoint that a run directory or a file names: the best one, or the last if there is no best.
+
+    Raises:
+        FewtokensError: There is none.
+    """
+    path = Path(reference)
+    candidates = [path] if path.is_file() else [path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    reason = "has neither checkpoints/best.ckpt nor checkpoints/last.ckpt" if path.is_dir() else "does not exist"
+    raise FewtokensError(
+        f"A checkpoint must be a file, or the directory of a run that train.py has written, but {path} {reason}."
+    )
+
+
+def run_to_resume(reference: str) -> Path:
+    """Return the last checkpoint of the run that `resume` names.
+
+    Raises:
+        FewtokensError: It is not the directory of a run, or the run has no checkpoint yet.
+    """
+    run, path = Path(reference), Path(reference) / "checkpoints" / "last.ckpt"
+    if not (run / CONFIG).is_file():
+        raise FewtokensError(
+            f"`resume` must be the directory of a run, which contains {CONFIG}, got {run}. To start from the weights "
+            "of a checkpoint, use init_from=<file>."
+        )
+    if not path.is_file():
+        raise FewtokensError(f"{run} cannot be resumed: it ended before its first checkpoint, {path}. Start a new run.")
+    return path
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run directory that contains a checkpoint, or None."""
+    run = checkpoint.resolve().parent.parent
+    return run if (run / CONFIG).is_file() else None
+
+
+def config_of(checkpoint: Path) -> dict[str, Any]:
+    """Return the saved config of a run as plain data, or the copy inside the checkpoint if it was moved elsewhere.
+
+    Raises:
+        FewtokensError: There is none, or it is not the config of a run.
+    """
+    run = run_of(checkpoint)
+    if run is not None:
+        text = (run / CONFIG).read_text(encoding="utf-8")
+    else:
+        from fewtokens.runs.checkpoints import read  # torch takes seconds to import
+
+        text = read(checkpoint).get("config", "")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict) or "backbone" not in config:
+        raise FewtokensError(
+            f"{checkpoint} comes without the config of its run, which train.py writes beside and into checkpoints. "
+            "Weights from elsewhere are loaded with backbone.weights=<file>."
+        )
+    return {key: node for key, node in config.items() if key not in NOT_SAVED}
