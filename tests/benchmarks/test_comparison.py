@@ -51,6 +51,7 @@ def test_records_of_a_comparison(make, setting):
         assert (record["mode"], record["compiled"]) == (setting.mode, setting.compiled)
         assert record["images_per_s"] > 0
         assert record["rounds"] >= 1
+        assert (record["peak_mib"] is None) == (setting.compiled != "none")
         ratio = record["gmacs_dense"] / record["gmacs"]
         assert record["realised_over_theoretical"] == pytest.approx(record["speedup_vs_dense"] / ratio)
     assert plain["speedup_vs_dense"] == 1

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fewtokens.analysis.cost import macs
+from fewtokens.analysis.memory import peak_bytes
 from fewtokens.analysis.throughput import AUTOCAST, Run, interquartile_range, seconds_on, time_in_turns
 from fewtokens.backbones.vit import ViT
 from fewtokens.errors import FewtokensError, check, check_choice
@@ -82,13 +83,14 @@ def compare(
         `images_per_s_spread` (interquartile range); `speedup_vs_dense` (median of the ratios within a round) and its
         `_spread`; `rounds`; `gmacs`, what an image needs alone, `gmacs_padded`, per image in these batches, and
         `gmacs_dense`, all in 1e9 multiply-adds; `realised_over_theoretical`, which is the speed-up divided by
-        gmacs_dense / gmacs.
+        gmacs_dense / gmacs; `peak_mib`, see `peak_memory`.
     """
     batches = in_batches(images, setting.batch, min_images)
     costs = {name: macs_per_image(model, batches) for name, model in models.items()}
     try:
         runs = {name: timed_run(model, batches, setting) for name, model in models.items()}
         times = time_in_turns(runs, seconds, partial(seconds_on, device=images.device))
+        memory = {name: peak_memory(model, batches, setting) for name, model in models.items()}
     finally:
         torch.compiler.reset()  # otherwise the next setting would reach the limit on recompilations
     images_per_round = sum(map(len, batches))
@@ -110,6 +112,7 @@ def compare(
                 "gmacs_padded": padded / 1e9,
                 "gmacs_dense": costs[DENSE][0] / 1e9,
                 "realised_over_theoretical": median(speedups) / (costs[DENSE][0] / single),
+                "peak_mib": memory[name],
             }
         )
     return records
@@ -130,6 +133,17 @@ def macs_per_image(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]])
     counted = images[:COUNTED_IMAGES].split(1)
     padded = sum(macs(model, batch) for batch in batches) / len(images)
     return sum(macs(model, image) for image in counted) / len(counted), padded
+
+
+def peak_memory(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], setting: Setting) -> float | None:
+    """Return the peak memory of one batch in MiB, beyond the weights: activations and, in training, gradients.
+
+    Compiled code is measured on a GPU only, and a graph, which keeps its memory, not at all: None.
+    """
+    device = batches[0].device
+    if setting.compiled == "graph" or (setting.compiled != "none" and device.type != "cuda"):
+        return None
+    return peak_bytes(timed_run(model, batches[:1], setting), device) / 2**20
 
 
 def timed_run(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], setting: Setting) -> Run:

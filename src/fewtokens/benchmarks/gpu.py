@@ -132,7 +132,9 @@ def time_training_step(settings: dict[str, Any], out: Path, left: float, records
         return skipped(settings)
     else:
         arguments = ["--data", "cifar10_strong", "--root", str(settings["root"]), "--rounds", "2", "--steps", "40"]
-    record = run_command(["-m", "fewtokens.benchmarks.train_step", *arguments, "--write", str(target)], min(left, 180.0))
+    record = run_command(
+        ["-m", "fewtokens.benchmarks.train_step", *arguments, "--write", str(target)], min(left, 180.0)
+    )
     if target.is_file():
         record |= json.loads(target.read_text())
         target.unlink()

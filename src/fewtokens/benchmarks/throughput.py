@@ -122,7 +122,7 @@ def load_images(cfg: DictConfig, model: ViT, count: int, device: torch.device) -
 def show(records: list[dict[str, Any]], title: str, console: Console, rate: str) -> None:
     """Print the records of one setting; `rate` is the heading of images_per_s."""
     table = Table("tokenizer", title=title, box=box.SIMPLE)
-    for name in (rate, "IQR", "speed-up", "GMACs", "padded", "MAC ratio", "realised/theoretical"):
+    for name in (rate, "IQR", "speed-up", "GMACs", "padded", "MAC ratio", "realised/theoretical", "peak MiB"):
         table.add_column(name, justify="right")
     digits = 1 if min(record["images_per_s"] for record in records) >= 10 else 3
     for record in records:
@@ -134,6 +134,7 @@ def show(records: list[dict[str, Any]], title: str, console: Console, rate: str)
             f"{record['gmacs_padded']:.3f}",
             f"{record['gmacs_dense'] / record['gmacs']:.2f}",
             f"{record['realised_over_theoretical']:.2f}",
+            "-" if record["peak_mib"] is None else f"{record['peak_mib']:,.0f}",
         )
     console.print(table)
 
