@@ -1,7 +1,8 @@
 """Evaluate a model once: python eval.py checkpoint=<run> [group=option ...] [key=value ...]."""
 
-from fewtokens.runs.cli import command
 from omegaconf import DictConfig
+
+from fewtokens.runs.cli import command
 
 
 def evaluate(cfg: DictConfig) -> None:

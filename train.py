@@ -1,7 +1,8 @@
 """Train a model and evaluate it: python train.py [group=option ...] [key=value ...]."""
 
-from fewtokens.runs.cli import command
 from omegaconf import DictConfig
+
+from fewtokens.runs.cli import command
 
 
 def train(cfg: DictConfig) -> None:

@@ -14,11 +14,6 @@ class FewtokensError(ValueError):
         message: One or two sentences: what was wrong, what is expected, and what to change.
     """
 
-    def __init__(self, message: str, *, expected: object = None, got: object = None, fix: str | None = None) -> None:
-        if fix is not None:
-            message = f"{message.rstrip('.')}. Expected: {expected}. Found: {got}. To do: {fix.rstrip('.')}."
-        super().__init__(message)
-
 
 def check(condition: bool, name: str, expected: str, got: object) -> None:
     """Raise an error if a setting has a value that it cannot have.
