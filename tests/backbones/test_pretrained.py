@@ -5,10 +5,12 @@ import pickle
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -299,3 +301,27 @@ def test_without_a_network_the_error_tells_what_to_do(monkeypatch: pytest.Monkey
     )
     with pytest.raises(FewtokensError, match=said):
         ours(pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("reachable", "proxy", "offline"), [(True, "", False), (False, "", True), (False, "p:80", False)]
+)
+def test_without_a_network_the_hub_is_not_retried(monkeypatch, reachable: bool, proxy: str, offline: bool) -> None:
+    create, seen = timm.create_model, []
+
+    def connect(*_: Any, **__: Any) -> Any:
+        if not reachable:
+            raise OSError("no network")
+        return Mock()
+
+    def record(name: str, pretrained: bool = False, **settings: Any) -> nn.Module:
+        seen.append(constants.HF_HUB_OFFLINE)
+        return create(name, **settings)
+
+    monkeypatch.setenv("https_proxy", proxy)
+    monkeypatch.setattr(pretrained.socket, "create_connection", connect)
+    monkeypatch.setattr(pretrained.timm, "create_model", record)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    ours(pretrained=True)
+    assert seen[-1] is offline
+    assert constants.HF_HUB_OFFLINE is False

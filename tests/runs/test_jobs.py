@@ -180,6 +180,8 @@ def test_an_offline_wandb_run_is_recorded_and_closed(composed, tmp_path: Path, m
         ("optimizer=sgd optimizer.lr=nan", "`optimizer.lr` must be a finite number, got nan"),
         ("optimizer.betas=[1,2]", "The optimizer does not accept its settings: Invalid beta parameter"),
         ("+backbone.options.colour=red", "unexpected keyword argument 'colour'"),
+        ("trainer.precision=16-true", "`trainer.precision` must be 32-true, bf16-mixed or 16-mixed"),
+        ("trainer.accumulate_grad_batches=0", "`trainer.accumulate_grad_batches` must be an int >= 1"),
         ("trainer.max_epochs=0", "`trainer.max_epochs` must be an int >= 1"),
         ("trainer.max_epochs=abc", "`trainer.max_epochs` must be an int or null, got 'abc'"),
         ("trainer.max_steps=0", "`trainer.max_steps` must be an int >= 1"),

@@ -2,12 +2,17 @@
 
 import difflib
 import logging
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.deit import VisionTransformerDistilled
@@ -56,7 +61,8 @@ def timm_vit(
     _check_family(name)
     settings = dict(img_size=image_size, num_classes=num_classes, in_chans=channels, **(options or {}))
     try:
-        vit: Any = timm.create_model(name, pretrained=pretrained, block_fn=Block, attn_layer=Attention, **settings)
+        with _offline_without_network() if pretrained else nullcontext():
+            vit: Any = timm.create_model(name, pretrained=pretrained, block_fn=Block, attn_layer=Attention, **settings)
     except Exception as error:
         if not pretrained:
             raise FewtokensError(
@@ -75,6 +81,24 @@ def timm_vit(
     model = ViT(vit, tokenizer)
     model.set_grad_checkpointing(grad_checkpointing)
     return model
+
+
+@contextmanager
+def _offline_without_network() -> Iterator[None]:
+    """Return a context in which the Hugging Face Hub is not asked if it does not respond.
+
+    Cached weights are then loaded at once, and others fail at once. The Hub's own retries take a minute.
+    """
+    host, before = urlparse(constants.ENDPOINT), constants.HF_HUB_OFFLINE
+    try:
+        if not getproxies().get("https"):  # behind a proxy, a direct connection says nothing
+            socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def load_weights(vit: VisionTransformer, path: Path) -> None:

@@ -96,6 +96,9 @@ def build(cfg: DictConfig, run: RunDirectory) -> Job:
     """
     start(cfg)
     config.check_groups(cfg)
+    precision = cfg.trainer.precision  # Lightning's others convert the weights, but not the samples
+    supported = precision is None or str(precision) in ("32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
+    check(supported, "trainer.precision", "32-true, bf16-mixed or 16-mixed", precision)
     data, task = instantiate(cfg.data), instantiate(cfg.task)
     record = TrainingRecord(run)
     callbacks = [*(instantiate(node) for node in cfg.callbacks.values() if node), record]

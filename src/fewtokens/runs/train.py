@@ -38,6 +38,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
 def check_length(trainer: DictConfig) -> None:
     """Raise an error for settings with which Lightning trains nothing and does not say so."""
     epochs, steps, batches = trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches
+    accumulated = trainer.accumulate_grad_batches
+    check(accumulated >= 1, "trainer.accumulate_grad_batches", "an int >= 1", accumulated)
     check(
         epochs is None or epochs == -1 or epochs >= 1, "trainer.max_epochs", "an int >= 1, or -1 for no limit", epochs
     )
