@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, TINY, environment
+from fewtokens.runs import distributed
 
 # All sources of randomness, which a resumed run must repeat.
 RANDOM = [
@@ -72,6 +74,78 @@ def pictures(root: Path, test: int) -> Path:
             pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(folder / f"{index:04d}.png")
     return root
+
+
+LAUNCHERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID", distributed.TIMESTAMP)
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Hide the launcher variables of the tests' own environment."""
+    for name in (*LAUNCHERS, *distributed.LAUNCHER_VARIABLES, *(name for name in os.environ if "SLURM" in name)):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "zero"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),  # torchrun on the second machine
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "1"}, False),
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # started by Lightning inside of srun --ntasks=1
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+    ],
+)
+def test_a_single_process_is_rank_zero(no_launcher, variables: dict[str, str], zero: bool) -> None:
+    for name, value in variables.items():
+        no_launcher.setenv(name, value)
+    assert distributed.is_rank_zero() is zero
+
+
+@pytest.mark.parametrize(
+    ("variables", "stamp"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # python in a batch script, without srun: a single process
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "slurm-7.0"),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_NTASKS": "2"}, "slurm-7.1"),  # a second run of the job
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_RESTART_COUNT": "1"},
+            "slurm-7.0-restart1",
+        ),
+    ],
+)
+def test_only_the_processes_of_a_step_share_a_directory(no_launcher, variables: dict[str, str], stamp: str) -> None:
+    no_launcher.setattr(sys, "argv", ["train.py"])
+    for name, value in variables.items():
+        no_launcher.setenv(name, value)
+    distributed.share_timestamp()
+    assert os.environ.get(distributed.TIMESTAMP) == stamp
+    no_launcher.delenv(distributed.TIMESTAMP, raising=False)
+
+
+def test_child_processes_run_one_job_of_a_sweep(composed, no_launcher, tmp_path: Path) -> None:
+    composed("seed=1", "tokenizer=tome", "hydra.sweep.dir=x")
+    command = ["train.py", "-m", "seed=0,1", "tokenizer=tome", "--config-dir", "mine"]
+    no_launcher.setattr(sys, "argv", command)
+
+    def inside() -> None:
+        with distributed.child_processes_run_this_job(tmp_path):
+            job = ["seed=1", "tokenizer=tome"]
+            assert sys.argv == ["train.py", "--config-dir=mine", "hydra.sweep.dir=x", *job, "hydra/job_logging=stdout"]
+            assert os.environ[distributed.RUN_DIR] == str(tmp_path)
+            os.environ["LOCAL_RANK"] = "0"  # as Lightning does
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        inside()
+    assert sys.argv == command
+    assert "LOCAL_RANK" not in os.environ
+    assert distributed.RUN_DIR not in os.environ
 
 
 def test_two_ranks_share_one_directory_and_count_every_sample_once(script, tmp_path: Path) -> None:
