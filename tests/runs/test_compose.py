@@ -29,6 +29,7 @@ def save_run(composed, tmp_path: Path) -> Save:
         (run / "checkpoints").mkdir(parents=True)
         for file in ("best.ckpt", "last.ckpt"):
             (run / "checkpoints" / file).touch()
+        cfg.name = str(cfg.name)  # as a run does, see RunDirectory
         config.save(cfg, run)
         return run
 

@@ -21,7 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fewtokens.errors import FewtokensError
-from fewtokens.runs.config import CONFIG, CONFIGS, NOT_SAVED
+from fewtokens.runs.config import CONFIG, CONFIGS
+from fewtokens.runs.saved_config import check_saved
 
 
 def compose_on_saved_runs() -> None:
@@ -95,7 +96,7 @@ class SavedRun(ConfigSource):
         self.groups = {key: node for key, node in saved.items() if key in known and isinstance(node, dict)}
         self.others = {key: node for key, node in saved.items() if key not in known}
         # A job must not write into the files of another one, even if `paths.run` was set there.
-        self.groups["paths"] = self.groups.get("paths", {}) | {"run": _load("paths/default.yaml")["run"]}
+        self.groups["paths"] = _load("paths/default.yaml") | self.groups.get("paths", {})
 
     @staticmethod
     def scheme() -> str:
@@ -200,4 +201,4 @@ def config_of(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} comes without the config of its run, which train.py writes beside and into checkpoints. "
             "Weights from elsewhere are loaded with backbone.weights=<file>."
         )
-    return {key: node for key, node in config.items() if key not in NOT_SAVED}
+    return check_saved(config, checkpoint)

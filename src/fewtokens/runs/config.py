@@ -74,7 +74,10 @@ def instantiate(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
     try:
         for call in calls(config):
             check_arguments(allowed_target(str(call["_target_"])), call)
-        return hydra.utils.instantiate(OmegaConf.to_container(config, resolve=True), _convert_="all", **arguments)
+        resolved = OmegaConf.to_container(config, resolve=True)
+        # Hydra resolves what it gets once more: an escaped interpolation would become a target after the check.
+        check("${" not in str(resolved), "the config", "without escaped interpolations", resolved)
+        return hydra.utils.instantiate(resolved, _convert_="all", **arguments)
     except OmegaConfBaseException as error:
         raise FewtokensError(
             f"The config cannot be resolved: {str(error).splitlines()[0]}. See it with: python train.py --cfg job"
