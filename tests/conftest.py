@@ -38,7 +38,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start backgro
 
 def environment(**more: str) -> dict[str, str]:
     """Return the environment of a command under test: no W&B account, no launcher, one thread."""
-    hidden = ("WANDB_", "SLURM_", "FEWTOKENS_", "LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_")
+    hidden = ("HYDRA_", "WANDB_", "SLURM_", "FEWTOKENS_", "LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     return kept | {"OMP_NUM_THREADS": "1", "NETRC": os.devnull, **more}
 

@@ -34,7 +34,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         ("resume=/nowhere", "`resume` must be the directory of a run, which contains config.yaml, got /nowhere"),
         ("ckpt_path=run", "Use resume=<run>"),
         ("tokenizer=null", "cannot be null, got tokenizer=null"),
-        ("measure=", "cannot be null, got measure="),
+        ("measure=", "The options are cost, default, none"),
     ],
 )
 def test_a_misspelt_override_is_answered_with_the_nearest_name(monkeypatch, capsys, wrong: str, right: str) -> None:

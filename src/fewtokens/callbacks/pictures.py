@@ -1,6 +1,5 @@
 """Pictures of the tokens during training, and gifs for clips."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from fewtokens.analysis.pictures.drawing import draw, pixels
 from fewtokens.analysis.pictures.token_maps import token_columns
 from fewtokens.analysis.pictures.token_video import strip, write_gif
 from fewtokens.errors import check
+from fewtokens.files import replace_file
 
 Picture = UInt8[np.ndarray, "height width 3"]
 
@@ -77,12 +77,10 @@ class Pictures(Callback):
             columns = token_columns(model, images, self.max_columns, self.num_images, targets, datamodule)
         if not columns:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
         steps, video = len(model.pictures(images[:1])), path.with_suffix(".gif")
         picture = pixels(strip(columns, steps, self.max_columns) if steps > 1 else draw(columns))
-        part = path.with_suffix(".png.part")
-        Image.fromarray(picture).save(part, format="png")
-        os.replace(part, path)
+        with replace_file(path, "wb") as file:
+            Image.fromarray(picture).save(file, format="png")
         if steps > 1:
             write_gif(columns, steps, video)
         for logger in trainer.loggers:

@@ -76,7 +76,8 @@ class StopOnSignal(Checkpoint):
     def _stop(self, trainer: Trainer) -> None:
         number = self.received or int(signal.SIGTERM)
         run, step = self.path.parent.parent, trainer.global_step
-        log.warning("Stopped by %s after step %d. Continue with resume=%s", signal.Signals(number).name, step, run)
+        if trainer.is_global_zero:
+            log.warning("Stopped by %s after step %d. Continue with resume=%s", signal.Signals(number).name, step, run)
         raise Stopped(self._exit_code(trainer, number), number)
 
     def _exit_code(self, trainer: Trainer, number: int) -> int:

@@ -19,6 +19,7 @@ from fewtokens.analysis.evaluation import load_test_samples, unwrap_compiled
 from fewtokens.analysis.pictures.drawing import Column, draw, pixels
 from fewtokens.analysis.pictures.token_maps import token_columns
 from fewtokens.errors import check
+from fewtokens.files import replace_file
 
 
 class TokenVideo:
@@ -116,6 +117,5 @@ def write_gif(columns: Sequence[Column], steps: int, path: Path, milliseconds: i
         # A gif has 256 colors, and heat maps take most of them. Quantizing to a given palette, here the frame's own,
         # dithers, which is closer to the frame.
         frames.append(frame.quantize(palette=frame.quantize(256, kmeans=1)))
-    part = path.with_suffix(".gif.part")
-    frames[0].save(part, format="gif", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-    part.replace(path)
+    with replace_file(path, "wb") as file:
+        frames[0].save(file, format="gif", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)

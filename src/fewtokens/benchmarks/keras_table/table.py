@@ -15,6 +15,7 @@ from fewtokens.analysis.cost import macs
 from fewtokens.benchmarks.keras_table.profiler_count import keras_flops
 from fewtokens.data.image.cifar10 import find_source
 from fewtokens.errors import FewtokensError
+from fewtokens.files import replace_file
 from fewtokens.runs import report
 from fewtokens.runs.config import CONFIGS, instantiate
 
@@ -115,13 +116,10 @@ def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """Write the csv, completely or not at all, and the page beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".csv.part")
-    with part.open("w", newline="") as file:
+    with replace_file(path, newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(path)
     path.with_suffix(".md").write_text(page(rows, costs(PUBLISHED)))
 
 
