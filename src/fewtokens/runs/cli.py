@@ -107,7 +107,8 @@ def describe(error: Exception, name: str) -> str:
     if type(error).__name__ == "MisconfigurationException":
         return f"Lightning does not accept the settings: {first} Check the overrides of `trainer`."
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'A file'}: {error.strerror}. Check that the path exists, is writable, and has free space."
+        file = error.filename or "A file"
+        return f"{file}: {error.strerror}. Check that the path exists, is writable, and has free space."
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"{type(error).__name__}: {first} ({frame.filename}:{frame.lineno}). This is a wrong setting that was not "
