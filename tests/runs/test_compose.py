@@ -89,6 +89,13 @@ def test_a_resumed_run_writes_where_it_wrote(composed, save_run: Save) -> None:
     assert f"{hydra.sweep.dir}/{hydra.sweep.subdir}" == str(run)
 
 
+def test_a_resumed_run_cannot_move(composed, save_run: Save) -> None:
+    run = save_run("a")
+    composed(f"resume={run}", f'hydra.run.dir="{run}"')  # as Lightning writes it for child processes
+    with pytest.raises(FewtokensError, match="A resumed run stays in its directory"):
+        composed(f"resume={run}", "hydra.run.dir=elsewhere")
+
+
 def test_what_cannot_be_resumed_is_named(composed, save_run: Save, tmp_path: Path) -> None:
     run = save_run("a")
     with pytest.raises(FewtokensError, match="Use checkpoint=<run>"):

@@ -82,8 +82,7 @@ def start_from(task: nn.Module, path: Path) -> dict[str, float]:
         path: Checkpoint of the other run.
 
     Returns:
-        The number of parameters and buffers that were loaded (`init/loaded`), keep their initial values
-        (`init/missing`), and were not used (`init/unexpected`).
+        How many parameters and buffers were `init/loaded`, `init/missing` there, and `init/unexpected`, not used here.
 
     Raises:
         FewtokensError: Nothing fits, or a parameter other than the head has another shape.
@@ -104,16 +103,14 @@ def start_from(task: nn.Module, path: Path) -> dict[str, float]:
             "config.yaml of that run."
         )
     log.info("init_from %s: %d loaded", path, len(loaded))
-    for names, what in (
-        (missing, "missing there, which keep their initial values"),
-        (unexpected, "unexpected, which are not used"),
-        (heads, "of another shape, which keep their initial values"),
-    ):
+    initial = "which keep their initial values"
+    left = {f"missing there, {initial}": missing, f"of another shape, {initial}": heads, "not used": unexpected}
+    for what, names in left.items():
         if names:
             log.warning("init_from %s: %d %s: %s", path, len(names), what, ", ".join(names))
     task.load_state_dict({name: state[name] for name in loaded}, strict=False)
-    counts = {"loaded": len(loaded), "missing": len(missing) + len(heads), "unexpected": len(unexpected)}
-    return {f"init/{name}": float(count) for name, count in counts.items()}
+    counts = len(loaded), len(missing) + len(heads), len(unexpected)
+    return dict(zip(("init/loaded", "init/missing", "init/unexpected"), map(float, counts), strict=True))
 
 
 def _models(task: nn.Module, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

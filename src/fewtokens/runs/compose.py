@@ -37,12 +37,9 @@ def reference_overrides(overrides: Iterable[str]) -> list[str]:
 
     They can be composed without the others, which may use keys that only the saved run has.
     """
-    found = []
+    found, keys = [], ("experiment", "resume", "checkpoint", "hydra.searchpath")
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if (
-            override.key_or_group in ("experiment", "resume", "checkpoint", "hydra.searchpath")
-            and not override.is_delete()
-        ):
+        if override.key_or_group in keys and not override.is_delete():
             swept = override.is_sweep_override()
             value = next(override.sweep_string_iterator()) if swept else override.get_value_string()
             found.append(f"{override.get_key_element()}={value}")
@@ -73,9 +70,8 @@ class ConfigLoader(ConfigLoaderImpl):
             search_path.prepend("saved run", f"{SavedRun.scheme()}://{path}")
         loader = ConfigLoaderImpl(search_path)
         cfg = loader.load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
-        if resume is not None and run_mode == RunMode.RUN:  # a resumed run, in a sweep too, writes where it wrote
-            run = Path(resume)
-            cfg.hydra.run.dir, cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(run), str(run.parent), run.name
+        if resume is not None and run_mode == RunMode.RUN:
+            _write_into(Path(resume), cfg)
         return cfg
 
 
@@ -133,6 +129,16 @@ class SavedRun(ConfigSource):
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """Return the options of a group."""
         return ["run"] if self.is_group(config_path) and results_filter != ObjectType.GROUP else []
+
+
+def _write_into(run: Path, cfg: DictConfig) -> None:
+    """Let a resumed run, also as a job of a sweep, write into the directory where it began."""
+    chosen = [
+        part.partition("=")[2].strip("'\"") for part in cfg.hydra.overrides.hydra if part.startswith("hydra.run.dir=")
+    ]
+    if any(Path(directory).resolve() != run.resolve() for directory in chosen):
+        raise FewtokensError(f"A resumed run stays in its directory, {run}, got hydra.run.dir={chosen[-1]}. Remove it.")
+    cfg.hydra.run.dir, cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(run), str(run.parent), run.name
 
 
 def _load(name: str) -> Any:

@@ -125,8 +125,8 @@ def allowed_target(target: str) -> Callable[..., Any]:
     homes = [prefix.replace("pytorch.Trainer", "pytorch.trainer.").rstrip(".") + "." for prefix in allowed]
     home, package = f"{getattr(found, '__module__', '')}.", target.partition(".")[0]
     defined = home.startswith(f"{package}.") and any(home.startswith(prefix) for prefix in homes)
-    callable_ = inspect.isclass(found) or inspect.isfunction(found)
-    if not (callable_ and defined and "." not in getattr(found, "__qualname__", ".")):
+    callable_or_class = inspect.isclass(found) or inspect.isfunction(found)
+    if not (callable_or_class and defined and "." not in getattr(found, "__qualname__", ".")):
         raise FewtokensError(
             f"A config may only call classes and functions defined in {', '.join(p.rstrip('.') for p in allowed)}, got "
             f"`_target_: {target}`. If you trust it, set {ALLOW_VARIABLE}=<package>."
@@ -161,13 +161,13 @@ def check_arguments(function: Callable[..., Any], call: DictConfig) -> None:
 def _argument_types(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     """Return the type of each argument, and whether the function accepts any other name."""
     try:
-        types_ = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)  # type: ignore[misc]
+        annotations = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)  # type: ignore[misc]
     except (NameError, TypeError, AttributeError):  # names that are imported for type checkers only
-        types_ = {}
+        annotations = {}
     hints: dict[str, Any] = {}
     any_name = False
     for parameter in inspect.signature(function).parameters.values():
-        hint = types_.get(parameter.name, Any)
+        hint = annotations.get(parameter.name, Any)
         if parameter.kind is parameter.VAR_KEYWORD and typing.get_origin(hint) is typing.Unpack:
             hints |= typing.get_type_hints(typing.get_args(hint)[0])
         elif parameter.kind is parameter.VAR_KEYWORD:
@@ -209,8 +209,8 @@ def _reason(error: BaseException) -> BaseException:
     while deepest.__cause__ is not None and not isinstance(deepest, FewtokensError):
         deepest = deepest.__cause__
     if isinstance(deepest, TypeError | ValueError | InstantiationException) and not isinstance(deepest, FewtokensError):
-        first, reason = str(error).splitlines()[0], str(deepest).splitlines()[0]
-        return FewtokensError(f"{first} {reason if deepest is not error else ''} Check its arguments.")
+        lines = [str(error).splitlines()[0], *(str(deepest).splitlines()[:1] if deepest is not error else [])]
+        return FewtokensError(f"{' '.join(lines)} Check its arguments.")
     return deepest
 
 
