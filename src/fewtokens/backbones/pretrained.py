@@ -69,9 +69,10 @@ def timm_vit(
                 f"timm cannot build {name} with {settings}: {error}. "
                 "Check data.image_size, data.channels and backbone.options."
             ) from error
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
         raise FewtokensError(
-            f"timm could not download the weights of {name}: {type(error).__name__}: {error}. Check the pretrained tag "
-            "and the network, or download the file elsewhere and set backbone.weights=<file> backbone.pretrained=false."
+            f"timm could not download the weights of {name}: {reason}. Check the pretrained tag and the network, or "
+            "download the file elsewhere and set backbone.weights=<file> backbone.pretrained=false."
         ) from error
     # timm would ignore the pixels at the edge of an image that the patch size does not divide.
     patch_size, heads = tuple(vit.patch_embed.patch_size), vit.blocks[0].attn.num_heads
