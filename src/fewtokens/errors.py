@@ -7,8 +7,8 @@ from collections.abc import Iterable
 class FewtokensError(ValueError):
     """Input or configuration that cannot be used.
 
-    The entry points print the message without a traceback and exit with code 1. Any other exception that escapes is a
-    bug and keeps its traceback.
+    Commands print the message without a traceback and exit with code 1. Of any other exception they print type, message
+    and place. HYDRA_FULL_ERROR=1 prints the traceback of both.
 
     Args:
         message: One or two sentences: what was wrong, what is expected, and what to change.
