@@ -47,9 +47,13 @@ class RunDirectory:
             self.cfg.name = str(self.cfg.name)
         if is_rank_zero():
             self._lock()
-            if self.cfg.resume is None:
-                self._check_unused()
-                self.begin()
+            try:
+                if self.cfg.resume is None:
+                    self._check_unused()
+                    self.begin()
+            except FewtokensError:
+                self._lock_file.close()
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
