@@ -1,7 +1,7 @@
 """The exception for input and configuration that cannot be used, and the checks that raise it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class FewtokensError(ValueError):
@@ -52,3 +52,14 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 def write_error(path: object, error: OSError) -> FewtokensError:
     """Return the error for a file that the operating system does not let us write."""
     return FewtokensError(f"Cannot write {path}: {error.strerror or error}. Free some space or choose another path.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not blank, or the error's type if it has no message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first five names for a message and, if there are more, their number; "none" without any."""
+    more = f" ... ({len(names)} in all)" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "none") + more

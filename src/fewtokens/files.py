@@ -1,5 +1,6 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and the checkpoint in a directory of a run."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,9 @@ from fewtokens.errors import write_error
 
 
 @contextmanager
-def replace_file(path: Path, mode: str = "w", newline: str | None = None) -> Iterator[IO[Any]]:
+def replace_file(
+    path: Path, mode: str = "w", newline: str | None = None, errors: str | None = None
+) -> Iterator[IO[Any]]:
     """Return a context that opens a temporary file, which replaces `path` when the block ends without an error.
 
     A reader, or the next start after a kill, finds the old file or the complete new one. The temporary file is
@@ -20,6 +23,7 @@ def replace_file(path: Path, mode: str = "w", newline: str | None = None) -> Ite
         path: The file to write. Its folder is created if necessary.
         mode: "w" or "wb".
         newline: See `open`.
+        errors: See `open`.
 
     Raises:
         FewtokensError: The file cannot be written, for example because the disk is full.
@@ -27,7 +31,7 @@ def replace_file(path: Path, mode: str = "w", newline: str | None = None) -> Ite
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open(mode, newline=newline, encoding=None if "b" in mode else "utf-8") as file:
+        with part.open(mode, newline=newline, encoding=None if "b" in mode else "utf-8", errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -40,10 +44,26 @@ def replace_file(path: Path, mode: str = "w", newline: str | None = None) -> Ite
             part.unlink(missing_ok=True)
 
 
+def write_json(content: Any, path: Path) -> None:
+    """Write a JSON file atomically.
+
+    Raises:
+        FewtokensError: The file cannot be written.
+    """
+    with replace_file(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+
+
+def checkpoint_in(path: Path) -> Path | None:
+    """Return `path` if it is a file; of the directory of a run the best checkpoint, or else the last; None without."""
+    candidates = [path] if path.is_file() else [path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
 def _sync_directory(directory: Path) -> None:
-    try:
+    with suppress(OSError):  # not every file system can sync a directory; the rename is atomic nevertheless
         handle = os.open(directory, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    except OSError:  # not every file system can sync a directory; the rename is atomic nevertheless
-        pass
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

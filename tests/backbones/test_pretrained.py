@@ -319,7 +319,7 @@ def test_without_a_network_the_hub_is_not_retried(monkeypatch, reachable: bool, 
         return create(name, **settings)
 
     monkeypatch.setenv("https_proxy", proxy)
-    monkeypatch.setattr(pretrained.socket, "create_connection", connect)
+    monkeypatch.setattr("socket.create_connection", connect)
     monkeypatch.setattr(pretrained.timm, "create_model", record)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     ours(pretrained=True)

@@ -1,4 +1,4 @@
-"""What only a GPU can show; `make gpu` runs it. Everywhere else these tests are skipped."""
+"""Tests that need a GPU, run by `make gpu`. Everywhere else they are skipped."""
 
 import copy
 from functools import partial

@@ -1,4 +1,4 @@
-"""What is saved of a config."""
+"""Saving of configs."""
 
 from pathlib import Path
 

@@ -83,12 +83,15 @@ def check_keep_rates(make_model: MakeModel) -> Callable[..., None]:
 
 @pytest.fixture
 def check_autocast(make_model: MakeModel) -> Callable[..., ViT]:
-    """Check that loss and gradients are finite under bfloat16 autocast, and return the model with its gradients."""
+    """Check that loss and gradients are finite under bfloat16 autocast, and return the model with its gradients.
+
+    The model is given, or built around a tokenizer.
+    """
 
     def check(build: object) -> ViT:
-        net = make_model(build).train()
+        net = (build if isinstance(build, ViT) else make_model(build)).train()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = net(torch.randn(2, 3, 16, 16)).square().sum()
+            loss = net(torch.randn(2, *net.sample_shape)).square().sum()
         loss.backward()
         assert torch.isfinite(loss)
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())

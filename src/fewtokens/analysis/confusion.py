@@ -6,12 +6,13 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torchmetrics.utilities.plot import plot_confusion_matrix
 
 from fewtokens.analysis.evaluation import class_names
+from fewtokens.analysis.pictures.drawing import write_png
+from fewtokens.files import replace_file
 
 READABLE = 20  # classes up to which names and numbers fit into the picture
 
@@ -45,8 +46,7 @@ class Confusion:
         names = class_names(datamodule, len(counts))
         _write(counts, names, run_dir / "confusion.csv")
         self.picture = run_dir / "pictures" / "confusion.png"
-        self.picture.parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasAgg(draw(counts, names)).print_png(self.picture)
+        write_png(draw(counts, names), self.picture)
         accuracies = _shares(counts).diagonal()[counts.sum(axis=1) > 0]
         return {
             "test/top1_class_mean": float(accuracies.mean()),
@@ -72,8 +72,7 @@ def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _write(counts: NDArray[np.int64], names: list[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with replace_file(path, newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "samples", "top1", *names])
         for name, row, accuracy in zip(names, counts, _shares(counts).diagonal(), strict=True):

@@ -8,12 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewtokens.analysis.evaluation import evaluating_eagerly, evaluation_batches, unwrap_compiled
-from fewtokens.analysis.flops import Counts, count, flop_counter, mean_tokens
+from fewtokens.analysis.flops import GIGA, Counts, count, flop_counter, mean_tokens
 from fewtokens.analysis.memory import peak_bytes
 from fewtokens.analysis.pictures.cost_histogram import write_histogram, write_picture
 from fewtokens.backbones.vit import ViT
-
-GIGA = 1e9
 
 
 class Cost:

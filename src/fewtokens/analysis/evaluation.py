@@ -1,4 +1,4 @@
-"""What all measures need: the model in evaluation mode and on the right device, and samples of the test set."""
+"""Helpers of all measures: the model in evaluation mode and on the right device, and samples of the test set."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

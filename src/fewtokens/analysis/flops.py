@@ -19,6 +19,8 @@ from fewtokens.analysis.evaluation import evaluating_eagerly
 from fewtokens.backbones.vit import ViT
 from fewtokens.tokens import Tokens
 
+GIGA = 1e9
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -131,7 +133,7 @@ def flop_counter() -> FlopCounterMode:
 
 def mean_tokens(tokens: Tokens) -> float:
     """Return the number of tokens of an image that are not padding, averaged over the batch."""
-    return float(tokens.x.shape[1]) if tokens.mask is None else tokens.mask.sum(dim=1).float().mean().item()
+    return _token_counts(tokens).float().mean().item()
 
 
 def _token_counts(tokens: Tokens) -> Int[Tensor, " b"]:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import lightning as L
 import torch
@@ -78,8 +79,13 @@ class Throughput:
 
     def _autocast(self, task: L.LightningModule) -> AbstractContextManager:
         trainer = getattr(task, "_trainer", None)  # the public property raises an error if there is none
-        dtype = AUTOCAST.get(self.precision or (trainer.precision if trainer is not None else "32-true"))
-        return nullcontext() if dtype is None else torch.autocast(task.device.type, dtype)
+        return autocast(task.device, self.precision or (trainer.precision if trainer is not None else "32-true"))
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return the autocast of a mixed precision of Lightning, and for other precisions a context that does nothing."""
+    dtype = AUTOCAST.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def time_in_turns(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fewtokens.backbones.pretrained import read_weights, timm_vit
 from fewtokens.backbones.vivit import PLAIN, FactorisedEncoder, ViViT
 from fewtokens.errors import FewtokensError, check_choice
+from fewtokens.files import checkpoint_in
 from fewtokens.layers.factorised import SelfAttentionBlock
 
 log = logging.getLogger(__name__)
@@ -93,15 +94,13 @@ class FromImage:
         if self.weights.startswith(TIMM):
             name, sides = self.weights.removeprefix(TIMM), model.tubelets.sides
             return timm_vit(name=name, image_size=sides, num_classes=0, tokenizer=PLAIN, pretrained=True).state_dict()
-        path = Path(self.weights)
-        candidates = [path] if path.is_file() else [path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
-        for candidate in candidates:
-            if candidate.is_file():
-                return read_weights(candidate)
-        raise FewtokensError(
-            "`init_image.weights` must be a run directory with checkpoints, a file of weights, or timm:<name>, "
-            f"got {self.weights!r}."
-        )
+        path = checkpoint_in(Path(self.weights))
+        if path is None:
+            raise FewtokensError(
+                "`init_image.weights` must be a run directory with checkpoints, a file of weights, or timm:<name>, "
+                f"got {self.weights!r}."
+            )
+        return read_weights(path)
 
 
 @torch.no_grad()

@@ -117,7 +117,8 @@ def init_as_keras(model: ViT, heads: int) -> None:
     learners = [module for module in model.encoder.modules() if isinstance(module, MapPooler)]
     for module in chain.from_iterable(part.modules() for part in (model.vit, *model.encoder.blocks, *learners)):
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-            nn.init.zeros_(module.bias) if module.bias is not None else None
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
             # torch stores (out, in / groups, *window), Keras (*window, in / groups, out).
             out, into, *window = module.weight.shape
             _glorot_(module.weight, (*window, into, out))

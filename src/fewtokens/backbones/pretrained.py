@@ -2,12 +2,10 @@
 
 import difflib
 import logging
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 from urllib.request import getproxies
 
 import timm
@@ -21,10 +19,11 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from fewtokens.backbones.vit import TokenizerRecipe, ViT, check_sizes
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, first_line, listed
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
 from fewtokens.layers.embedding import Size
+from fewtokens.network import responds
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +89,8 @@ def _offline_without_network() -> Iterator[None]:
 
     Cached weights are then loaded at once, and others fail at once. The Hub's own retries take a minute.
     """
-    host, before = urlparse(constants.ENDPOINT), constants.HF_HUB_OFFLINE
-    try:
-        if not getproxies().get("https"):  # behind a proxy, a direct connection says nothing
-            socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
-    except OSError:
+    before = constants.HF_HUB_OFFLINE
+    if not getproxies().get("https") and not responds(constants.ENDPOINT, 5.0):  # a proxy makes its own connection
         constants.HF_HUB_OFFLINE = True
     try:
         yield
@@ -119,8 +115,8 @@ def load_weights(vit: VisionTransformer, path: Path) -> None:
     mismatched = sorted(k for k in set(state) & set(own) if own[k].shape != state[k].shape)
     if missing or unexpected or mismatched:
         raise FewtokensError(
-            f"{path} does not fit the {len(own)} parameters of {type(vit).__name__}: missing {_listed(missing)}, "
-            f"unexpected {_listed(unexpected)}, of another shape {_listed(mismatched)}. "
+            f"{path} does not fit the {len(own)} parameters of {type(vit).__name__}: missing {listed(missing)}, "
+            f"unexpected {listed(unexpected)}, of another shape {listed(mismatched)}. "
             "Set backbone.name to the model that the file was made from."
         )
     vit.load_state_dict(state, strict=False)
@@ -141,17 +137,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise TypeError("it does not map names to tensors")
     except Exception as error:  # every format has its own errors
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FewtokensError(
             f"{path} must be a .safetensors file, or a torch file of tensors that loads with weights_only=True, but: "
-            f"{reason}. Convert it to .safetensors on a machine where you trust it."
+            f"{type(error).__name__}: {first_line(error)}. Convert it to .safetensors on a machine where you trust it."
         ) from error
     return state
-
-
-def _listed(names: list[str]) -> str:
-    more = f" ... ({len(names)} in all)" if len(names) > 5 else ""
-    return (", ".join(names[:5]) or "none") + more
 
 
 def _check_family(name: str) -> None:

@@ -117,10 +117,8 @@ class ViT(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's description of the layers, from the embedding to the head, for learning-rate decay by layer."""
-        blocks = [
-            (r"^encoder\.layers\.(\d+)", None),
-            (r"^vit\.(?:fc_)?norm\.", (99999,)),
-        ]  # the norm: with the last layer
+        # The final norm belongs to the last layer.
+        blocks = [(r"^encoder\.layers\.(\d+)", None), (r"^vit\.(?:fc_)?norm\.", (99999,))]
         return {"stem": r"^vit\.(?!norm\.|fc_norm|head)", "blocks": blocks}
 
     def _pool(self, tokens: Tokens) -> Float[Tensor, "b c"]:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from fewtokens.analysis.cost import macs
 from fewtokens.analysis.memory import peak_bytes
-from fewtokens.analysis.throughput import AUTOCAST, Run, interquartile_range, seconds_on, time_in_turns
+from fewtokens.analysis.throughput import AUTOCAST, Run, autocast, interquartile_range, seconds_on, time_in_turns
 from fewtokens.backbones.vit import ViT
 from fewtokens.errors import FewtokensError, check, check_choice
 from fewtokens.tasks.classification import compile_model
@@ -33,7 +32,7 @@ COUNTED_IMAGES = 16
 
 @dataclass(frozen=True)
 class Setting:
-    """How the models are run.
+    """A way to run the models.
 
     Args:
         batch: Images per forward pass.
@@ -152,18 +151,13 @@ def timed_run(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], sett
     if setting.precision == "bf16-true":
         model = copy.deepcopy(model).bfloat16()
         batches = [batch.bfloat16() for batch in batches]
-    dtype = AUTOCAST.get(setting.precision)
-
-    def autocast() -> AbstractContextManager[Any]:
-        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
     if setting.compiled == "graph":
-        with torch.inference_mode(), autocast():
+        with torch.inference_mode(), autocast(device, setting.precision):
             return record_graph(model.eval(), batches)
     compiled = compiled_copy(model, setting.compiled)
 
     def infer() -> None:
-        with torch.inference_mode(), autocast():
+        with torch.inference_mode(), autocast(device, setting.precision):
             for batch in batches:
                 compiled(batch)
 
@@ -176,7 +170,7 @@ def timed_run(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], sett
     def train() -> None:
         compiled.train()
         for batch in batches:
-            with autocast():
+            with autocast(device, setting.precision):
                 logits = compiled(batch)
             target = torch.arange(len(batch), device=device) % logits.shape[1]
             F.cross_entropy(logits.float(), target).backward()

@@ -20,7 +20,6 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fewtokens.errors import FewtokensError, check
+from fewtokens.files import write_json
 from fewtokens.runs import report
 
 HOME = Path(__file__).parents[3]
@@ -50,10 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(settings["out"]).resolve()
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * settings["minutes"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     records: dict[str, Record] = {}
     for name, step in STEPS.items():
-        records[name] = step(settings, out, deadline - time.monotonic(), records) | environment()
-        report.write_json(records[name], out / f"{name}.json")
+        record = step(settings, out, deadline - time.monotonic(), records)
+        records[name] = record | report.environment(device, ("fewtokens", "torch", "timm", "lightning"))
+        write_json(records[name], out / f"{name}.json")
         print(f"{name}: {records[name]['status']} after {records[name]['seconds']:.0f} s", flush=True)
     out.with_suffix(".md").write_text(page(records))
     print(f"Results: {out.with_suffix('.md')}")
@@ -189,17 +191,6 @@ def run_command(command: Sequence[str], limit: float) -> Record:
 def skipped(settings: dict[str, Any]) -> Record:
     """Return the record of a step that needs CIFAR-10."""
     return {"command": None, "status": "skipped", "seconds": 0.0, "reason": f"no CIFAR-10 at root={settings['root']}"}
-
-
-def environment() -> Record:
-    """Return what the results depend on: device, versions, commit and date."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {
-        "device": report.device_name(device),
-        "versions": {name: report.version_of(name) for name in ("fewtokens", "torch", "timm", "lightning")},
-        "commit": report.commit(),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-    }
 
 
 def page(records: dict[str, Record]) -> str:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fewtokens.analysis.pictures.drawing import write_png
 from fewtokens.benchmarks.tradeoff import DENSE, Point, accuracy_at, frontier, read_points, write_points
 from fewtokens.errors import FewtokensError
 
@@ -102,9 +102,8 @@ def _accuracy_table(
 
 
 def _write(points: Sequence[Point], path: Path, title: str, text: str, metric: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_points(points, path.with_suffix(".csv"))
-    FigureCanvasAgg(plot(points, metric)).print_png(path.with_suffix(".png"))
+    write_png(plot(points, metric), path.with_suffix(".png"))
     devices = ", ".join(sorted({point.device for point in points if point.device}))
     notes = f"Written by `python -m fewtokens.benchmarks.pareto` from the runs in {path.stem}.csv. Run on: {devices}."
     path.with_suffix(".md").write_text(f"# {title}\n\n{notes}\n\n![{title}]({path.stem}.png)\n\n{text}\n")

@@ -5,7 +5,6 @@ import itertools
 import logging
 import shlex
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,24 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from jaxtyping import Float
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig, ListConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from fewtokens.analysis.evaluation import load_test_images, random_images, unwrap_compiled
+from fewtokens.analysis.evaluation import unwrap_compiled
 from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.comparison import DENSE, Setting, compare, timm_reference
 from fewtokens.benchmarks.sharpening import sharpen
 from fewtokens.errors import FewtokensError, check, check_choice
+from fewtokens.files import write_json
 from fewtokens.runs import checkpoints, report
 from fewtokens.runs.cli import command
 from fewtokens.runs.compose import checkpoint_of
 from fewtokens.runs.config import instantiate, save
+from fewtokens.runs.job import load_images
 
 log = logging.getLogger(__name__)
 TIMM = "timm"
@@ -51,13 +51,14 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
         versions, command, commit and date.
     """
     settings = all_settings(cfg)
+    check_choice("images", cfg.images, ("random", "test"))
     directory = Path(HydraConfig.get().runtime.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     save(cfg, directory)
     seed_everything(cfg.seed, workers=True, verbose=False)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
-    dense = build_dense(cfg).to(device)
-    images = load_images(cfg, dense, max(setting.batch for setting in settings), device)
+    task = build_dense(cfg).to(device)
+    dense, images = unwrap_compiled(task.model), load_images(cfg, task, cfg.images, max(s.batch for s in settings))
     if cfg.sharpen is not None:
         reached = sharpen(dense, images[:8], list(cfg.sharpen))
         log.info("Sharpened: ATS keeps %s tokens", ", ".join(f"{count:.0f}" for count in reached))
@@ -69,7 +70,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
         found = compare(models, images, setting, cfg.seconds, cfg.min_images)
         records += [{"backbone": origin["backbone"], **record, **origin} for record in found]
         show(found, f"{origin['backbone']}: {setting}", console, "clips/s" if images.ndim == 5 else "images/s")
-        report.write_json(records, directory / "throughput.json")  # after each setting, in case a later one fails
+        write_json(records, directory / "throughput.json")  # after each setting, in case a later one fails
     print(f"Records: {directory / 'throughput.json'}")
     return records
 
@@ -84,12 +85,12 @@ def all_settings(cfg: DictConfig) -> list[Setting]:
     return [Setting(*values) for values in itertools.product(*lists.values())]
 
 
-def build_dense(cfg: DictConfig) -> ViT:
-    """Return the backbone without a tokenizer, with the weights that the config names."""
+def build_dense(cfg: DictConfig) -> LightningModule:
+    """Return the task with the backbone without a tokenizer, with the weights that the config names."""
     task = instantiate(_compose("none").task)
     if cfg.checkpoint is not None:
         checkpoints.load_model(task, checkpoint_of(cfg.checkpoint))
-    return unwrap_compiled(task.model)
+    return task
 
 
 def build_models(cfg: DictConfig, dense: ViT) -> dict[str, nn.Module]:
@@ -105,18 +106,6 @@ def build_models(cfg: DictConfig, dense: ViT) -> dict[str, nn.Module]:
             log.warning("%s has parameters of its own. They are random, which affects its output but not speed", entry)
         models[str(entry)] = model
     return models
-
-
-def load_images(cfg: DictConfig, model: ViT, count: int, device: torch.device) -> Float[Tensor, "b c *t h w"]:
-    """Return `count` images or clips: the first of the test set, or random ones."""
-    check_choice("images", cfg.images, ("random", "test"))
-    if cfg.images == "random":
-        return random_images(model, count, cfg.seed).to(device)
-    data, task = instantiate(cfg.data), nn.Module()
-    task.model, task.device = model, device  # type: ignore[assignment]
-    data.prepare_data()
-    data.setup("test")
-    return load_test_images(task, data, count)  # type: ignore[arg-type]
 
 
 def show(records: list[dict[str, Any]], title: str, console: Console, rate: str) -> None:
@@ -145,13 +134,13 @@ def _compose(entry: str) -> DictConfig:
     job = HydraConfig.get()
     overrides = [part for part in job.overrides.task if not part.startswith(("tokenizer=", "tokenizer."))]
     overrides.append(f"tokenizer={option}")
-    default = hydra.compose(job.job.config_name, overrides)
     try:
         return hydra.compose(
             job.job.config_name,
             [*overrides, *(part if "@" in part else f"tokenizer.{part}" for part in settings)],
         )
     except HydraException as error:
+        default = hydra.compose(job.job.config_name, overrides)  # raises the error if the option is what is wrong
         keys = ["at", *(f"build.{name}" for name in default.tokenizer.build if not str(name).startswith("_"))]
         near = [close for part in settings for close in difflib.get_close_matches(part.partition("=")[0], keys, n=1)]
         hint = f"Did you mean {near[0]}?" if near else "Write it as 'tome build.r=13'."
@@ -171,11 +160,8 @@ def _origin(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
         "images": cfg.images,
         "sharpen": None if cfg.sharpen is None else list(cfg.sharpen),
         "checkpoint": cfg.checkpoint,
-        "device": report.device_name(device),
-        "versions": {name: report.version_of(name) for name in ("torch", "timm", "fewtokens")},
         "command": shlex.join(["python", "-m", "fewtokens.benchmarks.throughput", *sys.argv[1:]]),
-        "commit": report.commit(),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        **report.environment(device, ("torch", "timm", "fewtokens")),
     }
 
 

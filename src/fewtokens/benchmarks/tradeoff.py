@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fewtokens.errors import FewtokensError
+from fewtokens.files import replace_file
 
 DENSE = "dense"
 
@@ -74,7 +75,7 @@ def read_points(paths: Iterable[Path], metric: str) -> tuple[list[Point], list[s
 
 def write_points(points: Sequence[Point], path: Path) -> None:
     """Write the points as a csv file."""
-    with path.open("w", newline="") as file:
+    with replace_file(path, newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Point)])
         writer.writeheader()
         writer.writerows(asdict(point) for point in points)

@@ -19,7 +19,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
+from fewtokens.analysis.throughput import autocast
 from fewtokens.data import seeding
 from fewtokens.data.datamodule import DataModule
 from fewtokens.errors import FewtokensError, check_choice
@@ -162,6 +162,7 @@ def train_with_lightning(cfg: DictConfig, device: torch.device) -> Timing:
 
 def train_with_loop(cfg: DictConfig, device: torch.device) -> Timing:
     """Train with a plain loop over the same parts."""
+    check_choice("trainer.precision", cfg.trainer.precision, ("32-true", "bf16-mixed"))
     data, task = build(cfg)
     data.setup("fit")
     task.to(device).train()
@@ -173,7 +174,7 @@ def train_with_loop(cfg: DictConfig, device: torch.device) -> Timing:
     for step, batch in zip(range(steps), training_batches(data, device), strict=False):
         watch.at(step)
         images, target = batch if task.mix is None else task.mix(*batch)
-        with _autocast(cfg.trainer.precision, device):
+        with autocast(device, cfg.trainer.precision):
             logits = task.model(images)
             loss = functional.cross_entropy(logits.float(), target, label_smoothing=task.label_smoothing)
         optimizer.zero_grad()
@@ -195,11 +196,6 @@ def training_batches(data: DataModule, device: torch.device) -> Iterator[tuple[T
             moved = images.to(device, non_blocking=True)
             draws = seeding.generator(seeding.BATCH, data.seed, 0, epoch, index, device=device)
             yield data.train_pipeline(moved, draws), target.to(device, non_blocking=True)
-
-
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    check_choice("trainer.precision", precision, ("32-true", "bf16-mixed"))
-    return nullcontext() if precision == "32-true" else torch.autocast(device.type, torch.bfloat16)
 
 
 def take_turns(variants: Mapping[str, Callable[[], Timing]], rounds: int) -> dict[str, list[Timing]]:

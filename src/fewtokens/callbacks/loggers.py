@@ -4,7 +4,6 @@ import csv
 import logging
 import os
 import secrets
-import socket
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from fewtokens.errors import check_choice, write_error
+from fewtokens.errors import check_choice, first_line, write_error
 from fewtokens.files import replace_file
+from fewtokens.network import responds
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class WandbRun(WandbLogger):
         try:
             return super().experiment
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-            log.warning("Weights & Biases goes offline: %s", str(error).splitlines()[0])
+            log.warning("Weights & Biases goes offline: %s", first_line(error))
             self._offline = True
             self._wandb_init["mode"] = "offline"
             return super().experiment
@@ -145,16 +145,13 @@ class WandbRun(WandbLogger):
 
 def why_offline() -> str | None:
     """Return the reason why no connection should be tried, or None."""
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = urlparse(url).hostname or ""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
-    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(host.hostname or ""):
+    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(host):
         return "no account (WANDB_API_KEY or wandb login)"
-    try:
-        socket.create_connection((host.hostname or "", host.port or 443), timeout=3).close()
-    except OSError:
-        return f"{host.hostname} does not respond"
-    return None
+    return None if responds(url, 3.0) else f"{host} does not respond"
 
 
 def _in_netrc(host: str) -> bool:

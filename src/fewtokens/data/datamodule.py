@@ -1,6 +1,5 @@
 """Base class of all datamodules: settings, loaders, sharding, augmentation on the device, and resuming."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NotRequired, Required, TypedDict, Unpack
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fewtokens.data import seeding
+from fewtokens.data.cores import available_cores
 from fewtokens.data.samplers import EvalSampler, TrainSampler, batch_position, resume_position
 from fewtokens.data.transforms.normalize import Pipeline, Transform
 from fewtokens.errors import FewtokensError, check
@@ -40,28 +40,6 @@ class Common(Loading):
     std: NotRequired[Sequence[float] | None]
     train_transforms: NotRequired[Iterable[Transform]]
     eval_transforms: NotRequired[Iterable[Transform]]
-
-
-class ClipSettings(Common):
-    """Settings of video datamodules: which frames a clip consists of, how they are scaled, and how they are decoded.
-
-    Attributes:
-        stride: Distance between the frames of a clip, in frames of the video.
-        resize: Shorter side of the frames before they are cropped to `image_size`, in pixels; None: not scaled.
-        scale_jitter: Smallest and largest random factor on `resize` in training.
-        views: Number of clips and number of crops of each test video.
-        decoder: "decord", "torchcodec" or "pyav".
-        decode_limit: Seconds after which decoding a clip is given up.
-        max_broken: Largest share of the training videos that may be unreadable, from 0 to 1.
-    """
-
-    stride: NotRequired[int]
-    resize: NotRequired[int | None]
-    scale_jitter: NotRequired[Sequence[float]]
-    views: NotRequired[Sequence[int]]
-    decoder: NotRequired[str]
-    decode_limit: NotRequired[float]
-    max_broken: NotRequired[float]
 
 
 class Loader(DataLoader):
@@ -118,9 +96,8 @@ class DataModule(L.LightningDataModule):
         std: Standard deviation per channel, on the scale 0 to 1; None: 1.
         train_transforms: Transforms of a training batch, see `fewtokens.data.transforms.geometric`.
         eval_transforms: Transforms of a validation or test batch.
-        **loading: `batch_size` and `eval_batch_size` (per process; None: the same), `num_workers` (at most the
-            number of cores per process), `seed` (of order and
-            augmentation), `drop_last` (in training).
+        **loading: `batch_size` and `eval_batch_size` (per process; None: the same), `num_workers` (at most the number
+            of cores per process), `seed` (of order and augmentation), `drop_last` (in training).
 
     Raises:
         FewtokensError: A setting is out of range or does not fit the data.
@@ -263,9 +240,8 @@ class DataModule(L.LightningDataModule):
         """Return `num_workers`, or the number of cores for each process of this machine if that is less."""
         if self.num_workers == 0:
             return 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         processes = self.trainer.num_devices if self.trainer is not None else 1
-        return min(self.num_workers, max(1, cores // processes))
+        return min(self.num_workers, max(1, available_cores() // processes))
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

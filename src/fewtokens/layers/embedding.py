@@ -20,7 +20,7 @@ Size = int | Sequence[int]
 
 @dataclass(frozen=True)
 class Tubelets:
-    """How a clip is cut into tubelets. Every side has a name, since papers and code order them differently.
+    """The division of a clip into tubelets. Every side has a name, since papers and code order them differently.
 
     Args:
         clip_frames: Number of frames of a clip.

@@ -11,7 +11,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fewtokens.analysis.evaluation import unwrap_compiled
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, first_line, listed
 from fewtokens.files import replace_file
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def read(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     except Exception as error:  # zip, pickle and torch each have errors of their own
         raise FewtokensError(
             f"{path} is not a complete checkpoint of tensors and plain values, which loads with weights_only=True: "
-            f"{str(error).splitlines()[0]}. Use another checkpoint of the run. Files with code are never loaded."
+            f"{first_line(error)}. Use another checkpoint of the run. Files with code are never loaded."
         ) from error
     if not isinstance(content, dict):
         raise FewtokensError(f"{path} is not a checkpoint: it contains a {type(content).__name__}.")
@@ -65,8 +65,8 @@ def load_model(task: nn.Module, path: Path) -> None:
     if missing or unexpected or mismatched:
         raise FewtokensError(
             f"{path} does not fit the {len(own)} parameters and buffers of the configured model: missing "
-            f"{_some(missing)}, unexpected {_some(unexpected)}, of another shape {_some(mismatched)}. Remove overrides "
-            "that change the parameters. A tokenizer with parameters must be trained first."
+            f"{listed(missing)}, unexpected {listed(unexpected)}, of another shape {listed(mismatched)}. Remove "
+            "overrides that change the parameters. A tokenizer with parameters must be trained first."
         )
     task.load_state_dict(state, strict=False)  # names of the model were just checked; the state has no others
 
@@ -99,8 +99,8 @@ def start_from(task: nn.Module, path: Path) -> dict[str, float]:
         raise FewtokensError(
             "`init_from` must be a run of a model with the same width and depth; only its head may have another shape. "
             f"In {path}, {len(loaded)} of {len(own)} parameters and buffers fit, and "
-            f"{_some([name for name in mismatched if name not in heads])} have another shape. Set `backbone` as in the "
-            "config.yaml of that run."
+            f"{listed([name for name in mismatched if name not in heads])} have another shape. Set `backbone` as in "
+            "the config.yaml of that run."
         )
     log.info("init_from %s: %d loaded", path, len(loaded))
     initial = "which keep their initial values"
@@ -134,7 +134,3 @@ def _resample(table: Tensor, own: Tensor, grid: tuple[int, int]) -> Tensor:
     if table.shape[1] == own.shape[1] or table.shape[2] != own.shape[2] or not square:
         return table
     return resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix)
-
-
-def _some(names: list[str]) -> str:
-    return "none" if not names else f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''} ({len(names)})"

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, first_line
 from fewtokens.runs.compose import compose_on_saved_runs, reference_overrides
 from fewtokens.runs.config import CONFIGS
 from fewtokens.runs.distributed import share_timestamp
@@ -43,9 +43,8 @@ def command(name: str, job: Callable[[DictConfig], Any]) -> None:
         name: Name of the primary config.
         job: Called with the composed config. It imports slow packages itself.
     """
-    os.environ.setdefault(
-        TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")
-    )  # set by the user, for child processes too
+    # What the user has set, also for child processes.
+    os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     # Idle OpenMP threads sleep instead of spinning. On shared cores, spinning was measured to be 14 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -103,7 +102,7 @@ def describe(error: Exception, name: str) -> str:
             arg for arg in sys.argv[1:] if arg.endswith(("=null", "=")) and (CONFIGS / arg.partition("=")[0]).is_dir()
         ]
         return f"A group of the config cannot be null, got {' '.join(null)}. Choose one of its options, see --help."
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    first = first_line(error)
     if type(error).__name__ == "MisconfigurationException":
         return f"Lightning does not accept the settings: {first} Check the overrides of `trainer`."
     if isinstance(error, OSError) and error.strerror:

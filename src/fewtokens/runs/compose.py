@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fewtokens.errors import FewtokensError
+from fewtokens.files import checkpoint_in
 from fewtokens.runs.config import CONFIG, CONFIGS
 from fewtokens.runs.saved_config import check_saved
 
@@ -152,10 +153,9 @@ def checkpoint_of(reference: str) -> Path:
         FewtokensError: There is none.
     """
     path = Path(reference)
-    candidates = [path] if path.is_file() else [path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    found = checkpoint_in(path)
+    if found is not None:
+        return found
     reason = "has neither checkpoints/best.ckpt nor checkpoints/last.ckpt" if path.is_dir() else "does not exist"
     raise FewtokensError(
         f"A checkpoint must be a file, or the directory of a run that train.py has written, but {path} {reason}."

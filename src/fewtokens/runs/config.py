@@ -9,7 +9,7 @@ import re
 import shutil
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewtokens.errors import FewtokensError, check
+from fewtokens.errors import FewtokensError, check, first_line
 from fewtokens.files import replace_file
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -40,7 +40,6 @@ ALLOWED = (
     "lightning.pytorch.Trainer",
     "timm.layers.",
     "timm.optim.",
-    "torch.nn.modules.",
     "torch.nn.",
     "torch.optim.",
     "torchvision.transforms.",
@@ -80,7 +79,7 @@ def instantiate(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
         return hydra.utils.instantiate(resolved, _convert_="all", **arguments)
     except OmegaConfBaseException as error:
         raise FewtokensError(
-            f"The config cannot be resolved: {str(error).splitlines()[0]}. See it with: python train.py --cfg job"
+            f"The config cannot be resolved: {first_line(error)}. See it with: python train.py --cfg job"
         ) from error
     except InstantiationException as error:
         raise _reason(error) from error
@@ -102,6 +101,16 @@ def calls(node: Node) -> Iterator[DictConfig]:
         yield from calls(node._get_node(key))  # type: ignore[arg-type]
 
 
+def trusted_packages() -> tuple[str, ...]:
+    """Return the packages that the user allows in the environment, beyond `ALLOWED`."""
+    return tuple(package for package in os.environ.get(ALLOW_VARIABLE, "").split(",") if package)
+
+
+def is_below(name: str, packages: Iterable[str]) -> bool:
+    """Return whether a dotted name is one of the packages, or in one of them."""
+    return any(f"{name}.".startswith(f"{package.rstrip('.')}.") for package in packages)
+
+
 def allowed_target(target: str) -> Callable[..., Any]:
     """Return the class or function that a target names, if it is defined in an allowed package.
 
@@ -111,20 +120,19 @@ def allowed_target(target: str) -> Callable[..., Any]:
     Raises:
         FewtokensError: The target is not allowed, or does not exist.
     """
-    allowed = ALLOWED + tuple(prefix for prefix in os.environ.get(ALLOW_VARIABLE, "").split(",") if prefix)
-    prefixes = [prefix for prefix in allowed if f"{target}.".startswith(f"{prefix.rstrip('.')}.")]
+    allowed = ALLOWED + trusted_packages()
     module, _, name = target.rpartition(".")
     try:
-        found: Any = getattr(importlib.import_module(module), name) if prefixes and module else None
+        found: Any = getattr(importlib.import_module(module), name) if module and is_below(target, allowed) else None
     except (ImportError, AttributeError):
         raise FewtokensError(
             f"`_target_: {target}` does not exist: {module} has no {name}. Check the spelling. A run that was saved by "
             "an older version may need that version."
         ) from None
     # lightning.pytorch.Trainer is defined in lightning.pytorch.trainer.trainer
-    homes = [prefix.replace("pytorch.Trainer", "pytorch.trainer.").rstrip(".") + "." for prefix in allowed]
-    home, package = f"{getattr(found, '__module__', '')}.", target.partition(".")[0]
-    defined = home.startswith(f"{package}.") and any(home.startswith(prefix) for prefix in homes)
+    homes = [package.replace("pytorch.Trainer", "pytorch.trainer") for package in allowed]
+    home = str(getattr(found, "__module__", ""))
+    defined = is_below(home, [target.partition(".")[0]]) and is_below(home, homes)
     callable_or_class = inspect.isclass(found) or inspect.isfunction(found)
     if not (callable_or_class and defined and "." not in getattr(found, "__qualname__", ".")):
         raise FewtokensError(
@@ -209,7 +217,7 @@ def _reason(error: BaseException) -> BaseException:
     while deepest.__cause__ is not None and not isinstance(deepest, FewtokensError):
         deepest = deepest.__cause__
     if isinstance(deepest, TypeError | ValueError | InstantiationException) and not isinstance(deepest, FewtokensError):
-        lines = [str(error).splitlines()[0], *(str(deepest).splitlines()[:1] if deepest is not error else [])]
+        lines = [first_line(error), *([first_line(deepest)] if deepest is not error else [])]
         return FewtokensError(f"{' '.join(lines)} Check its arguments.")
     return deepest
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, open_dict
 from fewtokens.callbacks.loggers import CsvLogger
 from fewtokens.callbacks.signals import Stopped
 from fewtokens.errors import FewtokensError, write_error
+from fewtokens.files import write_json
 from fewtokens.runs import config, report
 from fewtokens.runs.distributed import is_rank_zero
 
@@ -124,7 +125,7 @@ class RunDirectory:
             "started": before.get("started", now),
             "written": now,
         }
-        report.write_json(content | more, path)
+        write_json(content | more, path)
 
 
 class TrainingRecord(Callback):

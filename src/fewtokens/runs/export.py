@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fewtokens.analysis.evaluation import evaluating, load_test_images, random_images, unwrap_compiled
+from fewtokens.analysis.evaluation import evaluating, unwrap_compiled
 from fewtokens.errors import FewtokensError, check, write_error
 from fewtokens.runs import job, model_file
 from fewtokens.runs.cli import command
@@ -30,7 +30,7 @@ BATCH = 32  # largest batch of the comparison, if the file accepts any size; the
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the logits of a file compare with those of the model.
+    """The agreement of the logits of a file with those of the model.
 
     Args:
         difference: The largest difference; infinite if a logit is not finite.
@@ -71,7 +71,8 @@ def run(cfg: DictConfig) -> list[Path]:
 
 
 def _write_all(cfg: DictConfig, task: LightningModule, formats: list[Format], target: Path) -> list[Path]:
-    model, images = unwrap_compiled(task.float().model), _images(cfg, task)
+    model = unwrap_compiled(task.float().model)
+    images = job.load_images(cfg, task, cfg.export.images, cfg.export.num_images)
     size = cfg.export.batch_size
     program = model_file.trace(model, _repeat(images, size or 2), any_batch=size is None)
     agreements, files = {}, []
@@ -167,16 +168,6 @@ def read_settings(export: DictConfig) -> tuple[list[Format], Path]:
         raise write_error(f"export.path={path}", error) from error
     known = path.suffix in SUFFIXES.values()
     return [cast(Format, name) for name in dict.fromkeys(formats)], path.with_suffix("") if known else path
-
-
-def _images(cfg: DictConfig, task: LightningModule) -> Float[Tensor, "b c *t h w"]:
-    count = cfg.export.num_images
-    if cfg.export.images == "random":  # needs no data
-        return random_images(unwrap_compiled(task.model), count, cfg.seed)
-    data = instantiate(cfg.data)
-    data.prepare_data()
-    data.setup("test")
-    return load_test_images(task, data, count)
 
 
 def _repeat(images: Float[Tensor, "b c *t h w"], count: int) -> Float[Tensor, "n c *t h w"]:

@@ -1,4 +1,4 @@
-"""What training and evaluation share: a job, which is built from a config, measured and reported."""
+"""A job of training or evaluation, which is built from a config, measured and reported."""
 
 import logging
 import sys
@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from PIL import Image
+from torch import Tensor
 
-from fewtokens.analysis.evaluation import measured_on
+from fewtokens.analysis.evaluation import load_test_images, measured_on, random_images, unwrap_compiled
 from fewtokens.callbacks.pictures import log_picture, log_video
 from fewtokens.errors import check
 from fewtokens.runs import config, report
@@ -110,6 +112,23 @@ def build(cfg: DictConfig, run: RunDirectory) -> Job:
     for logger in loggers:
         logger.log_hyperparams(resolved)
     return Job(cfg, run, data, task, trainer, record)
+
+
+def load_images(cfg: DictConfig, task: LightningModule, source: str, count: int) -> Float[Tensor, "b c *t h w"]:
+    """Return images or clips on the task's device.
+
+    Args:
+        cfg: The composed config.
+        task: The task, for whose model they are.
+        source: "test" for the first of the test set, or "random", which needs no data.
+        count: Number of images; fewer are returned if the test set is smaller.
+    """
+    if source == "random":
+        return random_images(unwrap_compiled(task.model), count, cfg.seed).to(task.device)
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup("test")
+    return load_test_images(task, data, count)
 
 
 def measure(job: Job) -> tuple[dict[str, float], list[Path]]:

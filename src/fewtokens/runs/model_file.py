@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fewtokens.analysis.evaluation import evaluating
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, first_line
 
 Format = Literal["onnx", "torch_export"]
 Forward = Callable[[Float[Tensor, "b c *t h w"]], Float[Tensor, "b classes"]]
@@ -70,7 +70,7 @@ def trace(model: nn.Module, images: Float[Tensor, "b c *t h w"], any_batch: bool
         except Exception as error:  # torch has many types
             batch = " or set export.batch_size to a number," if any_batch else ""
             raise FewtokensError(
-                f"torch.export fails with {_tokenizers(model)}: {type(error).__name__}: {_first_line(error)}. Choose a "
+                f"torch.export fails with {_tokenizers(model)}: {type(error).__name__}: {first_line(error)}. Choose a "
                 f"tokenizer whose shapes do not depend on values,{batch} or give it a mode with static shapes for "
                 "torch.compiler.is_compiling(), as ats has."
             ) from error
@@ -108,7 +108,7 @@ def write(program: ExportedProgram, path: Path) -> None:
             custom_translation_table=_translations(),
         )
     except torch.onnx.OnnxExporterError as error:
-        reason = next((line for line in str(error).splitlines() if "No ONNX function" in line), _first_line(error))
+        reason = next((line for line in str(error).splitlines() if "No ONNX function" in line), first_line(error))
         raise FewtokensError(
             f"The model contains an operation that ONNX does not have: {reason}. Set export.format=torch_export, "
             "choose another tokenizer, or add the operation to fewtokens.runs.model_file._translations."
@@ -133,7 +133,7 @@ def read(path: Path) -> Forward:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
         raise FewtokensError(
-            f"onnxruntime does not accept the file: {_first_line(error)}. Set export.format=torch_export, or choose "
+            f"onnxruntime does not accept the file: {first_line(error)}. Set export.format=torch_export, or choose "
             "another tokenizer."
         ) from error
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
@@ -201,7 +201,3 @@ def _tokenizers(model: nn.Module) -> str:
     encoder: Any = getattr(model, "encoder", None)
     names = {type(tokenizer).__name__ for tokenizer in getattr(encoder, "tokenizers", ())}
     return ", ".join(sorted(names - {"Tokenizer"})) or type(model).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

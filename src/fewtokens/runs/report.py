@@ -3,6 +3,8 @@
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fewtokens.files import replace_file
+from fewtokens.files import write_json
 
 PACKAGES = (
     "fewtokens",
@@ -70,12 +72,6 @@ def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]
     console.print(f"Report: {directory / 'report.json'}", soft_wrap=True)
 
 
-def write_json(content: Any, path: Path) -> None:
-    """Write a JSON file atomically."""
-    with replace_file(path) as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-
-
 def commit() -> str | None:
     """Return the commit of the code, with "+changes" if files differ from it, or None outside a git repository."""
     git = ["git", "-C", str(Path(__file__).parents[3])]
@@ -104,6 +100,16 @@ def device_name(device: torch.device) -> str:
 def cpu() -> str:
     """Return the number of threads and the architecture of the CPU."""
     return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+
+
+def environment(device: torch.device, packages: Iterable[str]) -> dict[str, Any]:
+    """Return what a measurement depends on: the device, the versions of some packages, the commit and the date."""
+    return {
+        "device": device_name(device),
+        "versions": {name: version_of(name) for name in packages},
+        "commit": commit(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
 
 
 def versions() -> dict[str, str | None]:

@@ -1,6 +1,5 @@
 """The check that the saved config of a run, which may come from somebody else, is nothing but data."""
 
-import os
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fewtokens.errors import FewtokensError
-from fewtokens.runs.config import ALLOW_VARIABLE, CONFIGS
+from fewtokens.runs.config import ALLOW_VARIABLE, CONFIGS, is_below, trusted_packages
 
 # References to other keys. Resolvers, which can read the environment or build objects, are not allowed.
 REFERENCE = re.compile(r"\$\{\s*(?:[\w.\[\]]+|oc\.select:[\w.]+(?:,\w+)?)\s*\}")
@@ -78,9 +77,8 @@ def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _allowed(group: str, target: str) -> bool:
-    trusted = tuple(prefix for prefix in os.environ.get(ALLOW_VARIABLE, "").split(",") if prefix)
     known = target in COMMON | _project_targets() and target.startswith(KINDS.get(group, ()))
-    return known or target.startswith(trusted)
+    return known or is_below(target, trusted_packages())
 
 
 @cache

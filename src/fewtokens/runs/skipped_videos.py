@@ -9,6 +9,7 @@ import torch.distributed as dist
 from fewtokens.data.video.datamodule import Videos
 from fewtokens.data.video.records import Skipped
 from fewtokens.errors import FewtokensError
+from fewtokens.files import replace_file
 from fewtokens.runs.job import Job
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def _test_numbers(read: float, skipped: float, numbers: dict[str, float]) -> dic
 
 def _write(directory: Path, skipped: list[Skipped]) -> None:
     path = directory / "skipped.csv"
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with replace_file(path, newline="", errors="surrogateescape") as file:
         # All fields are quoted, since csv.writer does not quote a carriage return in a file name by itself.
         writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(Skipped._fields)

@@ -66,13 +66,13 @@ class Tokenizer(nn.Module):
     """
 
     keeps_frames: ClassVar[bool] = False
-    """Whether every time step has the same tokens in the same order afterwards, as attention over time needs it.
+    """Tell whether every time step has the same tokens in the same order afterwards, as attention over time needs it.
 
     The plain tokenizer (exactly this class) keeps everything, whatever it says here.
     """
 
     adaptive: ClassVar[bool] = False
-    """Whether the number of tokens depends on the image, so that some images cost more than others."""
+    """Tell whether the number of tokens depends on the image, so that some images cost more than others."""
 
     def __init__(self, context: LayerContext) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the clustering methods DPC-KNN and K-medoids share: clusters of patches, and distances between patches."""
+"""Clusters of patches and distances between patches, for the clustering methods DPC-KNN and K-medoids."""
 
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewtokens.layers.attention import autocast_disabled
 from fewtokens.tokenizers.base import valid_patches
-from fewtokens.tokens import Tokens
+from fewtokens.tokens import Tokens, with_prefix
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class Clusters:
         It is the patch's size in the patch's own cluster, and 0 in the others and for padding.
         """
         own = self.slot[:, None] == torch.arange(self.centers.shape[1], device=self.slot.device)[:, None]
-        size = torch.ones_like(tokens.x[..., 0], dtype=torch.float32) if tokens.size is None else tokens.size
-        size = size if tokens.mask is None else size * tokens.mask
+        size = tokens.sizes if tokens.mask is None else tokens.sizes * tokens.mask
         return own * size[:, tokens.prefix :].reshape(self.slot.shape)[:, None]
 
     def describe(self, few: Tokens, tokens: Tokens, sizes: Float[Tensor, "b k"] | None) -> Tokens:
@@ -43,13 +42,10 @@ class Clusters:
             tokens: The tokens that were clustered.
             sizes: Size of each cluster (B, K), or None.
         """
-
-        def with_prefix(values: Tensor) -> Tensor:
-            prefix = values.new_ones(tokens.x.shape[0], tokens.prefix)
-            return torch.cat([prefix, values.reshape(prefix.shape[0], -1)], dim=1)
-
-        mask = None if self.mask is None else with_prefix(self.mask)
-        size = None if sizes is None else with_prefix(sizes.clamp_min(1))  # An entry that is padding has size 0.
+        batch, prefix = tokens.x.shape[0], tokens.prefix
+        mask = None if self.mask is None else with_prefix(self.mask.reshape(batch, -1), prefix)
+        # An entry that is padding has size 0.
+        size = None if sizes is None else with_prefix(sizes.clamp_min(1).reshape(batch, -1), prefix)
         return replace(few, frames=tokens.frames, size=size, mask=mask)
 
 

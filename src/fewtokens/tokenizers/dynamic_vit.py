@@ -24,7 +24,7 @@ from fewtokens.tokenizers.base import (
     highest,
     keep_rates,
 )
-from fewtokens.tokens import Tokens
+from fewtokens.tokens import Tokens, with_prefix
 
 
 class DynamicViT(Tokenizer):
@@ -78,7 +78,7 @@ class DynamicViT(Tokenizer):
         scores = self.predictor(patches, before)
         keep_mask = F.gumbel_softmax(scores.float(), hard=True, dim=-1)[..., 0].to(before.dtype) * before
         self._shares = keep_mask.mean(dim=1)
-        return replace(tokens, keep_mask=torch.cat([keep_mask.new_ones(len(keep_mask), prefix), keep_mask], dim=1))
+        return replace(tokens, keep_mask=with_prefix(keep_mask, prefix))
 
     def loss(self) -> Float[Tensor, ""] | None:
         """Return the ratio loss of the last forward pass (section 3.4), once; None if there was no pass since.

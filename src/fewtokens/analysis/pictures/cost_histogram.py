@@ -4,12 +4,12 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fewtokens.analysis.flops import Counts
+from fewtokens.analysis.flops import GIGA, Counts
+from fewtokens.analysis.pictures.drawing import write_png
+from fewtokens.files import replace_file
 
-GIGA = 1e9
 BINS = 20
 
 
@@ -24,8 +24,7 @@ def histogram(counts: Counts) -> list[tuple[float, float, int]]:
 
 def write_histogram(counts: Counts, path: Path) -> None:
     """Write the histogram as a csv file with a row for each bin."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with replace_file(path, newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("gmacs_from", "gmacs_to", "images"))
         rows.writerows((f"{low:.9g}", f"{high:.9g}", images) for low, high, images in histogram(counts))
@@ -56,5 +55,4 @@ def write_picture(counts: Counts, dense: int, path: Path) -> None:
     right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right):
         axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    write_png(figure, path)

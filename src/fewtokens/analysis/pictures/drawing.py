@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from fewtokens.files import replace_file
 
 MIN_PIXELS = 128  # smaller pictures are enlarged to this, because the maps on top of them would be too coarse
 COVER = (0.42, 0.47, 0.58)  # color of dropped patches: not black or white, which are frequent in pictures
@@ -127,6 +130,16 @@ def pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """Write the figure as a png file, completely or not at all. Its folder is created if necessary.
+
+    Raises:
+        FewtokensError: The file cannot be written.
+    """
+    with replace_file(path, "wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
 
 
 def _enlarge(

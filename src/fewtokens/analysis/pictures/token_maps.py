@@ -16,13 +16,12 @@ from typing import Literal
 
 import lightning as L
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fewtokens.analysis.evaluation import class_names, evaluating_eagerly, load_test_samples, unwrap_compiled
-from fewtokens.analysis.pictures.drawing import Column, colored, covered, displayed, draw, heat
+from fewtokens.analysis.flops import mean_tokens
+from fewtokens.analysis.pictures.drawing import Column, colored, covered, displayed, draw, heat, write_png
 from fewtokens.backbones.vit import ViT
 from fewtokens.tokens import Tokens
 
@@ -57,10 +56,8 @@ class TokenMaps:
         images, targets = load_test_samples(task, datamodule, self.num_images)
         columns = token_columns(model, images, self.max_columns, self.num_images, targets, datamodule)
         if columns:
-            path = run_dir / "pictures" / "token_maps.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            FigureCanvasAgg(draw(columns)).print_png(path)
-            self.picture = path
+            self.picture = run_dir / "pictures" / "token_maps.png"
+            write_png(draw(columns), self.picture)
         return {}
 
 
@@ -136,7 +133,7 @@ def origin_by_step(tokens: Tokens, steps: int) -> Float[Tensor, "bt n patches"]:
 
 def reducing_blocks(records: Sequence[Tokens]) -> list[int]:
     """Return the blocks that have fewer tokens after them than before, from the records before and after all blocks."""
-    counts = [_present(tokens).sum(dim=1).float().mean().item() for tokens in records]
+    counts = [mean_tokens(tokens) - tokens.prefix for tokens in records]
     return [block for block, (before, after) in enumerate(pairwise(counts)) if after < before]
 
 
@@ -166,8 +163,3 @@ def _label_notes(targets: Int[Tensor, " b"], logits: Float[Tensor, "b classes"],
     short = [name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…" for name in names]
     predicted = logits.argmax(dim=1).tolist()
     return [f"true: {short[a]}\npred: {short[b]}" for a, b in zip(targets.tolist(), predicted, strict=True)]
-
-
-def _present(tokens: Tokens) -> Bool[Tensor, "b n"]:
-    mask = tokens.x.new_ones(tokens.x.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
-    return mask[:, tokens.prefix :]

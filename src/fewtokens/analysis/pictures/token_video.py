@@ -11,12 +11,11 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from fewtokens.analysis.evaluation import load_test_samples, unwrap_compiled
-from fewtokens.analysis.pictures.drawing import Column, draw, pixels
+from fewtokens.analysis.pictures.drawing import Column, draw, pixels, write_png
 from fewtokens.analysis.pictures.token_maps import token_columns
 from fewtokens.errors import check
 from fewtokens.files import replace_file
@@ -62,8 +61,7 @@ class TokenVideo:
         columns = token_columns(model, clips, self.max_columns, None, targets, datamodule) if steps > 1 else []
         if columns:
             path = run_dir / "pictures" / "token_maps_over_time.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            FigureCanvasAgg(strip(columns, steps, self.max_columns)).print_png(path)
+            write_png(strip(columns, steps, self.max_columns), path)
             self.picture, self.video = path, path.with_suffix(".gif")
             write_gif(columns, steps, self.video, self.milliseconds)
         return {}

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fewtokens.data.cores import available_cores
 from fewtokens.data.prepare.examine import PrepareSettings
 from fewtokens.data.prepare.scan import prepare
 from fewtokens.data.video import manifest, parts
@@ -60,15 +61,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--transcode", type=Path, metavar="FOLDER", help="write copies to this folder, the new root")
     found.add_argument("--short-side", type=int, help="largest shorter side of the copies in pixels, e.g. 256 or 320")
     found.add_argument("--key-frames", type=int, default=12, help="frames from one key frame of a copy to the next")
-    found.add_argument("--workers", type=int, default=_cores(), help="number of files that are decoded at once")
+    found.add_argument(
+        "--workers", type=int, default=available_cores(), help="number of files that are decoded at once"
+    )
     found.add_argument("--limit", type=float, default=600.0, help="seconds after which a file is skipped")
     found.add_argument("--checksum", action=argparse.BooleanOptionalAction, default=True, help="sha256 of every file")
     found.add_argument("--again", action="store_true", help="examine all files from scratch, e.g. with other settings")
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from fewtokens.errors import write_error
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """How files are examined and copied.
+    """Settings of the examination and copying of files.
 
     Attributes:
         copies: Folder for the copies; None for no copies.

@@ -1,6 +1,5 @@
 """From a list of videos to its manifest: examine each file, copy it if asked, and note why a video is skipped."""
 
-import json
 import os
 import platform
 import re
@@ -18,7 +17,8 @@ from fewtokens.data.video import manifest
 from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.reader import PARTIAL_SUFFIX
 from fewtokens.data.video.records import Video
-from fewtokens.errors import FewtokensError, write_error
+from fewtokens.errors import FewtokensError
+from fewtokens.files import write_json
 
 Progress = Callable[[int, int, int], None]  # called with the numbers of good, skipped and all files
 
@@ -61,7 +61,7 @@ def prepare(
         manifest.write(file, rows)
         summary = _summary(rows, [journal.results[path] for path in tasks])
         summary |= {"settings": settings.recorded() | {"limit": settings.limit}, **(extra or {}), **_versions()}
-        _write_summary(file.with_suffix(".summary.json"), summary)  # .json is the suffix of official annotations
+        write_json(summary, file.with_suffix(".summary.json"))  # .json is the suffix of official annotations
     return summary
 
 
@@ -164,10 +164,3 @@ def _summary(rows: list[ManifestRow], results: list[FileResult]) -> dict[str, An
 def _versions() -> dict[str, Any]:
     packages = {name: version(name) for name in ("fewtokens", "av")}
     return {"versions": {"python": platform.python_version()} | packages, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
-
-
-def _write_summary(file: Path, summary: dict[str, Any]) -> None:
-    try:
-        file.write_text(json.dumps(summary, indent=2) + "\n")
-    except OSError as error:
-        raise write_error(file, error) from error

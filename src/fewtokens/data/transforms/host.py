@@ -1,4 +1,4 @@
-"""What a transform needs to decide on the CPU, for example how to group a batch, without waiting for the GPU."""
+"""Helpers of transforms that decide on the CPU, for example how to group a batch, without waiting for the GPU."""
 
 import torch
 from torch import Tensor

@@ -4,14 +4,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, NotRequired, Unpack
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fewtokens.data import seeding
-from fewtokens.data.datamodule import ClipSettings, DataModule, Loader, Part
+from fewtokens.data.datamodule import Common, DataModule, Loader, Part
 from fewtokens.data.transforms.normalize import Pipeline
 from fewtokens.data.video.dataset import Clips, VideoDataset
 from fewtokens.data.video.manifest import ManifestRow
@@ -22,6 +22,30 @@ from fewtokens.data.video.sampling import FixedViews, RandomClip, Sampling
 from fewtokens.errors import FewtokensError, check
 
 log = logging.getLogger(__name__)
+
+
+class ClipSettings(Common):
+    """Settings of video datamodules: which frames a clip consists of, how they are scaled, and how they are decoded.
+
+    Attributes:
+        stride: Distance between the frames of a clip, in frames of the video.
+        resize: Shorter side of the frames before they are cropped to `image_size`, in pixels; None: not scaled.
+        scale_jitter: Smallest and largest random factor on `resize` in training.
+        views: Number of clips and number of crops of each test video.
+        decoder: "decord", "torchcodec" or "pyav".
+        decode_limit: Seconds after which decoding a clip is given up.
+        max_broken: Largest share of the training videos that may be unreadable, from 0 to 1.
+    """
+
+    stride: NotRequired[int]
+    resize: NotRequired[int | None]
+    scale_jitter: NotRequired[Sequence[float]]
+    views: NotRequired[Sequence[int]]
+    decoder: NotRequired[str]
+    decode_limit: NotRequired[float]
+    max_broken: NotRequired[float]
+
+
 _CLIP_DEFAULTS: dict[str, Any] = {  # of `ClipSettings`
     "stride": 1,
     "resize": None,
@@ -152,7 +176,7 @@ class Videos(DataModule):
 
     @property
     def test_views(self) -> int:
-        """Number of views of a test video, over which its logits are averaged."""
+        """Return the number of views of a test video, over which its logits are averaged."""
         return self.sampling["test"].views
 
     def measured_dataloader(self) -> Loader:
@@ -184,7 +208,7 @@ class Videos(DataModule):
 
     @property
     def skipped(self) -> list[Skipped]:
-        """The videos skipped so far by this process, with the reason for each."""
+        """Return the videos skipped so far by this process, with the reason for each."""
         return [*chain.from_iterable(self._skipped_at_setup.values()), *self._unreadable.values()]
 
     def state_dict(self) -> dict[str, Any]:

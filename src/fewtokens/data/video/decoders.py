@@ -20,7 +20,7 @@ from jaxtyping import Int64, UInt8
 from fewtokens.data.video import container
 from fewtokens.data.video.container import PacketIndex
 from fewtokens.data.video.records import UnreadableError, VideoInfo, decoder_error
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, first_line
 
 Frames = UInt8[np.ndarray, "t 3 h w"]
 Rows = UInt8[np.ndarray, "t h w 3"]
@@ -114,7 +114,7 @@ def load(decoder: str) -> Any:
             importlib.import_module("torchcodec.transforms")
         return package
     except (ImportError, OSError, RuntimeError) as error:  # torchcodec without FFmpeg's libraries: RuntimeError
-        raise decoder_error(decoder, str(error).strip().partition("\n")[0]) from error
+        raise decoder_error(decoder, first_line(error)) from error
 
 
 def _check_frame_numbers(path: str, indices: Sequence[int], info: VideoInfo) -> None:

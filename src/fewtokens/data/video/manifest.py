@@ -7,19 +7,18 @@ file again.
 import csv
 import io
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from fewtokens.data.video.records import Access, Video, VideoInfo
-from fewtokens.errors import FewtokensError, write_error
+from fewtokens.errors import FewtokensError
+from fewtokens.files import replace_file
 
 HEADER = "path,labels,start,end,frames,width,height,fps,seconds,access,first,count,bytes,sha256,reason"
 COLUMNS = HEADER.split(",")
 _INFO = slice(COLUMNS.index("frames"), COLUMNS.index("first"))
-_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names can be any bytes
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def read(file: Path) -> list[ManifestRow]:
         FewtokensError: The file is missing, is not a manifest, or is damaged. The message names the line.
     """
     try:
-        with open(file, **_TEXT) as source:
+        with open(file, encoding="utf-8", errors="surrogateescape", newline="") as source:
             text = source.read()
     except OSError as error:
         raise _error(file, 1, error.strerror) from error
@@ -76,21 +75,15 @@ def write(file: Path, rows: Iterable[ManifestRow]) -> None:
     Raises:
         FewtokensError: The file cannot be written.
     """
-    part = file.with_name(file.name + ".part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", **_TEXT) as target:
-            writer = csv.writer(target, lineterminator="\n")
-            quoting = csv.writer(target, lineterminator="\n", quoting=csv.QUOTE_ALL)
-            writer.writerow(COLUMNS)
-            for row in rows:
-                # csv.writer does not quote a carriage return that is not in its line terminator, and then csv.reader
-                # takes it for the end of the line.
-                returns = "\r" in row.video.path or "\r" in (row.reason or "")
-                (quoting if returns else writer).writerow(_cells(row))
-        os.replace(part, file)
-    except OSError as error:
-        raise write_error(file, error) from error
+    with replace_file(file, newline="", errors="surrogateescape") as target:  # file names can be any bytes
+        writer = csv.writer(target, lineterminator="\n")
+        quoting = csv.writer(target, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        writer.writerow(COLUMNS)
+        for row in rows:
+            # csv.writer does not quote a carriage return that is not in its line terminator, and then csv.reader
+            # takes it for the end of the line.
+            returns = "\r" in row.video.path or "\r" in (row.reason or "")
+            (quoting if returns else writer).writerow(_cells(row))
 
 
 def _cells(row: ManifestRow) -> list[object]:

@@ -25,10 +25,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fewtokens.data import seeding
-from fewtokens.data.datamodule import ClipSettings, Part
+from fewtokens.data.datamodule import Part
 from fewtokens.data.image.digits import Digits
 from fewtokens.data.image.in_memory import Samples
-from fewtokens.data.video.datamodule import Videos
+from fewtokens.data.video.datamodule import ClipSettings, Videos
 from fewtokens.errors import FewtokensError, check
 
 log = logging.getLogger(__name__)
