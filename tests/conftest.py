@@ -1,6 +1,8 @@
 """Fixtures and settings for tests that run whole jobs."""
 
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -43,10 +45,14 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "NETRC": os.devnull, **more}
 
 
-def run_without_type_checks(file: str, *options: str) -> str:
-    """Run tests of a file in a process without jaxtyping's hook, whose checks torch.compile cannot trace."""
+def run_without_type_checks(*arguments: str) -> str:
+    """Run tests in a process without jaxtyping's hook, whose checks torch.compile cannot trace, and return its output.
+
+    Args:
+        *arguments: Files and options of pytest.
+    """
     quiet = ["-q", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *quiet, *options, file]
+    command = [sys.executable, "-m", "pytest", *quiet, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -70,6 +76,39 @@ def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
+    """Run a command as `script` does, but in this process: a process of its own needs seconds to import torch."""
+    handlers = logging.root.handlers[:]  # Hydra's write to the captured output, which is closed after the test
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FEWTOKENS_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("FEWTOKENS_TRACEBACK", "0")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+    def run(name: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        found = 0
+        try:
+            if name.startswith("fewtokens."):
+                monkeypatch.delitem(sys.modules, name, raising=False)  # or runpy warns
+                runpy.run_module(name, run_name="__main__")
+            else:
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as stop:
+            found = stop.code
+        printed, errors = capsys.readouterr()
+        assert found == code, printed + errors
+        return subprocess.CompletedProcess([name, *arguments], code, printed, errors)
+
+    yield run
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+    logging.root.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Every yaml file of every config group composes and builds. The tests find the files themselves."""
 
+import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,23 +30,52 @@ def frames(backbone: str) -> int:
     return 4 if backbone.startswith("vivit_") else 1
 
 
+# Small sizes keep tests fast, since only whether the parts fit together is tested. There are four blocks, since some
+# methods act at every quarter of the depth.
+SMALL = ["backbone.dim=32", "backbone.heads=2", "backbone.depth=4"]
+IMAGES = ["data=cifar10", "data.image_size=48", "data.num_classes=5"]
+# One backbone of each family, and the others that have the same config apart from their sizes.
+FAMILIES = {
+    "keras_mini_vit": (),
+    "timm": (),
+    "vit_mini": (),
+    "vit_small": ("vit_tiny", "vit_base", "vit_large"),
+    "vivit_mini": (),
+    "vivit_base": ("vivit_small", "vivit_large"),
+}
+
+
+def test_every_backbone_belongs_to_a_family_whose_members_differ_only_in_size(composed) -> None:
+    assert sorted(name for first, others in FAMILIES.items() for name in (first, *others)) == BACKBONES
+    for first, others in FAMILIES.items():
+        for name in others:
+            sizes = [*IMAGES, *SMALL, *(["backbone.temporal_depth=4"] if name.startswith("vivit") else [])]
+            one, other = (composed(f"backbone={part}", *sizes).backbone for part in (first, name))
+            assert one == other
+
+
+@pytest.fixture
+def node(composed) -> Callable[..., DictConfig]:
+    """Return a function that composes a config, or returns a copy of the one with the same overrides."""
+
+    def copied(*overrides: str) -> DictConfig:
+        if overrides not in COMPOSED:
+            COMPOSED[overrides] = composed(*overrides)
+        return copy.deepcopy(COMPOSED[overrides])
+
+    return copied
+
+
+COMPOSED: dict[tuple[str, ...], DictConfig] = {}  # composing takes longer than these tests
+
+
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_tokenizer_on_every_backbone_runs_or_is_an_error(composed, tokenizer: str, backbone: str) -> None:
-    # Small sizes keep this fast, since only whether the parts fit together is tested. There are four blocks, since some
-    # methods act at every quarter of the depth.
-    small = {"timm": ["+backbone.options.depth=4"]}.get(
-        backbone, ["backbone.dim=32", "backbone.heads=2", "backbone.depth=4"]
-    )
-    cfg = composed(
-        f"tokenizer={tokenizer}",
-        f"backbone={backbone}",
-        "data=cifar10",
-        "data.image_size=48",
-        "data.num_classes=5",
-        f"data.frames={frames(backbone)}",
-        *small,
-    )
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_every_tokenizer_on_every_backbone_runs_or_is_an_error(node, tokenizer: str, backbone: str) -> None:
+    small = ["+backbone.options.depth=4"] if backbone == "timm" else SMALL
+    patches = ["backbone.patch_size=8"] if backbone == "vit_mini" else []
+    cfg = node(f"backbone={backbone}", *IMAGES, f"data.frames={frames(backbone)}", *small, *patches)
+    cfg.tokenizer = node(f"tokenizer={tokenizer}").tokenizer
     shape = (3, 4, 48, 48) if frames(backbone) > 1 else (3, 48, 48)
     try:
         model = instantiate(cfg.backbone)
@@ -83,14 +114,9 @@ MODELS = ["factorised_encoder", "factorised_self_attention", "factorised_dot_pro
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_tokenizer_in_every_model_of_vivit_runs_or_is_an_error(composed, tokenizer: str, model: str) -> None:
-    cfg = composed(
-        f"tokenizer={tokenizer}",
-        "backbone=vivit_mini",
-        f"backbone.model={model}",
-        "data.frames=4",
-        "data.image_size=32",
-    )
+def test_every_tokenizer_in_every_model_of_vivit_runs_or_is_an_error(node, tokenizer: str, model: str) -> None:
+    cfg = node("backbone=vivit_mini", f"backbone.model={model}", "data.frames=4", "data.image_size=32")
+    cfg.tokenizer = node(f"tokenizer={tokenizer}").tokenizer
     try:
         net = instantiate(cfg.backbone)
     except FewtokensError as error:  # when the model is built, not later
@@ -105,9 +131,11 @@ def test_every_tokenizer_in_every_model_of_vivit_runs_or_is_an_error(composed, t
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_no_two_layers_share_parameters(composed, tokenizer: str) -> None:
+def test_no_two_layers_share_parameters(node, tokenizer: str) -> None:
     at = [] if tokenizer == "none" else [1, 3]
-    cfg = composed(f"tokenizer={tokenizer}", f"tokenizer.at={at}", "backbone.pool=token")  # some need a class token
+    cfg = node("backbone.pool=token")  # some need a class token
+    cfg.tokenizer = node(f"tokenizer={tokenizer}").tokenizer
+    cfg.tokenizer.at = at
     model = instantiate(cfg.backbone)
     seen = [id(p) for module in (*model.encoder.tokenizers, *model.encoder.blocks) for p in module.parameters()]
     assert len(seen) == len(set(seen))
@@ -215,9 +243,10 @@ def test_every_backbone_can_recompute_its_activations(composed, backbone: str) -
 def test_norm_and_activation_of_every_size(composed, backbone: str) -> None:
     data = ("data=cifar10", "data.image_size=48", f"data.frames={frames(backbone)}", "tokenizer=none")
     small = ("backbone.pool=avg", "backbone.depth=1", "backbone.dim=16", "backbone.heads=2")
-    for norm, after in (("null", backbone.startswith("vit_")), ("before_pool", False), ("after_pool", True)):
-        changes = (f"backbone.norm={norm}", "backbone.options.act_layer=gelu_tanh")
-        model = instantiate(composed(*data, *small, f"backbone={backbone}", *changes).backbone)
+    cfg = composed(*data, *small, f"backbone={backbone}", "backbone.options.act_layer=gelu_tanh")
+    for norm, after in ((None, backbone.startswith("vit_")), ("before_pool", False), ("after_pool", True)):
+        cfg.backbone.norm = norm
+        model = instantiate(cfg.backbone)
         assert isinstance(model.vit.fc_norm, torch.nn.LayerNorm) == after
         assert isinstance(model.vit.norm, torch.nn.LayerNorm) != after
         assert "tanh" in type(model.encoder.blocks[0].mlp.act).__name__.lower()

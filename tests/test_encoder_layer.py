@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree
 
-from conftest import run_without_type_checks
 from fewtokens.analysis.memory import peak_bytes
 from fewtokens.backbones.encoder import EncoderLayer
 from fewtokens.backbones.keras_mini_vit import keras_mini_vit
@@ -174,11 +173,11 @@ def sharded_step(rank: int, folder: str) -> None:
             expected = dict(reference.named_parameters())[name].grad / 2  # FSDP averages over the processes
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5, msg=f"{method}: {name}")
         torch.optim.SGD(model.parameters(), lr=0.1).step()
-        print(f"rank {rank}: {method}", flush=True)
+        print(f"rank {rank}: {method}.", flush=True)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the last test")
+@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see tests/backbones/test_without_type_checks.py")
 def test_a_sharded_step_of_every_method(tmp_path: Path) -> None:
     both_ranks(sharded_step, tmp_path)
 
@@ -186,7 +185,7 @@ def test_a_sharded_step_of_every_method(tmp_path: Path) -> None:
 # --- compilation layer by layer
 
 
-@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the last test")
+@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see tests/backbones/test_without_type_checks.py")
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_layers_equal_eager_ones(method: str) -> None:
     torch.compiler.reset()
@@ -203,7 +202,7 @@ def test_compiled_layers_equal_eager_ones(method: str) -> None:
         torch.testing.assert_close(gradient, eager[name], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the last test")
+@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see tests/backbones/test_without_type_checks.py")
 def test_layers_of_one_shape_share_one_compilation() -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -212,17 +211,3 @@ def test_layers_of_one_shape_share_one_compilation() -> None:
     with torch.no_grad():
         model(IMAGES)
     assert counter.frame_count == 1
-
-
-@pytest.mark.skipif(not HOOKED, reason="nothing to do: the tests above ran")
-def test_sharding_and_compilation_without_type_checks() -> None:
-    wanted = "test_a_sharded_step or test_layers_of_one_shape or test_compiled_layers_equal_eager_ones[ats]"
-    printed = run_without_type_checks(__file__, "-s", "-k", wanted)
-    assert all(f"rank {rank}: {method}" in printed for rank in range(2) for method in METHODS)
-    assert "3 passed" in printed
-
-
-@pytest.mark.slow  # tests/test_methods.py compiles the whole model with every method in every run
-@pytest.mark.skipif(not HOOKED, reason="nothing to do: the tests above ran")
-def test_compiled_layers_of_every_method_without_type_checks() -> None:
-    assert f"{len(METHODS)} passed" in run_without_type_checks(__file__, "-k", "test_compiled_layers")

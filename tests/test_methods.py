@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from conftest import CONFIGS, run_without_type_checks
+from conftest import CONFIGS
 from fewtokens.analysis.cost import macs
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.runs.config import instantiate
@@ -100,7 +100,7 @@ def test_half_precision_in_training_and_evaluation(method: str) -> None:
         assert model.bfloat16().eval()(IMAGES.bfloat16()).isfinite().all()
 
 
-@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the next test")
+@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see tests/backbones/test_without_type_checks.py")
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_it_gives_the_eager_logits_without_a_graph_break(method: str) -> None:
     torch.compiler.reset()
@@ -108,11 +108,6 @@ def test_compiled_it_gives_the_eager_logits_without_a_graph_break(method: str) -
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.skipif(not HOOKED, reason="nothing to do: the test above ran")
-def test_all_compile() -> None:
-    assert f"{len(METHODS)} passed" in run_without_type_checks(__file__, "-k", "test_compiled_it_gives")
 
 
 # --- distributed: a training step of every method on two processes
@@ -142,7 +137,7 @@ def one_step(rank: int, folder: str) -> None:
         assert torch.equal(other[0], other[1]), f"{method}: ranks differ"
         assert after.isfinite().all(), method
         assert not torch.equal(after, torch.cat([p.flatten() for p in before])), method
-        print(f"rank {rank}: {method}", flush=True)
+        print(f"rank {rank}: {method}.", flush=True)
     torch.distributed.destroy_process_group()
 
 
@@ -161,13 +156,6 @@ def both_ranks(step: Callable[[int, str], None], folder: Path) -> None:
     torch.multiprocessing.start_processes(step, (str(folder),), nprocs=2, start_method="fork")
 
 
-@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the last test")
+@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see tests/backbones/test_without_type_checks.py")
 def test_a_distributed_step_of_every_method(tmp_path: Path) -> None:
     both_ranks(one_step, tmp_path)
-
-
-@pytest.mark.skipif(not HOOKED, reason="nothing to do: the test above ran")
-def test_all_step_on_two_ranks() -> None:
-    printed = run_without_type_checks(__file__, "-s", "-k", "test_a_distributed_step")
-    for method in METHODS:
-        assert all(f"rank {rank}: {method}" in printed for rank in range(2))

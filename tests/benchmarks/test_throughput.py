@@ -1,4 +1,4 @@
-"""The command that compares tokenizers, in a process of its own."""
+"""The command that compares tokenizers."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from conftest import CONFIGS
 from fewtokens.benchmarks import throughput
 
 COMMAND = "fewtokens.benchmarks.throughput"
-SMALL = ["backbone=vit_mini", "backbone.pool=token", "data.image_size=12", "data.num_classes=3", "trainer=cpu"]
+SIZES = ["backbone.dim=16", "backbone.depth=2", "backbone.heads=2", "data.image_size=12", "data.num_classes=3"]
+SMALL = ["backbone=vit_mini", "backbone.pool=token", *SIZES, "trainer=cpu", "min_images=2"]
 FIELDS = {
     "tokenizer",
     "backbone",
@@ -31,10 +32,10 @@ def records(tmp_path: Path) -> list[dict]:
     return json.loads(path.read_text())
 
 
-def test_every_combination_is_a_record_per_tokenizer(script, tmp_path: Path) -> None:
+def test_every_combination_is_a_record_per_tokenizer(command, tmp_path: Path) -> None:
     tokenizers = "tokenizers=[ats,'tome build.r=2','token_fuser at=0.5 tokenizer@tokenizer.inner=pool']"
     lists = ["batch=[1,2]", "mode=[inference,training]", "precision=[32-true,bf16-mixed]"]
-    done = script(COMMAND, *SMALL, tokenizers, *lists, "seconds=0.2", "sharpen=[20,10]")
+    done = command(COMMAND, *SMALL, tokenizers, *lists, "seconds=0.05", "sharpen=[20.0,10.0]")
     found = records(tmp_path)
     names = ["none", "timm", "ats", "tome build.r=2", "token_fuser at=0.5 tokenizer@tokenizer.inner=pool"]
     assert [record["tokenizer"] for record in found] == names * 8
@@ -48,11 +49,11 @@ def test_every_combination_is_a_record_per_tokenizer(script, tmp_path: Path) -> 
     assert "realised" in done.stdout
 
 
-def test_a_trained_run_is_timed_with_its_weights_and_test_images(script, tmp_path: Path) -> None:
+def test_a_trained_run_is_timed_with_its_weights_and_test_images(command, tmp_path: Path) -> None:
     run = tmp_path / "run"
     short = ["trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "measure=none"]
-    script("train.py", "tokenizer=none", "backbone.pool=token", *short, f"hydra.run.dir={run}")
-    script(COMMAND, f"checkpoint={run}", "images=test", "tokenizers=[top_k]", "batch=[4]", "seconds=0.1", "timm=false")
+    command("train.py", "tokenizer=none", "backbone.pool=token", *short, f"hydra.run.dir={run}")
+    command(COMMAND, f"checkpoint={run}", "images=test", "tokenizers=[top_k]", "batch=[4]", "seconds=0.1", "timm=false")
     assert [record["tokenizer"] for record in records(tmp_path)] == ["none", "top_k"]
     assert records(tmp_path)[0]["checkpoint"] == str(run)
     assert records(tmp_path)[0]["backbone"] == "vit"
@@ -82,7 +83,7 @@ def test_clips_are_timed_without_video_data(composed, tmp_path: Path, capsys) ->
         ("images=none", "`images` must be 'random' or 'test', got 'none'"),
     ],
 )
-def test_errors_are_sentences(script, wrong: str, says: str) -> None:
-    done = script(COMMAND, *SMALL, wrong, "seconds=0.1", code=1)
+def test_errors_are_sentences(command, wrong: str, says: str) -> None:
+    done = command(COMMAND, *SMALL, wrong, "seconds=0.1", code=1)
     assert says in done.stderr
     assert "Traceback" not in done.stderr

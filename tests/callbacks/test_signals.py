@@ -14,43 +14,47 @@ from fewtokens.callbacks.signals import Stopped
 from fewtokens.runs import train as training
 from fewtokens.tasks.classification import Classifier
 
+# Sends the same signal twice to forks of one process, since every process of its own would import Lightning again.
 TWO_SIGNALS = """
 import os, signal, sys
 from fewtokens.callbacks.signals import StopOnSignal
 
-stop = StopOnSignal("run/checkpoints/last.ckpt")
-stop.on_train_start(None, None)
-for _ in range(2):
-    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    print("received", stop.received, flush=True)
+def send_twice(name):
+    stop = StopOnSignal("run/checkpoints/last.ckpt")
+    stop.on_train_start(None, None)
+    for _ in range(2):
+        os.kill(os.getpid(), getattr(signal, name))
+        print("received", stop.received, flush=True)
+
+for case in sys.argv[1:]:
+    print(f"= {case}", flush=True)
+    print(f"= {case}", file=sys.stderr, flush=True)
+    if os.fork() == 0:
+        name, _, setting = case.partition(" ")
+        if setting == "torchrun":
+            os.environ["TORCHELASTIC_RUN_ID"] = "0"
+        if setting == "ignored":  # as under nohup
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        send_twice(name)
+        os._exit(0)
+    print("exit code", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
-def send_twice(name: str, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", TWO_SIGNALS, name]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(**more), timeout=60)
-
-
-def test_a_second_ctrl_c_ends_at_once() -> None:
-    done = send_twice("SIGINT")
-    assert (done.returncode, done.stdout) == (-signal.SIGINT, "received 2\n")
-    assert "Press Ctrl-C again to end at once" in done.stderr
-
-
-def test_the_second_ctrl_c_that_torchrun_sends_does_not() -> None:
-    assert send_twice("SIGINT", TORCHELASTIC_RUN_ID="0").stdout == "received 2\nreceived 2\n"
-
-
-def test_a_second_sigterm_does_not() -> None:
-    assert send_twice("SIGTERM").stdout == "received 15\nreceived 15\n"
-
-
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup; child processes inherit it
-    try:
-        assert send_twice("SIGHUP").stdout == "received 0\nreceived 0\n"
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_two_signals() -> None:
+    """Only a second Ctrl-C ends at once, but not the one that torchrun sends; an ignored signal stays ignored."""
+    cases = ["SIGINT", "SIGINT torchrun", "SIGTERM", "SIGHUP ignored"]
+    command = [sys.executable, "-c", TWO_SIGNALS, *cases]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=60)
+    printed = dict(part.split("\n", 1) for part in done.stdout.split("= ")[1:])
+    assert printed == {
+        "SIGINT": f"received 2\nexit code {-signal.SIGINT}\n",
+        "SIGINT torchrun": "received 2\nreceived 2\nexit code 0\n",
+        "SIGTERM": "received 15\nreceived 15\nexit code 0\n",
+        "SIGHUP ignored": "received 0\nreceived 0\nexit code 0\n",
+    }
+    errors = dict(part.split("\n", 1) for part in done.stderr.split("= ")[1:])
+    assert "Press Ctrl-C again to end at once" in errors["SIGINT"]
 
 
 def test_a_signal_in_the_last_validation_is_not_forgotten(composed, tmp_path: Path, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, TINY
+from conftest import ROOT
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import cli as module
 
@@ -116,15 +116,8 @@ def test_a_failing_job_does_not_stop_a_sweep(monkeypatch, capsys, tmp_path) -> N
     assert "Error: This seed is bad." in capsys.readouterr().err
 
 
-def test_outputs_that_cannot_be_written_are_named(script, tmp_path) -> None:
+def test_outputs_that_cannot_be_written_are_named(command, tmp_path) -> None:
     (tmp_path / "file").touch()
-    done = script("train.py", "paths.outputs=file", code=1)
+    done = command("train.py", "paths.outputs=file", code=1)
     assert "Not a directory. Check that the path exists, is writable" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_no_file_is_left_in_the_temporary_directory(script, tmp_path) -> None:
-    (tmp_path / "tmp").mkdir()
-    script("train.py", *TINY, "hydra.run.dir=run", TMPDIR=str(tmp_path / "tmp"))
-    script("eval.py", "checkpoint=run", TMPDIR=str(tmp_path / "tmp"))
-    assert {path.name.partition("_")[0] for path in (tmp_path / "tmp").iterdir()} <= {"torchinductor"}

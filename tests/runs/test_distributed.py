@@ -148,12 +148,17 @@ def test_child_processes_run_one_job_of_a_sweep(composed, no_launcher, tmp_path:
     assert distributed.RUN_DIR not in os.environ
 
 
-def test_two_ranks_share_one_directory_and_count_every_sample_once(script, tmp_path: Path) -> None:
+def test_two_ranks_share_one_directory_and_count_every_sample_once(script, command, tmp_path: Path) -> None:
     root = pictures(tmp_path / "data", test=11)
     data = ["data=cifar10", f"data.root={root}", "data.num_classes=2", "data.val_images=5", "data.batch_size=3"]
     sizes = ["backbone.patch_size=8", "data.eval_batch_size=2"]
     options = [*TINY, *data, *sizes, "trainer=ddp_cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=null"]
-    script("train.py", "-m", *options, "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    (tmp_path / "tmp").mkdir()
+    script(
+        "train.py", "-m", *options, "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}", TMPDIR=str(tmp_path / "tmp")
+    )
+    left = {path.name.partition("_")[0] for path in (tmp_path / "tmp").iterdir()}
+    assert left <= {"torchinductor"}, "no file is left in the temporary directory"
     for job in ("0", "1"):
         run = tmp_path / "sweep" / job
         assert (run / "report.json").is_file()
@@ -164,7 +169,7 @@ def test_two_ranks_share_one_directory_and_count_every_sample_once(script, tmp_p
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]
     run = tmp_path / "sweep" / "0"
     one = tmp_path / "one"
-    script("eval.py", f"checkpoint={run}", "trainer=cpu", f"hydra.run.dir={one}")
+    command("eval.py", f"checkpoint={run}", "trainer=cpu", f"hydra.run.dir={one}")
     assert report(one)["test/top1"] == pytest.approx(report(run)["test/top1"])
     assert report(one)["test/loss"] == pytest.approx(report(run)["test/loss"], abs=1e-5)
     assert (report(one)["test/top1"] * 11) % 1 == pytest.approx(0, abs=1e-4), "11 samples, none twice"
@@ -180,9 +185,10 @@ def test_torchrun_agrees_on_one_directory(tmp_path: Path) -> None:
     assert (run / "report.json").is_file()
 
 
-def test_sigterm_saves_at_a_step_and_resume_goes_on_exactly(script, tmp_path: Path) -> None:
+def test_sigterm_saves_at_a_step_and_resume_goes_on_exactly(command, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    script("train.py", *RANDOM, f"hydra.run.dir={whole}")
+    torch.set_num_threads(1)  # as in the processes that are started
+    command("train.py", *RANDOM, f"hydra.run.dir={whole}")
     process = start(tmp_path, *RANDOM, "trainer.max_epochs=300", f"hydra.run.dir={cut}")
     _wait(lambda: (cut / "checkpoints" / "last.ckpt").is_file(), process)
     assert record(cut)["status"] == "started"
@@ -199,13 +205,13 @@ def test_sigterm_saves_at_a_step_and_resume_goes_on_exactly(script, tmp_path: Pa
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     if process.returncode != 0:
-        script("train.py", f"resume={cut}")
+        command("train.py", f"resume={cut}")
     assert same(whole, cut)
     for name in ("test/top1", "test/loss", "val/top1"):
         assert report(whole)[name] == report(cut)[name]
 
 
-def test_a_command_that_fails_prints_one_sentence(script, tmp_path: Path) -> None:
+def test_a_command_that_fails_prints_one_sentence(command, script, tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
     for name, arguments, words in (
         ("train.py", ["data=cifar10", "data.root=nowhere"], "nowhere"),
@@ -213,7 +219,7 @@ def test_a_command_that_fails_prints_one_sentence(script, tmp_path: Path) -> Non
         ("eval.py", ["checkpoint=nowhere"], "but nowhere does not exist"),
         ("train.py", ["tokenizer.at=99"], "`tokenizer.at` must be a block index from 0 to 3"),
     ):
-        done = script(name, *arguments, code=1)
+        done = command(name, *arguments, code=1)
         assert done.stderr.startswith("Error: ")
         assert "Traceback" not in done.stderr
         assert words in done.stderr
@@ -221,7 +227,7 @@ def test_a_command_that_fails_prints_one_sentence(script, tmp_path: Path) -> Non
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_ctrl_c_and_a_closed_terminal_save_too(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     process = start(tmp_path, *TINY, "trainer.max_epochs=3000", f"hydra.run.dir={run}")

@@ -1,7 +1,6 @@
 """Export: files compute what the model computes, for every tokenizer in configs/, or they are not written."""
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import CONFIGS, ROOT, TINY, environment
+from conftest import CONFIGS, ROOT, TINY
 from fewtokens.backbones.vit import ViT
 from fewtokens.backbones.vivit import Model
 from fewtokens.errors import FewtokensError
@@ -38,8 +37,8 @@ def images(count: int = 7) -> torch.Tensor:
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def check_files(model: nn.Module, folder: Path, *suffixes: str) -> None:
-    """Export a model, and compare the files with it in batches of several sizes."""
+def check_files(model: nn.Module, folder: Path, *suffixes: str) -> torch.export.ExportedProgram:
+    """Export a model, compare the files with it in batches of several sizes, and return the traced program."""
     program = model_file.trace(model, images(2), any_batch=True)
     for suffix in suffixes:
         model_file.write(program, folder / f"model{suffix}")
@@ -49,12 +48,15 @@ def check_files(model: nn.Module, folder: Path, *suffixes: str) -> None:
         assert found.same_class >= 0.98
         assert str(ROOT).encode() not in (folder / f"model{suffix}").read_bytes(), "no paths of this machine"
     assert sorted(file.suffix for file in folder.iterdir()) == sorted(suffixes), "one file each"
+    return program
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_a_file_equals_eager_in_batches_of_any_size(composed, tmp_path: Path, tokenizer: str) -> None:
     formats = (".pt2", ".onnx") if tokenizer in ALWAYS else (".pt2",)
-    check_files(model_with(composed, f"tokenizer={tokenizer}"), tmp_path, *formats)
+    program = check_files(model_with(composed, f"tokenizer={tokenizer}"), tmp_path, *formats)
+    soft = tokenizer.startswith(("token_", "sinkhorn", "sit", "patch_merger", "pool", "none", "fixed_pattern"))
+    assert model_file.compares_scores(program) == (not soft)
 
 
 @pytest.mark.slow
@@ -179,13 +181,6 @@ def test_a_file_that_computes_something_else_is_refused(
             export.require(found, "onnx", settings, compares_scores)
         with pytest.raises(FewtokensError, match="does not compute the same as the model"):
             export.require(found, "onnx", composed("export.max_mismatched=0", base="export").export, compares_scores)
-
-
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_tokenizers_that_compare_scores_are_recognized(composed, tokenizer: str) -> None:
-    program = model_file.trace(model_with(composed, f"tokenizer={tokenizer}"), images(2), any_batch=True)
-    soft = tokenizer.startswith(("token_", "sinkhorn", "sit", "patch_merger", "pool", "none", "fixed_pattern"))
-    assert model_file.compares_scores(program) == (not soft)
 
 
 class Counts(Tokenizer):
@@ -326,22 +321,14 @@ def test_a_wrong_setting_is_answered_with_a_sentence(plain_job, tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
-def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "fewtokens.runs.export", *arguments]
-    env = environment(FEWTOKENS_OUTPUTS=str(tmp_path / "outputs"))
-    return subprocess.run(program, capture_output=True, text=True, check=False, cwd=tmp_path, env=env, timeout=300)
-
-
-def test_the_command_names_the_nearest_key_and_says_what_is_not_there(tmp_path: Path) -> None:
-    assert "Did you mean `export.format`" in command(tmp_path, "export.fromat=onnx").stderr
-    done = command(tmp_path, "checkpoint=/nowhere")
-    assert (done.returncode, "/nowhere does not exist" in done.stderr) == (1, True)
+def test_the_command_names_the_nearest_key_and_says_what_is_not_there(command) -> None:
+    assert "Did you mean `export.format`" in command("fewtokens.runs.export", "export.fromat=onnx", code=1).stderr
+    assert "/nowhere does not exist" in command("fewtokens.runs.export", "checkpoint=/nowhere", code=1).stderr
 
 
 @pytest.mark.slow
-def test_the_command_writes_into_its_run_directory(tmp_path: Path) -> None:
-    done = command(tmp_path, "tokenizer=ats", "backbone.pool=token", "export.num_images=5")
-    assert done.returncode == 0, done.stderr
+def test_the_command_writes_into_its_run_directory(script, tmp_path: Path) -> None:
+    done = script("fewtokens.runs.export", "tokenizer=ats", "backbone.pool=token", "export.num_images=5")
     (run,) = (tmp_path / "outputs" / "export" / "digits").iterdir()
     assert (run / "model.onnx").is_file()
     assert "python -m fewtokens.runs.export tokenizer=ats" in (run / "run.json").read_text()

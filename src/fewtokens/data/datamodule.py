@@ -59,8 +59,13 @@ class Loader(DataLoader):
         self.receive = receive
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        for batch in batches:
             if isinstance(batch, FewtokensError):
+                # Otherwise the garbage collector does it, when their queues are gone and each takes a time-out of 5 s.
+                if self.num_workers > 0:
+                    batches._shutdown_workers()
+                    self._iterator = None  # of persistent workers
                 raise batch
             received = batch if self.receive is None else self.receive(batch)
             if received is not None:

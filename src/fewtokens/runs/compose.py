@@ -13,6 +13,7 @@ from typing import Any
 import hydra._internal.hydra
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -60,9 +61,7 @@ class ConfigLoader(ConfigLoaderImpl):
     ) -> DictConfig:
         """Return the composed config, as Hydra's own method does."""
         search_path = copy.deepcopy(self.config_search_path)
-        first = ConfigLoaderImpl(search_path).load_configuration(
-            config_name, reference_overrides(overrides), RunMode.RUN
-        )
+        first = _compose_references(search_path, config_name, tuple(reference_overrides(overrides)))
         resume, checkpoint = (OmegaConf.select(first, key) for key in ("resume", "checkpoint"))
         if resume is not None and "checkpoint" in first:
             raise FewtokensError("`resume` continues a training run with train.py. Use checkpoint=<run> here.")
@@ -74,6 +73,17 @@ class ConfigLoader(ConfigLoaderImpl):
         if resume is not None and run_mode == RunMode.RUN:
             _write_into(Path(resume), cfg)
         return cfg
+
+
+def _compose_references(search_path: ConfigSearchPath, name: str | None, overrides: tuple[str, ...]) -> DictConfig:
+    """Compose the config with the overrides that may name a saved run, once for all jobs of a sweep."""
+    key = (str(search_path), name, overrides)
+    if key not in _REFERENCES:
+        _REFERENCES[key] = ConfigLoaderImpl(search_path).load_configuration(name, list(overrides), RunMode.RUN)
+    return _REFERENCES[key]
+
+
+_REFERENCES: dict[tuple[str, str | None, tuple[str, ...]], DictConfig] = {}
 
 
 class SavedRun(ConfigSource):

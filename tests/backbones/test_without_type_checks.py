@@ -1,0 +1,28 @@
+"""Tests that torch.compile and forked ranks need in a process without jaxtyping's checks, which they cannot run.
+
+They are skipped where they stand, and run here together, since each process needs seconds to import torch.
+"""
+
+import pytest
+
+from conftest import ROOT, run_without_type_checks
+from test_methods import HOOKED, METHODS
+
+FILES = [str(ROOT / "tests" / name) for name in ("test_methods.py", "test_encoder_layer.py")]
+DISTRIBUTED = ("test_a_distributed_step", "test_a_sharded_step")
+
+pytestmark = pytest.mark.skipif(not HOOKED, reason="nothing to do: the tests ran where they stand")
+
+
+def test_every_method_compiles_and_steps_on_two_ranks() -> None:
+    compiled = ("test_compiled_it_gives", "test_compiled_layers_equal_eager_ones[ats]", "test_layers_of_one_shape")
+    printed = run_without_type_checks(*FILES, "-s", "-k", " or ".join(DISTRIBUTED + compiled))
+    assert f"{len(METHODS) + 4} passed" in printed
+    for rank in range(2):
+        for method in METHODS:
+            assert printed.count(f"rank {rank}: {method}.") == len(DISTRIBUTED)
+
+
+@pytest.mark.slow  # the test above compiles the whole model with every method
+def test_compiled_layers_of_every_method() -> None:
+    assert f"{len(METHODS)} passed" in run_without_type_checks(*FILES, "-k", "test_compiled_layers")
