@@ -64,7 +64,7 @@ class Loader(DataLoader):
             if isinstance(batch, FewtokensError):
                 # Otherwise the garbage collector does it, when their queues are gone and each takes a time-out of 5 s.
                 if self.num_workers > 0:
-                    batches._shutdown_workers()
+                    batches._shutdown_workers()  # type: ignore[attr-defined]
                     self._iterator = None  # of persistent workers
                 raise batch
             received = batch if self.receive is None else self.receive(batch)
