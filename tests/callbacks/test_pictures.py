@@ -14,7 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from conftest import TINY
-from fewtokens.analysis.pictures.token_maps import token_columns
+from fewtokens.analysis.pictures.drawing import CELL
+from fewtokens.analysis.pictures.sheet import GAP, LEGEND_WIDTH, MARGIN, SIDE, line_height, text_width
+from fewtokens.analysis.pictures.token_maps import token_picture
 from fewtokens.callbacks import pictures as module
 from fewtokens.callbacks.loggers import WandbRun
 from fewtokens.callbacks.pictures import Pictures, log_picture, log_video
@@ -61,9 +63,9 @@ def test_drawing_changes_nothing_and_a_resumed_run_draws_the_same(composed, tmp_
         assert all(torch.equal(value, plain[name]) for name, value in weights(tmp_path / run).items())
         assert images_in_tensorboard(tmp_path / run) == {"val/token_maps": [3, 6, 9]}
     first, last = (np.asarray(Image.open(cut / "pictures" / f"epoch_{n}.png")) for n in (1, 3))
-    width = first.shape[1] // 3  # the image itself, then two tokens
-    # Without the column's edges, which are not at whole pixels, and without the note, which holds the prediction.
-    assert np.array_equal(first[60:100, 4 : width - 4], last[60:100, 4 : width - 4]), "the same images"
+    left, top = MARGIN + round(text_width("prediction: 0 ✗", 13)) + SIDE, MARGIN + 2 * line_height(13)
+    same = [picture[top : top + CELL, left : left + CELL] for picture in (first, last)]
+    assert np.array_equal(*same), "the same images"
     assert not np.array_equal(first, last)
 
 
@@ -97,7 +99,8 @@ def test_every_n_epochs_and_only_as_many_images_as_there_are(composed, tmp_path:
     training.run(composed(*RUN, *DRAWN, *options, "trainer.limit_val_batches=1"))
     assert names(tmp_path / "run") == ["epoch_2.png"]
     height, width = np.asarray(Image.open(tmp_path / "run" / "pictures" / "epoch_2.png")).shape[:2]
-    assert round(height / width) == round(64 / 3), "64 rows of a batch, the image and two tokens"
+    assert 0 < height - 64 * (CELL + GAP) < 2 * CELL, "64 rows of a batch"
+    assert width == LEGEND_WIDTH > 3 * CELL, "the image and two tokens"
 
 
 def test_a_dense_model_draws_nothing(composed, tmp_path: Path) -> None:
@@ -110,9 +113,9 @@ def test_an_average_of_the_weights_is_what_is_drawn(composed, tmp_path: Path, mo
 
     def spy(model, images, *limits):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        return token_columns(model, images, *limits)
+        return token_picture(model, images, *limits)
 
-    monkeypatch.setattr(module, "token_columns", spy)
+    monkeypatch.setattr(module, "token_picture", spy)
     options = ["callbacks=[pictures,ema]", *DRAWN[1:], "callbacks.ema.decay=0.5", "optimizer.lr=0.1"]
     training.run(composed(*RUN, *options))
     content = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -143,7 +146,7 @@ def test_clips_are_drawn_over_time_and_kept_by_offline_wandb(tmp_path: Path, mon
     wandb.finish()
     assert names(tmp_path) == ["epoch_1.gif", "epoch_1.png"]
     height = Image.open(tmp_path / "pictures" / "epoch_1.png").height
-    assert height == pytest.approx(43 + 5 * 80, abs=2), "the three steps of one clip: its frame and four tokens below"
+    assert 5 * 91 < height < 6 * 91 + 60, "the three steps of one clip: its frame and four tokens below, and a legend"
     assert Image.open(tmp_path / "pictures" / "epoch_1.gif").n_frames == 3
     (video,) = tmp_path.glob("wandb/offline-run-*/files/media/videos/val/*.gif")
     assert video.read_bytes() == (tmp_path / "pictures" / "epoch_1.gif").read_bytes()

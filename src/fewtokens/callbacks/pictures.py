@@ -9,15 +9,13 @@ from jaxtyping import UInt8
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image
 from torch import Tensor
 
 from fewtokens.analysis.evaluation import unwrap_compiled
-from fewtokens.analysis.pictures.drawing import draw, pixels
-from fewtokens.analysis.pictures.token_maps import token_columns
+from fewtokens.analysis.pictures.sheet import draw, save_png
+from fewtokens.analysis.pictures.token_maps import token_picture
 from fewtokens.analysis.pictures.token_video import strip, write_gif
 from fewtokens.errors import check
-from fewtokens.files import replace_file
 
 Picture = UInt8[np.ndarray, "height width 3"]
 
@@ -74,18 +72,19 @@ class Pictures(Callback):
         images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
         images = images.to(next(task.parameters()).dtype)
         with isolate_rng():
-            columns = token_columns(model, images, self.max_columns, self.num_images, targets, datamodule)
-        if not columns:
+            found = token_picture(model, images, self.max_columns, self.num_images, targets, datamodule)
+        if not found:
             return
-        steps, video = len(model.pictures(images[:1])), path.with_suffix(".gif")
-        picture = pixels(strip(columns, steps, self.max_columns) if steps > 1 else draw(columns))
-        with replace_file(path, "wb") as file:
-            Image.fromarray(picture).save(file, format="png")
-        if steps > 1:
-            write_gif(columns, steps, video)
+        over_time, video = found.steps > 1, path.with_suffix(".gif")
+        if over_time:
+            write_gif(found, video)
+            picture = strip(found, self.max_columns)
+        else:
+            picture = draw(found.columns, found.row_labels, found.legend)
+        save_png(picture, path)
         for logger in trainer.loggers:
-            log_picture(logger, "val/token_maps", picture, trainer.global_step)
-            if steps > 1:
+            log_picture(logger, "val/token_maps", np.asarray(picture), trainer.global_step)
+            if over_time:
                 log_video(logger, "val/token_maps_video", video, trainer.global_step)
 
     def _due(self, trainer: Trainer) -> bool:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from fewtokens.analysis.pictures.drawing import colored, covered, displayed, heat
-from fewtokens.analysis.pictures.token_maps import TokenMaps, kind_of, token_columns
+from fewtokens.analysis.pictures.drawing import CELL, displayed, heat, merged, without_dropped
+from fewtokens.analysis.pictures.sheet import GAP, MARGIN, line_height, text_width
+from fewtokens.analysis.pictures.token_maps import TokenMaps, kind_of, token_picture
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 
@@ -21,7 +22,7 @@ def test_kinds_of_origin():
     merged = torch.tensor([[[0.5, 0.5, 0, 0], [0, 0, 1.0, 0]]])
     assert kind_of(merged, 16) == "groups"
     assert kind_of(torch.rand(2, 3, 6) + 0.1, 16) == "maps"
-    assert kind_of(torch.rand(2, 3, 6) + 0.1, 2) == "groups"
+    assert kind_of(torch.rand(2, 3, 6) + 0.1, 2) == "shares"
 
 
 @pytest.mark.parametrize(("channels", "pool", "count"), [(1, "token", 3), (3, "avg", 1), (4, "token", 1)])
@@ -31,62 +32,90 @@ def test_one_picture_for_any_image(make, measured, tmp_path, channels, pool, cou
     assert measure(*measured(model, channels=channels), tmp_path) == {}
     assert measure.picture == tmp_path / "pictures" / "token_maps.png"
     height, width = imread(measure.picture).shape[:2]
-    assert width == 5 * 120  # the image and four tokens
-    assert height == pytest.approx(120 * (count * 8 / 12 + 0.36), abs=2)
+    size = 13  # of the text in a sheet of this width
+    # the label and prediction, the image and four tokens
+    assert 5 * (CELL + GAP) < width == round(text_width("prediction: 0 ✗", size)) + 5 * (CELL + GAP) + 28
+    rows = height - 3 * MARGIN - 2 * line_height(size) - count * (85 + GAP) + GAP
+    assert 2 * line_height(size) <= rows <= 4 * line_height(size), "what is left is the legend"
     assert all(module.training for module in model.modules())
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 
+def titles(found) -> list[str]:
+    return [column.title for column in found.columns]
+
+
+def words(found) -> str:
+    return " ".join(key.text for key in found.legend)
+
+
 @pytest.mark.parametrize(
-    ("kind", "at", "titles"),
+    ("kind", "at", "expected", "mark"),
     [
-        ("selection", [1, 2], ["image", "block 1\n16 tokens", "block 2\n11 tokens"]),
-        ("merging", [0, 1, 2], ["image", "block 0\n23 tokens", "block 1\n22 tokens", "block 2\n21 tokens"]),
+        ("selection", [1, 2], ["image", "block 1\n16 tokens", "block 2\n11 tokens"], "dropped patches"),
+        (
+            "merging",
+            [0, 1, 2],
+            ["image", "block 0\n23 tokens", "block 1\n22 tokens", "block 2\n21 tokens"],
+            "merged into one token",
+        ),
     ],
 )
-def test_a_column_per_stage(make, methods, kind, at, titles):
-    columns = token_columns(make(methods[kind], at=at), torch.randn(2, 3, 8, 12))
-    assert [column.title for column in columns] == titles
+def test_a_column_per_stage(make, methods, kind, at, expected, mark):
+    found = token_picture(make(methods[kind], at=at), torch.randn(2, 3, 8, 12))
+    assert titles(found) == expected
+    assert "A column is a stage" in words(found)
+    assert [key for key in found.legend if mark in key.text and key.swatch is not None]
+    assert len(found.marks) == 1
 
 
 def test_a_column_per_token_of_the_first_stage(make):
-    columns = token_columns(make(learner, at=[1]), torch.randn(2, 3, 8, 12))
-    titles = ["image", "block 1\ntoken 1", "token 2", "token 3", "token 4"]
-    assert [column.title for column in columns] == titles
-    fused = token_columns(make(partial(TokenFuser, inner=learner), at=[1, 2]), torch.randn(2, 3, 8, 12))
-    assert [column.title for column in fused] == titles
+    expected = ["image", "block 1\ntoken 1", "token 2", "token 3", "token 4"]
+    found = token_picture(make(learner, at=[1]), torch.randn(2, 3, 8, 12))
+    assert titles(found) == expected
+    assert "A column is one token" in words(found)
+    assert "share of each patch" in words(found)
+    fused = token_picture(make(partial(TokenFuser, inner=learner), at=[1, 2]), torch.randn(2, 3, 8, 12))
+    assert titles(fused) == expected
 
 
 def test_no_more_columns_than_asked(make, methods):
     images = torch.randn(1, 3, 8, 12)
-    stages = token_columns(make(methods["merging"], at=[0, 1, 2]), images, most=2)
-    assert [column.title.split("\n")[0] for column in stages] == ["image", "block 0", "block 2"]
-    many = token_columns(make(learner, at=[1]), images, most=3)
-    assert [column.title for column in many] == ["image", "block 1\n4 tokens"]
+    stages = token_picture(make(methods["merging"], at=[0, 1, 2]), images, most=2)
+    assert [title.split("\n")[0] for title in titles(stages)] == ["image", "block 0", "block 2"]
+    many = token_picture(make(learner, at=[1]), images, most=3)
+    assert titles(many) == ["image", "block 1\n4 tokens"]
+    assert "largest share in the same token" in words(many)
 
 
 def test_adaptive_numbers_are_noted_per_image(make, methods, measured, tmp_path):
     model = make(methods["adaptive"], at=[1])
-    _, stage = token_columns(model, torch.randn(4, 3, 8, 12))
-    assert " to " in stage.title
-    assert len(set(stage.notes)) > 1
+    _, stage = token_picture(model, torch.randn(4, 3, 8, 12)).columns
+    low, high = min(map(int, stage.notes)), max(map(int, stage.notes))
+    assert stage.title == f"block 1\n{low}-{high} tokens"
+    assert low < high
     measure = TokenMaps()
     measure(*measured(model), tmp_path)
     assert measure.picture is not None
 
 
-def test_the_first_column_shows_label_and_prediction(make, measured):
+def test_every_row_has_its_label_and_prediction(make, measured):
     model, images, targets = make(learner, at=[1]), torch.randn(3, 3, 8, 12), torch.tensor([0, 4, 1])
     predicted = model(images).argmax(dim=1).tolist()
-    first, *others = token_columns(model, images, targets=targets)
-    assert first.notes == [f"true: {a}\npred: {b}" for a, b in zip(targets.tolist(), predicted, strict=True)]
-    assert {note for column in others for note in column.notes} == {""}
+    found = token_picture(model, images, targets=targets)
+    assert found.row_labels == [
+        f"label: {a}\nprediction: {b}{'' if a == b else ' ✗'}" for a, b in zip(targets.tolist(), predicted, strict=True)
+    ]
+    assert "label and the prediction" in words(found)
     data = measured(model)[1]
-    data.class_names = ["cat", "dog", "ship", "a class with a long name", "frog"]
-    first, *_ = token_columns(model, images, rows=2, targets=targets, datamodule=data)
-    shown = ["cat", "dog", "ship", "a class with a…", "frog"]
-    assert first.notes == [f"true: {shown[a]}\npred: {shown[b]}" for a, b in zip([0, 4], predicted[:2], strict=True)]
-    assert set(token_columns(model, images, targets=torch.ones(3, 5).long())[0].notes) == {""}, "several labels"
+    data.class_names = ["a class with a very long name that goes on", *["b" * 40] * 4]
+    long = token_picture(model, images, rows=2, targets=targets, datamodule=data).row_labels
+    assert len(long) == 2
+    assert long[0].startswith("label: a class\nwith a very long…\n")
+    assert max(len(line) for label in long for line in label.split("\n")) <= 18
+    several = token_picture(model, images, targets=torch.ones(3, 5).long())
+    assert set(several.row_labels) == {""}, "several labels"
+    assert "prediction" not in words(several)
 
 
 def test_a_dense_model_has_no_picture(make, measured, tmp_path):
@@ -109,24 +138,42 @@ def test_maps_are_bright_where_the_token_looks():
     assert flat.max() - flat.min() < 0.75 * (bright.max() - bright.min())
 
 
-def test_dropped_patches_are_covered_and_groups_colored():
+def test_dropped_patches_are_faded_and_groups_have_their_mean_color():
     pictures = displayed(torch.rand(1, 3, 4, 4))
     side = pictures.shape[2] // 2
     kept = torch.tensor([[True, False, True, True]])
-    shown = covered(pictures, kept, (2, 2))
-    same = (shown == pictures).all(dim=1)[0]
+    same = (without_dropped(pictures, kept, (2, 2)) == pictures).all(dim=1)[0]
     assert same[:side, :side].all()
     assert not same[:side, side:].any()
     assert same[side:].all()
-    tinted = colored(pictures, torch.tensor([[0, 1, 2, 2]]), (2, 2))
-    changed = (tinted != pictures).any(dim=1)[0]
-    assert not changed[: side - 1].any()
-    assert changed[side + 1 :].all()
+    filled = merged(pictures, torch.tensor([[0, 1, 2, 2]]), (2, 2))[0]
+    assert torch.equal(filled[:, :side], pictures[0, :, :side]), "patches of their own stay as they are"
+    inside = filled[:, side + 1 : -1, 1:-1]
+    mean = pictures[0, :, side:].mean(dim=(1, 2))
+    assert torch.allclose(inside, mean[:, None, None].expand_as(inside), atol=1e-3)
+    line = filled[:, side]
+    assert (line == line[:, :1]).all(), "the line around the group has one color"
+    assert not torch.allclose(line[:, 0], mean, atol=0.05)
+
+
+def test_a_group_in_several_pieces_has_one_color():
+    pictures = displayed(torch.rand(1, 1, 4, 4))
+    filled = merged(pictures, torch.tensor([[0, 1, 2, 0]]), (2, 2))[0]
+    side = pictures.shape[2] // 2
+    assert torch.equal(filled[:, 4, 4], filled[:, side + 4, side + 4])
+    assert torch.equal(filled[:, 0, 0], filled[:, -1, -1])
 
 
 def test_display_stretches_every_image_alone():
     images = torch.stack([torch.linspace(-3, 1, 12).view(1, 3, 4), torch.full((1, 3, 4), 9.0)])
     pictures = displayed(images)
-    assert pictures.shape == (2, 3, 129, 172)
+    assert pictures.shape == (2, 3, 96, CELL)
     assert (pictures[0].min(), pictures[0].max()) == (0, 1)
     assert pictures[1].abs().max() == 0
+
+
+def test_pictures_of_any_size_get_one_width():
+    for height, width in ((8, 8), (300, 200), (128, 128)):
+        assert displayed(torch.rand(1, 1, height, width)).shape == (1, 3, round(CELL * height / width), CELL)
+    plain = torch.full((1, 3, 4, 4), 0.25)
+    assert torch.equal(displayed(plain, width=8, stretch=False), torch.full((1, 3, 8, 8), 0.25))

@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fewtokens.analysis.pictures.drawing import pixels
-from fewtokens.analysis.pictures.token_maps import token_columns
+from fewtokens.analysis.pictures import token_video as module
+from fewtokens.analysis.pictures.drawing import CELL
+from fewtokens.analysis.pictures.sheet import GAP, MARGIN, SIDE, draw, line_height, text_width
+from fewtokens.analysis.pictures.token_maps import token_picture
 from fewtokens.analysis.pictures.token_video import TokenVideo, strip, write_gif
 from fewtokens.backbones.vivit import Model
 from fewtokens.errors import FewtokensError
@@ -20,7 +22,8 @@ from fewtokens.tokenizers.tome import ToMe
 from fewtokens.tokenizers.top_k import TopK
 from vivits import Data, Task, build, clips
 
-STEPS, GRID, CELL, HEAD = 3, (4, 6), 120, 43  # of `build`; pixels of a cell and above the first
+STEPS, GRID = 3, (4, 6)  # of `build`
+ROW, COLUMN = 85 + GAP, CELL + GAP  # pixels from one picture to the next
 learner = partial(TokenLearnerV11, num_tokens=4)
 
 
@@ -58,13 +61,16 @@ class Halves(Tokenizer):
         return block.feed_forward(tokens.select(kept.expand(len(tokens.x), -1)))
 
 
-def patches(picture: np.ndarray, row: int, column: int, rows: int, side: int = 0) -> np.ndarray:
-    """Mean brightness of every patch (4, 6) in one cell of a picture."""
-    height = (picture.shape[0] - HEAD) / rows
-    top, left = HEAD + row * height, side + column * CELL
-    cell = picture[round(top) + 4 : round(top + height) - 4, round(left) + 4 : round(left) + CELL - 4].mean(axis=2)
+def patches(picture: np.ndarray, row: int, column: int, top: int = 2, left: int = MARGIN) -> np.ndarray:
+    """Mean brightness of every patch (4, 6) in one picture of a sheet, below `top` lines of titles."""
+    y, x = MARGIN + top * line_height(13) + row * ROW, left + column * COLUMN
+    cell = picture[y : y + ROW - GAP, x : x + CELL].mean(axis=2)
     down, across = (np.array_split(np.arange(size), parts) for size, parts in zip(cell.shape, GRID, strict=True))
     return np.array([[cell[np.ix_(y, x)].mean() for x in across] for y in down])
+
+
+def left_of(labels: list[str]) -> int:
+    return MARGIN + round(max(text_width(label, 13) for label in labels)) + SIDE
 
 
 def frames_of(path: Path) -> list[np.ndarray]:
@@ -78,32 +84,33 @@ def frames_of(path: Path) -> list[np.ndarray]:
 
 def drawn(tokenizer: Any, tmp_path: Path, count: int = 2, still: bool = True) -> tuple[np.ndarray, list[np.ndarray]]:
     images = torch.zeros(count, 3, 6, 8, 12) if still else clips(count)
-    columns = token_columns(build(tokenizer=tokenizer, at=[1]), images)
-    write_gif(columns, STEPS, tmp_path / "maps.gif")
-    return pixels(strip(columns, STEPS)), frames_of(tmp_path / "maps.gif")
+    found = token_picture(build(tokenizer=tokenizer, at=[1]), images)
+    assert found is not None
+    write_gif(found, tmp_path / "maps.gif")
+    return np.asarray(strip(found)), frames_of(tmp_path / "maps.gif")
 
 
 def test_a_token_lights_up_where_and_when_its_origin_says(tmp_path: Path) -> None:
     picture, frames = drawn(Walk, tmp_path)
     assert len(frames) == STEPS
-    side = picture.shape[1] - STEPS * CELL
+    left = left_of(["block 1\ntoken 1"])
     for step in range(STEPS):
         for clip in range(2):
             for token, place in enumerate((7 * step, 23 - 7 * step)):
-                assert patches(frames[step], clip, token + 1, rows=2).argmax() == place
-                assert patches(picture, 3 * clip + token + 1, step, rows=6, side=side).argmax() == place
+                assert patches(frames[step], clip, token + 1).argmax() == place
+                assert patches(picture, 3 * clip + token + 1, step, 1, left).argmax() == place
 
 
 def test_a_token_of_the_whole_clip_is_as_bright_as_its_share_of_the_clip(tmp_path: Path) -> None:
     frames = drawn(Once, tmp_path)[1]
-    before, now, after = (patches(frame, 0, 1, rows=2) for frame in frames)
+    before, now, after = (patches(frame, 0, 1) for frame in frames)
     assert (now.argmax(), after.argmax()) == (9, 14)
     assert now.max() > 2 * after.max() > 2 * before.max()
 
 
-def test_what_is_dropped_is_covered_step_by_step(tmp_path: Path) -> None:
+def test_what_is_dropped_is_faded_step_by_step(tmp_path: Path) -> None:
     _, frames = drawn(Halves, tmp_path)
-    covered = [patches(frame, 0, 1, rows=2) > 50 for frame in frames]  # the frames are black, covers are grey
+    covered = [patches(frame, 0, 1) > 50 for frame in frames]  # the frames are black, dropped patches are light
     column = np.arange(24).reshape(GRID) % 6
     assert np.array_equal(covered[0], column >= 3)
     assert np.array_equal(covered[1], column < 3)
@@ -119,34 +126,58 @@ def test_measure(model: Model, tmp_path: Path) -> None:
     assert {path.name for path in measure.picture.parent.iterdir()} == {measure.picture.name, measure.video.name}
     with Image.open(measure.video) as video:
         assert (video.n_frames, video.info["duration"], video.info["loop"]) == (STEPS, 200, 0)
-        assert video.width == 5 * CELL, "the frame and four tokens"
+        assert 5 * COLUMN < video.width < 6 * COLUMN, "label and prediction, the frame and four tokens"
     width, height = Image.open(measure.picture).size
-    assert height == pytest.approx(HEAD + 5 * CELL * 8 / 12, abs=2)
-    assert STEPS * CELL < width < (STEPS + 1) * CELL
+    assert 5 * ROW < height < 6 * ROW + 60, "the frame and four tokens, and the legend"
+    assert width == 560, "the width of the legend"
 
 
 @pytest.mark.parametrize("method", [partial(TopK, keep_rate=0.5), partial(ToMe, r=6)])
 def test_stages_of_methods_that_drop_or_merge(method: Any, tmp_path: Path) -> None:
     picture, frames = drawn(method, tmp_path, still=False)
     assert len(frames) == STEPS
-    assert picture.shape[0] == pytest.approx(HEAD + 4 * CELL * 8 / 12, abs=2), "two clips: the frame and a stage each"
+    numbered = ROW + line_height(13) + 2  # the numbers of tokens may differ between steps
+    assert 4 * ROW < picture.shape[0] < 4 * numbered + 150, "two clips: the frame and a stage each, and the legend"
 
 
-def test_a_long_clip_has_all_its_steps_in_the_gif_and_some_in_the_strip(tmp_path: Path) -> None:
-    columns = token_columns(build(tokenizer=learner, at=[1]), clips(1))
-    assert pixels(strip(columns, STEPS, most=2)).shape[1] == pixels(strip(columns, STEPS)).shape[1] - CELL
-    write_gif(columns, STEPS, tmp_path / "maps.gif")
+def sheets(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Record the arguments of every sheet that is drawn."""
+    found: list[tuple] = []
+
+    def spy(*arguments: Any) -> Image.Image:
+        found.append(arguments)
+        return draw(*arguments)
+
+    monkeypatch.setattr(module, "draw", spy)
+    return found
+
+
+def test_a_long_clip_has_all_its_steps_in_the_gif_and_some_in_the_strip(tmp_path: Path, monkeypatch) -> None:
+    found, drawn_sheets = token_picture(build(tokenizer=learner, at=[1]), clips(1)), sheets(monkeypatch)
+    assert found is not None
+    strip(found, most=2)
+    assert [column.title for column in drawn_sheets[0][0]] == ["step 1", "step 3"]
+    write_gif(found, tmp_path / "maps.gif")
     assert len(frames_of(tmp_path / "maps.gif")) == STEPS
 
 
-def test_label_and_prediction_stand_on_the_first_frame_of_the_strip_and_on_every_frame_of_the_gif() -> None:
+def test_label_and_prediction_stand_beside_the_frames_and_the_legend_below(tmp_path: Path, monkeypatch) -> None:
     net, targets = build(tokenizer=learner, at=[1]), torch.tensor([3, 0])
-    columns = token_columns(net, clips(), targets=targets)
+    found, drawn_sheets = token_picture(net, clips(), targets=targets), sheets(monkeypatch)
+    assert found is not None
     predicted = net(clips()).argmax(dim=1).tolist()
-    notes = [f"true: {a}\npred: {b}" for a, b in zip([3, 0], predicted, strict=True)]
-    assert columns[0].notes == [note for note in notes for _ in range(STEPS)]
-    shown = [text.get_text() for axis in strip(columns, STEPS).axes for text in axis.texts]
-    assert sum(text.startswith("true:") for text in shown) == 2, "once for each clip"
+    expected = [f"label: {a}\nprediction: {b}{'' if a == b else ' ✗'}" for a, b in zip([3, 0], predicted, strict=True)]
+    assert found.row_labels[::STEPS] == [f"{label}\nstep 1" for label in expected]
+    assert found.row_labels[1::STEPS] == ["step 2", "step 2"]
+    strip(found)
+    write_gif(found, tmp_path / "maps.gif")
+    (_, over_time, below), *frames = drawn_sheets
+    assert over_time == [
+        label for clip in expected for label in (clip, "block 1\ntoken 1", "token 2", "token 3", "token 4")
+    ]
+    assert "Another row is one token" in below[0].text
+    assert [labels for _, labels, _ in frames] == [expected] * STEPS
+    assert [columns[0].title for columns, *_ in frames] == [f"frame\n{step} of 3" for step in (1, 2, 3)]
 
 
 def test_images_and_dense_models_have_none(make, measured, tmp_path: Path) -> None:

@@ -10,23 +10,65 @@ Every image is a row. A clip has a row for every time step, and pictures of its 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from textwrap import wrap
 from typing import Literal
 
 import lightning as L
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fewtokens.analysis.evaluation import class_names, evaluating_eagerly, load_test_samples, unwrap_compiled
 from fewtokens.analysis.flops import mean_tokens
-from fewtokens.analysis.pictures.drawing import Column, colored, covered, displayed, draw, heat, write_png
+from fewtokens.analysis.pictures.drawing import DROPPED, displayed, heat, merged, without_dropped
+from fewtokens.analysis.pictures.sheet import Column, Key, draw, save_png
 from fewtokens.backbones.vit import ViT
 from fewtokens.tokens import Tokens
 
-Kind = Literal["selection", "groups", "maps"]
-NAME_LENGTH = 15  # characters of a class name that fit into a picture
+Kind = Literal["selection", "groups", "shares", "maps"]
+NAME_WIDTH = 18  # characters of a line beside a row; a class name takes up to two lines
+
+
+@dataclass(frozen=True)
+class TokenPicture:
+    """The tokens of some images or clips, as pictures.
+
+    Args:
+        columns: The images or frames first, then a column for each token, or for each stage. There is a row for every
+            image, or for every time step of every clip.
+        labels: The label and the prediction of every image or clip; empty if they are unknown.
+        steps: Number of time steps of a clip, 1 for images.
+        marks: What the colors mean.
+        content: A sentence about the columns after the first.
+    """
+
+    columns: list[Column]
+    labels: list[str]
+    steps: int
+    marks: list[Key]
+    content: str
+
+    @property
+    def row_labels(self) -> list[str]:
+        """Return a label for every row. That of a clip is at its first time step."""
+        if self.steps == 1:
+            return self.labels
+        return [
+            f"{label}\nstep 1".lstrip() if step == 0 else f"step {step + 1}"
+            for label in self.labels
+            for step in range(self.steps)
+        ]
+
+    @property
+    def legend(self) -> list[Key]:
+        """Return what rows, columns and colors mean."""
+        row = "image" if self.steps == 1 else "time step of a clip"
+        known = ", with its label and the prediction" if any(self.labels) else ""
+        return [Key(f"A row is a test {row}{known}. {self.content}"), *self.marks]
 
 
 class TokenMaps:
@@ -54,22 +96,22 @@ class TokenMaps:
         self.picture = None
         model = unwrap_compiled(task.model)
         images, targets = load_test_samples(task, datamodule, self.num_images)
-        columns = token_columns(model, images, self.max_columns, self.num_images, targets, datamodule)
-        if columns:
+        found = token_picture(model, images, self.max_columns, self.num_images, targets, datamodule)
+        if found:
             self.picture = run_dir / "pictures" / "token_maps.png"
-            write_png(draw(columns), self.picture)
+            save_png(draw(found.columns, found.row_labels, found.legend), self.picture)
         return {}
 
 
-def token_columns(
+def token_picture(
     model: ViT,
     images: Float[Tensor, "b c *t h w"],
     most: int = 16,
     rows: int | None = None,
     targets: Int[Tensor, "b *k"] | None = None,
     datamodule: L.LightningDataModule | None = None,
-) -> list[Column]:
-    """Return the columns of the picture, with the images themselves first, or none if no tokenizer reduced anything.
+) -> TokenPicture | None:
+    """Return the tokens of images or clips as pictures, or None if no tokenizer reduced anything.
 
     Args:
         model: A ViT or ViViT.
@@ -77,8 +119,8 @@ def token_columns(
         most: Largest number of columns after the first.
         rows: Largest number of rows; the number of clips is reduced to keep to it, but at least one clip is drawn. None
             for all.
-        targets: Class numbers (B,), to note the label and the prediction of every image in the first column; None, or
-            several labels per image (B, classes), for no notes.
+        targets: Class numbers (B,), for the label and the prediction of every image; None, or several labels per image
+            (B, classes), for no labels.
         datamodule: Its `class_names`, if it has them, name the classes.
     """
     images = images if rows is None else images[: max(1, rows // len(model.pictures(images[:1])))]
@@ -86,22 +128,27 @@ def token_columns(
         start, trace = model.embed(images), model.trace(images)
     blocks = reducing_blocks([start, *trace])
     if not blocks or start.grid is None:
-        return []
+        return None
     frames = model.pictures(images)
     steps = len(frames) // len(images)
-    notes = [""] * len(images)
+    labels = [""] * len(images)
     if targets is not None and targets.ndim == 1:
         with evaluating_eagerly(model):
             logits = model.classify(trace[-1])
-        notes = _label_notes(targets[: len(images)], logits, class_names(datamodule, logits.shape[1]))
-    title = "image" if images.ndim == 4 else "frame"
-    column = Column(title, displayed(frames, steps), [note for note in notes for _ in range(steps)])
-    return [column, *_map_columns(column.pictures, start, trace, blocks, most)]
+        labels = _labels(targets[: len(images)], logits, class_names(datamodule, logits.shape[1]))
+    first = Column("image" if images.ndim == 4 else "frame", displayed(frames, steps), [""] * len(frames))
+    columns, kinds, dropped = _token_columns(first.pictures, start, trace, blocks, most)
+    if kinds == {"maps"}:
+        content = "A column is one token that the model makes of all patches: where it looks."
+    else:
+        content = "A column is a stage: the tokens that are left after this block."
+    return TokenPicture([first, *columns], labels, steps, marks(kinds, dropped), content)
 
 
-def _map_columns(
+def _token_columns(
     pictures: Float[Tensor, "b 3 h w"], start: Tokens, trace: Sequence[Tokens], blocks: Sequence[int], most: int
-) -> list[Column]:
+) -> tuple[list[Column], set[Kind], bool]:
+    """Return the columns, how they are drawn, and whether patches are missing in any of them."""
     assert start.grid is not None
     tokens = trace[blocks[0]]
     first = origin_by_step(tokens, start.frames)
@@ -109,14 +156,17 @@ def _map_columns(
         together = 1 if tokens.frames == start.frames else len(pictures) // len(tokens.x)  # pictures that a token spans
         titles = [f"token {number}" for number in range(1, first.shape[1] + 1)]
         titles[0] = f"block {blocks[0]}\n{titles[0]}"
-        return [
+        columns = [
             Column(title, heat(pictures, shares, start.grid, together), [""] * len(pictures))
             for title, shares in zip(titles, first.unbind(1), strict=True)
         ]
+        return columns, {"maps"}, False
     if len(blocks) > most:
         blocks = [blocks[i] for i in np.linspace(0, len(blocks) - 1, most).round().astype(int)]
     origins = {block: origin_by_step(trace[block], start.frames) for block in blocks}
-    return [_stage_column(block, origin, pictures, start.grid) for block, origin in origins.items()]
+    columns = [_stage_column(block, origin, pictures, start.grid) for block, origin in origins.items()]
+    dropped = any(bool((origin.amax(dim=1) == 0).any()) for origin in origins.values())
+    return columns, {kind_of(origin, 0) for origin in origins.values()}, dropped
 
 
 def origin_by_step(tokens: Tokens, steps: int) -> Float[Tensor, "bt n patches"]:
@@ -142,24 +192,65 @@ def kind_of(origin: Float[Tensor, "b n patches"], few: int) -> Kind:
     held = origin > 1e-6 * origin.amax(dim=(1, 2), keepdim=True)
     if (held.sum(dim=1) <= 1).all():
         return "selection" if (held.sum(dim=2) <= 1).all() else "groups"
-    return "maps" if origin.shape[1] <= few else "groups"
+    return "maps" if origin.shape[1] <= few else "shares"
+
+
+def stage(
+    pictures: Float[Tensor, "b 3 h w"], origin: Float[Tensor, "b n patches"], grid: tuple[int, int]
+) -> Float[Tensor, "b 3 h w"]:
+    """Draw what a stage has left: groups of merged patches, kept patches as they are, and dropped ones faded.
+
+    Args:
+        pictures: (B, 3, H, W).
+        origin: Share of every patch in every token (B, tokens, patches).
+        grid: Height and width of the grid of patches.
+    """
+    drawn = pictures if kind_of(origin, 0) == "selection" else merged(pictures, origin.argmax(dim=1), grid)
+    return without_dropped(drawn, origin.amax(dim=1) > 0, grid)
+
+
+def count_tokens(origin: Float[Tensor, "b n patches"]) -> list[int]:
+    """Return the number of tokens of every picture, without padding, whose origin is zero."""
+    return (origin.amax(dim=2) > 0).sum(dim=1).tolist()
 
 
 def _stage_column(
     block: int, origin: Float[Tensor, "b n patches"], pictures: Float[Tensor, "b 3 h w"], grid: tuple[int, int]
 ) -> Column:
-    counts = (origin.amax(dim=2) > 0).sum(dim=1).tolist()  # the origin of padding is zero
-    kept = origin.amax(dim=1) > 0
-    if kind_of(origin, 0) == "selection":
-        drawn = covered(pictures, kept, grid)
-    else:
-        drawn = covered(colored(pictures, origin.argmax(dim=1), grid), kept, grid)
-    same = min(counts) == max(counts)
-    title = f"block {block}\n" + (f"{counts[0]} tokens" if same else f"{min(counts)} to {max(counts)} tokens")
-    return Column(title, drawn, [""] * len(counts) if same else [str(count) for count in counts])
+    counts = count_tokens(origin)
+    low, high = min(counts), max(counts)
+    title = f"block {block}\n{low if low == high else f'{low}-{high}'} tokens"
+    notes = [""] * len(counts) if low == high else [str(count) for count in counts]
+    return Column(title, stage(pictures, origin, grid), notes)
 
 
-def _label_notes(targets: Int[Tensor, " b"], logits: Float[Tensor, "b classes"], names: Sequence[str]) -> list[str]:
-    short = [name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…" for name in names]
+def _labels(targets: Int[Tensor, " b"], logits: Float[Tensor, "b classes"], names: Sequence[str]) -> list[str]:
+    def lines(what: str, name: str) -> str:
+        return "\n".join(wrap(f"{what}: {name}", NAME_WIDTH, max_lines=2, placeholder="…"))
+
     predicted = logits.argmax(dim=1).tolist()
-    return [f"true: {short[a]}\npred: {short[b]}" for a, b in zip(targets.tolist(), predicted, strict=True)]
+    return [
+        lines("label", names[true]) + "\n" + lines("prediction", names[guess] + ("" if true == guess else " ✗"))
+        for true, guess in zip(targets.tolist(), predicted, strict=True)
+    ]
+
+
+def marks(kinds: set[Kind], dropped: bool) -> list[Key]:
+    """Return the legend of the colors."""
+    example = merged(torch.full((1, 3, 20, 50), 0.55), torch.tensor([[0, 0, 1, 1, 1]]), (1, 5))[0]
+    same = ": their mean color, with a line around them; all other patches show the image"
+    marks = {
+        "maps": Key(
+            "share of each patch in the token, from the least to the most; each picture has its own scale",
+            heat(torch.full((1, 3, 20, 160), 0.6), torch.linspace(0, 1, 16)[None], (1, 16))[0],
+        ),
+        "groups": Key(f"patches that were merged into one token{same}", example),
+        "shares": Key(f"patches that have their largest share in the same token{same}", example),
+        "selection": None,
+    }
+    keys = [key for kind, key in marks.items() if kind in kinds and key is not None]
+    if dropped:
+        keys.append(
+            Key("dropped patches; kept patches show the image", torch.tensor(DROPPED).view(3, 1, 1).expand(3, 20, 20))
+        )
+    return keys

@@ -4,19 +4,17 @@ They show the columns of `token_maps`: the frame and, below it, a heat map of ev
 stage kept or merged. A strip has a column for every time step; a gif shows one time step after the other.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from fewtokens.analysis.evaluation import load_test_samples, unwrap_compiled
-from fewtokens.analysis.pictures.drawing import Column, draw, pixels, write_png
-from fewtokens.analysis.pictures.token_maps import token_columns
+from fewtokens.analysis.pictures.sheet import Column, Key, draw, save_png
+from fewtokens.analysis.pictures.token_maps import TokenPicture, token_picture
 from fewtokens.errors import check
 from fewtokens.files import replace_file
 
@@ -57,61 +55,54 @@ class TokenVideo:
         if len(model.sample_shape) < 4:
             return {}
         clips, targets = load_test_samples(task, datamodule, self.num_clips)
-        steps = len(model.pictures(clips[:1]))
-        columns = token_columns(model, clips, self.max_columns, None, targets, datamodule) if steps > 1 else []
-        if columns:
+        found = token_picture(model, clips, self.max_columns, None, targets, datamodule)
+        if found and found.steps > 1:
             path = run_dir / "pictures" / "token_maps_over_time.png"
-            write_png(strip(columns, steps, self.max_columns), path)
+            save_png(strip(found, self.max_columns), path)
             self.picture, self.video = path, path.with_suffix(".gif")
-            write_gif(columns, steps, self.video, self.milliseconds)
+            write_gif(found, self.video, self.milliseconds)
         return {}
 
 
-def strip(columns: Sequence[Column], steps: int, most: int = 16) -> Figure:
-    """Return a figure with time from left to right. Every clip has a row of frames and a row for every other column.
+def strip(picture: TokenPicture, most: int = 16) -> Image.Image:
+    """Return a sheet with time from left to right. Every clip has a row of frames and a row for every other column.
 
     Args:
-        columns: The columns of `token_columns`, with a picture for every time step of every clip.
-        steps: Number of time steps of a clip.
+        picture: The tokens of clips.
         most: Largest number of time steps that are shown, evenly spaced.
     """
-    clips = len(columns[0].pictures) // steps
-    rows = [(clip * steps, column) for clip in range(clips) for column in columns]
+    columns, steps = picture.columns, picture.steps
+    rows = [(clip * steps, column) for clip in range(len(picture.labels)) for column in columns]
     labels = [column.title for _, column in rows]
-    if clips > 1:
-        for clip in range(clips):
-            labels[clip * len(columns)] = f"clip {clip + 1}\n{columns[0].title}"
-    shown = np.linspace(0, steps - 1, min(most, steps)).round().astype(int).tolist()
-
-    def note(column: Column, clip: int, step: int) -> str:  # label and prediction once per clip, on its first frame
-        return "" if column is columns[0] and step != shown[0] else column.notes[clip + step]
-
+    for clip, label in enumerate(picture.labels):
+        labels[clip * len(columns)] = label or (f"clip {clip + 1}" if len(picture.labels) > 1 else labels[0])
     over_time = [
         Column(
             f"step {step + 1}",
             torch.stack([column.pictures[first + step] for first, column in rows]),
-            [note(column, first, step) for first, column in rows],
+            [column.notes[first + step] for first, column in rows],
         )
-        for step in shown
+        for step in np.linspace(0, steps - 1, min(most, steps)).round().astype(int).tolist()
     ]
-    return draw(over_time, labels)
+    words = "The first row of a clip shows its frames over time. " + picture.content.replace("A column", "Another row")
+    return draw(over_time, labels, [Key(words), *picture.marks])
 
 
-def write_gif(columns: Sequence[Column], steps: int, path: Path, milliseconds: int = 300) -> None:
+def write_gif(picture: TokenPicture, path: Path, milliseconds: int = 300) -> None:
     """Write an endless gif with a frame for every time step. A frame shows the columns, with a row for every clip.
 
     Args:
-        columns: The columns of `token_columns`.
-        steps: Number of time steps of a clip.
+        picture: The tokens of clips.
         path: Path of the file. It is written completely or not at all.
         milliseconds: Duration of a time step.
     """
+    columns, steps = picture.columns, picture.steps
     frames = []
     for step in range(steps):
         now = [replace(each, pictures=each.pictures[step::steps], notes=each.notes[step::steps]) for each in columns]
         # The number of the step also keeps equal frames apart, which Pillow would merge.
-        now[0] = replace(now[0], title=f"{columns[0].title}\nstep {step + 1} of {steps}")
-        frame = Image.fromarray(pixels(draw(now)))
+        now[0] = replace(now[0], title=f"{columns[0].title}\n{step + 1} of {steps}")
+        frame = draw(now, picture.labels, [Key(picture.content), *picture.marks])
         # A gif has 256 colors, and heat maps take most of them. Quantizing to a given palette, here the frame's own,
         # dithers, which is closer to the frame.
         frames.append(frame.quantize(palette=frame.quantize(256, kmeans=1)))
