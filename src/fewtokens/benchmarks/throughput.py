@@ -1,6 +1,5 @@
 """Compare the speed of tokenizers on one backbone: python -m fewtokens.benchmarks.throughput [key=value ...]."""
 
-import difflib
 import itertools
 import logging
 import shlex
@@ -8,10 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig, ListConfig
 from rich import box
@@ -23,7 +20,8 @@ from fewtokens.analysis.evaluation import unwrap_compiled
 from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.comparison import DENSE, Setting, compare, timm_reference
 from fewtokens.benchmarks.sharpening import sharpen
-from fewtokens.errors import FewtokensError, check, check_choice
+from fewtokens.benchmarks.variants import backbone_name, compose_with
+from fewtokens.errors import check, check_choice
 from fewtokens.files import write_json
 from fewtokens.runs import checkpoints, report
 from fewtokens.runs.cli import command
@@ -87,7 +85,7 @@ def all_settings(cfg: DictConfig) -> list[Setting]:
 
 def build_dense(cfg: DictConfig) -> LightningModule:
     """Return the task with the backbone without a tokenizer, with the weights that the config names."""
-    task = instantiate(_compose("none").task)
+    task = instantiate(compose_with("none").task)
     if cfg.checkpoint is not None:
         checkpoints.load_model(task, checkpoint_of(cfg.checkpoint))
     return task
@@ -99,7 +97,7 @@ def build_models(cfg: DictConfig, dense: ViT) -> dict[str, nn.Module]:
     if cfg.timm and len(dense.sample_shape) == 3:  # timm has no video models
         models[TIMM] = timm_reference(dense)
     for entry in cfg.tokenizers:
-        model = unwrap_compiled(instantiate(_compose(str(entry)).backbone))
+        model = unwrap_compiled(instantiate(compose_with(str(entry)).backbone))
         model.to(next(dense.parameters()).device)
         found = model.load_state_dict(dense.state_dict(), strict=False, assign=True)
         if found.missing_keys:
@@ -128,33 +126,9 @@ def show(records: list[dict[str, Any]], title: str, console: Console, rate: str)
     console.print(table)
 
 
-def _compose(entry: str) -> DictConfig:
-    """Compose the command's config with another tokenizer: "tome build.r=13" is tokenizer=tome tokenizer.build.r=13."""
-    option, *settings = shlex.split(entry)
-    job = HydraConfig.get()
-    overrides = [part for part in job.overrides.task if not part.startswith(("tokenizer=", "tokenizer."))]
-    overrides.append(f"tokenizer={option}")
-    try:
-        return hydra.compose(
-            job.job.config_name,
-            [*overrides, *(part if "@" in part else f"tokenizer.{part}" for part in settings)],
-        )
-    except HydraException as error:
-        default = hydra.compose(job.job.config_name, overrides)  # raises the error if the option is what is wrong
-        keys = ["at", *(f"build.{name}" for name in default.tokenizer.build if not str(name).startswith("_"))]
-        near = [close for part in settings for close in difflib.get_close_matches(part.partition("=")[0], keys, n=1)]
-        hint = f"Did you mean {near[0]}?" if near else "Write it as 'tome build.r=13'."
-        raise FewtokensError(
-            f"`tokenizers` has an invalid setting in {entry!r}. The keys of {option} are {', '.join(keys)}. {hint}"
-        ) from error
-
-
 def _origin(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
-    choice = HydraConfig.get().runtime.choices["backbone"]
-    if choice == "run":  # the config of a checkpoint does not know which option it was
-        choice = cfg.backbone._target_.rpartition(".")[2]
     return {
-        "backbone": str(cfg.backbone.get("name") or choice),
+        "backbone": backbone_name(cfg),
         "image_size": cfg.data.image_size,
         "frames": cfg.data.frames,
         "images": cfg.images,

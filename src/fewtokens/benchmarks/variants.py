@@ -1,0 +1,48 @@
+"""The tokenizers that a benchmark compares, as configs: its own config with another tokenizer."""
+
+import difflib
+import shlex
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from fewtokens.errors import FewtokensError
+
+
+def compose_with(entry: str, key: str = "tokenizers") -> DictConfig:
+    """Compose the command's config with another tokenizer: "tome build.r=13" is tokenizer=tome tokenizer.build.r=13.
+
+    Args:
+        entry: An option of configs/tokenizer, followed by its settings.
+        key: The key of the config that holds the entry, for the error message.
+
+    Raises:
+        FewtokensError: A setting is none of the tokenizer's.
+    """
+    option, *settings = shlex.split(entry)
+    job = HydraConfig.get()
+    overrides = [part for part in job.overrides.task if not part.startswith(("tokenizer=", "tokenizer."))]
+    overrides.append(f"tokenizer={option}")
+    try:
+        return hydra.compose(
+            job.job.config_name,
+            [*overrides, *(part if "@" in part else f"tokenizer.{part}" for part in settings)],
+        )
+    except HydraException as error:
+        default = hydra.compose(job.job.config_name, overrides)  # raises the error if the option is what is wrong
+        keys = ["at", *(f"build.{name}" for name in default.tokenizer.build if not str(name).startswith("_"))]
+        near = [close for part in settings for close in difflib.get_close_matches(part.partition("=")[0], keys, n=1)]
+        hint = f"Did you mean {near[0]}?" if near else "Write it as 'tome build.r=13'."
+        raise FewtokensError(
+            f"`{key}` has an invalid setting in {entry!r}. The keys of {option} are {', '.join(keys)}. {hint}"
+        ) from error
+
+
+def backbone_name(cfg: DictConfig) -> str:
+    """Return the name of the backbone: timm's, or its option in configs/backbone, or its class if a run names it."""
+    choice = HydraConfig.get().runtime.choices["backbone"]
+    if choice == "run":  # the config of a checkpoint does not know which option it was
+        choice = cfg.backbone._target_.rpartition(".")[2]
+    return str(cfg.backbone.get("name") or choice)
