@@ -16,6 +16,7 @@ PRIMARY = {
     "eval.py": "eval",
     "fewtokens.runs.export": "export",
     "fewtokens.benchmarks.throughput": "throughput",
+    "fewtokens.benchmarks.gallery": "gallery",
 }
 
 
