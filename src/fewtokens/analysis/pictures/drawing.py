@@ -68,7 +68,7 @@ def heat(
         torch.from_numpy(colormaps["inferno"](0.25 + 0.57 * fine[:, 0].numpy())[..., :3]).float().permute(0, 3, 1, 2)
     )
     gray = pictures.mean(dim=1, keepdim=True)
-    strength = 0.95 * fine
+    strength = 0.95 * fine**1.5  # so that what is looked at most stands out
     # The picture also sets the brightness of the colors, so that it stays visible below them.
     return (1 - strength) * 0.65 * gray + strength * colors * (0.66 + 0.34 * gray)
 

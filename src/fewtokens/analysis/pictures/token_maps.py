@@ -66,9 +66,9 @@ class TokenPicture:
     @property
     def legend(self) -> list[Key]:
         """Return what rows, columns and colors mean."""
-        row = "image" if self.steps == 1 else "time step of a clip"
+        row = "an image" if self.steps == 1 else "a time step of a clip"
         known = ", with its label and the prediction" if any(self.labels) else ""
-        return [Key(f"A row is a test {row}{known}. {self.content}"), *self.marks]
+        return [Key(f"A row is {row}{known}. {self.content}"), *self.marks]
 
 
 class TokenMaps:
