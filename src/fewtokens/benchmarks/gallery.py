@@ -285,7 +285,7 @@ def _paths(images: Any) -> list[Path]:
 
 def _caption(path: Path, model: ViT, dense: int) -> str:
     height, width = model.encoder.tokenizers[0].context.grid
-    return f"{path.name}\n{height} x {width} = {height * width} patches\n{dense / GIGA:.2f} GMACs\nwithout reduction"
+    return f"{path.name}\n{height} x {width} = {height * width} patches\n{dense / GIGA:.3g} GMACs\nwithout reduction"
 
 
 def _origin(cfg: DictConfig, paths: Sequence[Path]) -> dict[str, Any]:
