@@ -41,10 +41,14 @@ def test_nothing_is_written_outside_and_large_sheets_have_large_text(number, mon
     assert sizes[-1] * min(1, 900 / image.width) >= 11, "readable on a page of 900 pixels"
 
 
-def test_long_titles_do_not_run_into_each_other():
-    narrow = columns(3, side=64, title="block 10\n100-164 tokens")
-    size = sheet._text_size(narrow, [], 64)
-    assert size == sheet.SMALLEST or text_width("100-164 tokens", size) <= 64 + GAP
+def test_titles_fit_their_columns_and_labels_their_rows():
+    many = columns(17, side=128, title="token 10")
+    assert 20 < sheet._text_size(many, [], 128, 128) < sheet._text_size(columns(17, side=128), [], 128, 128)
+    assert text_width("token 10", sheet._text_size(many, [], 128, 128)) <= 128
+    labels = ["label: great white\nshark, a very…\nprediction: Petri\ndish ✗"]
+    size = sheet._text_size(columns(17, side=128), labels, 128, 128)
+    assert 4 * line_height(size) <= 128 < 5 * line_height(size)
+    assert sheet._text_size(columns(3, side=20, title="100-164 tokens"), [], 20, 20) == sheet.SMALLEST
 
 
 def test_labels_notes_and_legend_take_place():

@@ -106,7 +106,7 @@ def draw(columns: Sequence[Column], labels: Sequence[str] = (), legend: Sequence
         legend: What is written below.
     """
     rows, (high, wide) = len(columns[0].pictures), columns[0].pictures.shape[2:]
-    size = _text_size(columns, labels, wide)
+    size = _text_size(columns, labels, high, wide)
     left, top, under = _borders(columns, labels, size)
     right, bottom = left + len(columns) * (wide + GAP) - GAP, top + rows * (high + under + GAP) - GAP
     width = max(right + MARGIN, LEGEND_WIDTH if legend else 0)
@@ -168,11 +168,14 @@ def save_png(image: Image.Image, path: Path) -> None:
         image.save(file, format="png", optimize=True)
 
 
-def _text_size(columns: Sequence[Column], labels: Sequence[str], wide: int) -> int:
-    """Return a size that is readable where a page scales the sheet down, and at which titles fit their columns."""
+def _text_size(columns: Sequence[Column], labels: Sequence[str], high: int, wide: int) -> int:
+    """Return a size that is readable where a page scales the sheet down, and at which text fits its row and column."""
     size = round(READABLE * max(PAGE, len(columns) * (wide + GAP)) / PAGE)
     texts = [text for column in columns for text in (column.title, *column.notes) if text]
-    while size > SMALLEST and any(text_width(text, size) > wide + GAP - 2 for text in texts):
+    lines = max((label.count("\n") + 1 for label in labels), default=1)
+    while size > SMALLEST and (
+        lines * line_height(size) > high or any(text_width(text, size) > wide for text in texts)
+    ):
         size -= 1
     return size
 
