@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from conftest import CONFIGS, TINY
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import checkpoints
+from fewtokens.runs import checkpoints, config
 from fewtokens.runs.config import instantiate
 
 
@@ -102,3 +103,90 @@ def test_another_grid_and_other_classes_start_from_the_same_weights(
     assert torch.equal(larger.model.encoder.blocks[0].mlp.fc1.weight, task.model.encoder.blocks[0].mlp.fc1.weight)
     with pytest.raises(FewtokensError, match="same width and depth"):
         checkpoints.start_from(instantiate(composed(*few, "backbone.dim=32").task), tmp_path / "a.ckpt")
+
+
+CLIPS = [
+    "data=moving_digits",
+    "data.image_size=8",
+    "backbone=vivit_mini",
+    "backbone.tubelets.height=4",
+    "backbone.tubelets.width=4",
+    "backbone.dim=16",
+    "backbone.heads=2",
+    "backbone.depth=1",
+    "backbone.temporal_depth=1",
+    "tokenizer=none",
+]
+
+
+def video_run(composed, directory: Path, *overrides: str):
+    """Save a model with positions of some size as a run, and return its config, the model and the checkpoint."""
+    cfg = composed(*CLIPS, "data.frames=8", *overrides)
+    task, path = instantiate(cfg.task), directory / "run" / "checkpoints" / "last.ckpt"
+    for name, table in task.model.named_parameters():
+        if name.endswith("pos_embed"):
+            torch.nn.init.normal_(table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": task.state_dict()}, path)
+    config.save(cfg, directory / "run")
+    return cfg, task.model, path
+
+
+def changed(cfg, **data: int):
+    """Return a new task for clips of another size."""
+    return instantiate(OmegaConf.merge(cfg, {"data": data}).task)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_positions_of_clips_are_resampled_within_time_steps_and_then_along_time(composed, tmp_path, pool: str) -> None:
+    cfg, model, path = video_run(composed, tmp_path, f"backbone.pool={pool}")
+    prefix = int(pool == "token")
+    old = model.vit.pos_embed[:, prefix:].unflatten(1, (4, 2, 2))
+
+    def started(**data: int) -> torch.Tensor:
+        task = changed(cfg, **data)
+        checkpoints.start_from(task, path)
+        assert torch.equal(task.model.vit.pos_embed[:, :prefix], model.vit.pos_embed[:, :prefix])
+        return task.model.vit.pos_embed[:, prefix:]
+
+    assert torch.equal(started(), old.flatten(1, 3))
+    larger = started(image_size=16).unflatten(1, (4, 4, 4))  # 4 steps of 4 x 4 are 64, which is a square of 8 x 8, too
+    for step in range(4):
+        alone = torch.nn.functional.interpolate(
+            old[:, step].permute(0, 3, 1, 2), (4, 4), mode="bicubic", antialias=True, align_corners=False
+        )
+        torch.testing.assert_close(larger[:, step], alone.permute(0, 2, 3, 1))
+    shorter = started(frames=4).unflatten(1, (2, 2, 2))
+    torch.testing.assert_close(shorter, old.unflatten(1, (2, 2)).mean(dim=2))
+    assert started(frames=16, image_size=12).shape == (1, 8 * 9, 16)
+    assert not torch.equal(started(frames=2, image_size=16), old.flatten(1, 3)), "as many, with another meaning"
+
+
+@torch.no_grad()
+def test_the_encoder_over_time_starts_with_positions_for_its_time_steps(composed, tmp_path: Path) -> None:
+    cfg, model, path = video_run(composed, tmp_path, "backbone.model=factorised_encoder")
+    task = changed(cfg, frames=4)
+    assert checkpoints.start_from(task, path)["init/missing"] == 0
+    old, new = model.temporal.vit.pos_embed, task.model.temporal.vit.pos_embed
+    assert torch.equal(task.model.vit.pos_embed, model.vit.pos_embed)
+    assert torch.equal(new[:, 0], old[:, 0])
+    torch.testing.assert_close(new[:, 1:], old[:, 1:].unflatten(1, (2, 2)).mean(dim=2))
+
+
+def test_positions_of_unknown_layout_are_refused(composed, tmp_path: Path) -> None:
+    cfg, _, path = video_run(composed, tmp_path)
+    (tmp_path / "run" / "config.yaml").unlink()
+    checkpoints.start_from(changed(cfg), path)
+    for other in ({"frames": 4}, {"image_size": 16}):
+        with pytest.raises(FewtokensError, match="positions are laid out"):
+            checkpoints.start_from(changed(cfg, **other), path)
+
+
+def test_the_grid_of_a_run_need_not_be_square(composed, tmp_path: Path) -> None:
+    few = [part for part in TINY if "tokenizer" not in part] + ["tokenizer=none", "backbone.patch_size=[2,4]"]
+    cfg, path = composed(*few), tmp_path / "last.ckpt"
+    torch.save({"state_dict": instantiate(cfg.task).state_dict(), "config": OmegaConf.to_yaml(cfg)}, path)
+    task = changed(cfg, image_size=16)
+    checkpoints.start_from(task, path)
+    assert task.model.vit.pos_embed.shape[1] == 8 * 4

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fewtokens.errors import FewtokensError, check
@@ -168,6 +169,33 @@ def uniform_frames(total: int, count: int) -> list[int]:
     if count >= total:
         return list(range(total))
     return [round(Fraction(i * total, count + 1)) for i in range(1, count + 1)]
+
+
+def resample_positions(
+    table: Float[Tensor, "1 n c"], prefix: int, old: tuple[int, int, int], new: tuple[int, int, int]
+) -> Float[Tensor, "1 m c"]:
+    """Return learned positions for another number of time steps or another grid.
+
+    The grid is resampled within each time step (bicubic, by timm), and then every position linearly along time. Both
+    take the old and the new positions as parts of the same area and the same time.
+
+    Args:
+        table: Positions of class and register tokens, and then of the patches by time, row and column.
+        prefix: Number of class and register positions P, which are not changed.
+        old: Time steps, rows and columns (T, H, W) of the table, with n = P + T * H * W.
+        new: The same of the result.
+    """
+    if old == new:
+        return table
+    first, patches = table[:, :prefix], table[:, prefix:].unflatten(1, (old[0], -1))
+    if old[1:] != new[1:]:
+        steps = [resample_abs_pos_embed(step, list(new[1:]), list(old[1:]), 0) for step in patches.unbind(1)]
+        patches = torch.stack(steps, dim=1)
+    if old[0] != new[0]:
+        along_time = patches[0].flatten(1).T[None]  # (1, H*W*C, T)
+        along_time = F.interpolate(along_time.float(), new[0], mode="linear", align_corners=False)
+        patches = along_time[0].T.unflatten(1, patches.shape[2:])[None].to(table)
+    return torch.cat([first, patches.flatten(1, 2)], dim=1)
 
 
 def pair(size: Size) -> tuple[int, int]:

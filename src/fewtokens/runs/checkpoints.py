@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fewtokens.analysis.evaluation import unwrap_compiled
 from fewtokens.errors import FewtokensError, first_line, listed
 from fewtokens.files import replace_file
+from fewtokens.layers.embedding import resample_positions
+from fewtokens.runs.compose import saved_config
 
 log = logging.getLogger(__name__)
 MODEL = "model."  # prefix of the model's parameters in the state of a task
@@ -75,7 +76,7 @@ def start_from(task: nn.Module, path: Path) -> dict[str, float]:
     """Load what fits from the model of another run, as the start of training.
 
     Parameters that are missing there, such as those of a tokenizer, keep their initial values, and so does a head for
-    other classes. Positions for another grid are resampled. All such names are logged.
+    other classes. Positions for another grid or another number of time steps are resampled. All such names are logged.
 
     Args:
         task: The task with the model.
@@ -85,13 +86,11 @@ def start_from(task: nn.Module, path: Path) -> dict[str, float]:
         How many parameters and buffers were `init/loaded`, `init/missing` there, and `init/unexpected`, not used here.
 
     Raises:
-        FewtokensError: Nothing fits, or a parameter other than the head has another shape.
+        FewtokensError: Nothing fits, a parameter other than the head has another shape, or positions have to be
+            resampled and it is not known how they were laid out.
     """
     state, own = _models(task, path)
-    positions = f"{MODEL}vit.pos_embed"
-    if positions in state and positions in own:
-        grid = unwrap_compiled(task.model).encoder.tokenizers[0].context.grid
-        state[positions] = _resample(state[positions], own[positions], grid)
+    _resample_positions(state, own, unwrap_compiled(task.model), path)
     missing, unexpected, mismatched = _differences(state, own)
     heads = [name for name in mismatched if ".head" in name]
     loaded = sorted(set(state) & set(own) - set(mismatched))
@@ -127,10 +126,55 @@ def _differences(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[list
     return sorted(set(own) - set(state)), sorted(set(state) - set(own)), mismatched
 
 
-def _resample(table: Tensor, own: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return positions (1, P+N, C) for another grid, or unchanged if the grid is not the difference."""
-    prefix = own.shape[1] - prod(grid)
-    square = prefix >= 0 and isqrt(table.shape[1] - prefix) ** 2 == table.shape[1] - prefix
-    if table.shape[1] == own.shape[1] or table.shape[2] != own.shape[2] or not square:
-        return table
-    return resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix)
+def _resample_positions(state: dict[str, Tensor], own: dict[str, Tensor], model: Any, path: Path) -> None:
+    """Resample the positions in `state` to the layout of the model, also those of a second encoder over time."""
+    for prefix, vit in ((MODEL, model), (f"{MODEL}temporal.", getattr(model, "temporal", None))):
+        name = f"{prefix}vit.pos_embed"
+        if vit is None or not {name} <= state.keys() & own.keys():
+            continue
+        table, grid = state[name], vit.encoder.tokenizers[0].context.grid
+        new = (vit.frames, *grid) if vit is model else (*grid, 1)  # the second encoder's grid is time steps x 1
+        count = own[name].shape[1] - prod(new)
+        if table.shape[2] != own[name].shape[2]:  # the model has another width
+            continue
+        patches, kernel = table.shape[1] - count, state.get(f"{prefix}vit.patch_embed.proj.weight")
+        old = _layout(patches, new, kernel, path) if vit is model else (patches, 1, 1)
+        state[name] = resample_positions(table, count, old, new)
+
+
+def _layout(patches: int, new: tuple[int, int, int], kernel: Tensor | None, path: Path) -> tuple[int, int, int]:
+    """Return the time steps, rows and columns (T, H, W) of the patches in a checkpoint.
+
+    They follow from the image size in the config of its run and from the kernel of the embedding. Without a config, as
+    many patches as in the new model count as laid out alike, and another number of patches of an image as a square.
+    """
+    sides = _image_size(path)
+    if sides is not None and kernel is not None:
+        grid = sides[0] // kernel.shape[-2], sides[1] // kernel.shape[-1]
+        if min(grid) > 0 and patches > 0 and patches % prod(grid) == 0 and (kernel.ndim == 5 or patches == prod(grid)):
+            return patches // prod(grid), *grid
+    elif patches == prod(new):
+        return new
+    elif (kernel is None or kernel.ndim == 4) and isqrt(max(patches, 0)) ** 2 == patches > 0:
+        return 1, isqrt(patches), isqrt(patches)
+    raise FewtokensError(
+        f"The positions in {path} cannot be resampled to {new[0]} time steps of {new[1]}x{new[2]} patches: how its "
+        f"{patches} positions are laid out does not follow from the image size in the config of its run. Use the "
+        "`backbone.pool`, `data.frames` and `data.image_size` of that run."
+    )
+
+
+def _image_size(path: Path) -> tuple[int, int] | None:
+    """Return (height, width) of the images of the run that a checkpoint belongs to, or None if it is not known."""
+    try:
+        config = saved_config(path)
+    except FewtokensError:  # a checkpoint of an old version, or of another tool
+        return None
+    backbone = config["backbone"] if isinstance(config["backbone"], dict) else {}
+    for node in (backbone.get("tubelets"), backbone, config.get("data")):  # the first two usually refer to the third
+        match node:
+            case {"image_size": int() as side}:
+                return side, side
+            case {"image_size": [int() as height, int() as width]}:
+                return height, width
+    return None

@@ -196,6 +196,15 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def config_of(checkpoint: Path) -> dict[str, Any]:
+    """Return what `saved_config` returns, after the check that a command may compose on it.
+
+    Raises:
+        FewtokensError: There is none, or it is not the config of a run.
+    """
+    return check_saved(saved_config(checkpoint), checkpoint)
+
+
+def saved_config(checkpoint: Path) -> dict[str, Any]:
     """Return the saved config of a run as plain data, or the copy inside the checkpoint if it was moved elsewhere.
 
     Raises:
@@ -217,4 +226,4 @@ def config_of(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} comes without the config of its run, which train.py writes beside and into checkpoints. "
             "Weights from elsewhere are loaded with backbone.weights=<file>."
         )
-    return check_saved(config, checkpoint)
+    return config
