@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import TINY, environment
 from fewtokens.callbacks.signals import Stopped
@@ -66,3 +67,25 @@ def test_a_signal_in_the_last_validation_is_not_forgotten(composed, tmp_path: Pa
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
     assert not (tmp_path / "run" / "report.json").exists()
     assert {"val/top1", "test/top1"} <= training.run(composed(f"resume={tmp_path / 'run'}")).keys()
+
+
+@pytest.mark.parametrize(("batches", "ready"), [(3, 4), (5, 5)])
+def test_a_signal_waits_for_the_step_and_at_the_end_of_an_epoch_for_its_validation(
+    composed, tmp_path: Path, monkeypatch, batches: int, ready: int
+) -> None:
+    """Gradients are accumulated over two batches, and an epoch has five."""
+    seen: list[int] = []
+
+    def step(*_: object) -> None:
+        seen.append(1)
+        if len(seen) == batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = ["trainer.max_epochs=2", "trainer.limit_train_batches=5", "trainer.accumulate_grad_batches=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "on_train_batch_start", step, raising=False)
+        with pytest.raises(Stopped):
+            training.run(composed(*TINY, *settings, "test=false"))
+    content = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert len(seen) == content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == ready
+    assert ("val/loss" in content["numbers"]) == (ready == 5)

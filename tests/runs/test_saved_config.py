@@ -157,7 +157,7 @@ def test_the_name_is_a_folder_below_the_outputs(saved: dict[str, Any], name: obj
 @pytest.mark.parametrize(
     "value", ["/tmp/x", "../x", "~/x", "${paths.run}/../../x", "${paths.data}/x", "${paths.outputs}", "a/../../b"]
 )
-@pytest.mark.parametrize("key", ["logger.csv.directory", "callbacks.last.dirpath"])
+@pytest.mark.parametrize("key", ["logger.csv.directory", "callbacks.last.path"])
 def test_loggers_and_callbacks_write_into_the_run_directory(saved: dict[str, Any], key: str, value: str) -> None:
     with pytest.raises(FewtokensError, match="is outside of the run directory"):
         check_saved(with_value(saved, key, value), RUN)

@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from fewtokens.callbacks.last_checkpoint import has_stepped
+
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -30,6 +32,8 @@ class Stopped(SystemExit):
 class StopOnSignal(Checkpoint):
     """Saves `last.ckpt` at the end of the step in which any rank received a signal, and stops all ranks.
 
+    After the last step of an epoch, the epoch is validated first.
+
     The signals are SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1. A second Ctrl-C ends the process at once.
 
     Lightning's handlers save nothing, and exit with code 0 (SIGTERM) or 1 (SIGINT). This one only sets a flag in the
@@ -45,7 +49,7 @@ class StopOnSignal(Checkpoint):
 
     def __init__(self, path: str, ask_every: int = 10) -> None:
         self.path, self.ask_every = Path(path), ask_every
-        self.received = 0
+        self.received, self._stopping = 0, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace Lightning's signal handlers, which Lightning restores when training ends."""
@@ -60,13 +64,23 @@ class StopOnSignal(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop on all ranks if one of them received a signal."""
-        skip = not self.received if trainer.world_size == 1 else batch_idx % self.ask_every > 0
-        if not skip and self._received_anywhere(trainer):
+        ask = self.received if trainer.world_size == 1 else batch_idx % self.ask_every == 0
+        self._stopping |= bool(ask) and self._received_anywhere(trainer)
+        if self._stopping and has_stepped(trainer, batch_idx):  # accumulated gradients are not saved
+            trainer.save_checkpoint(self.path)
+            # A run resumed after the last batch of an epoch would skip the validation. The checkpoint is written
+            # nevertheless, since some systems kill a process soon after the signal.
+            if not trainer.is_last_batch:
+                self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save and stop after a signal in the last batch or in the validation of an epoch."""
+        if self._stopping or self._received_anywhere(trainer):
             trainer.save_checkpoint(self.path)
             self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop after a signal in the last validation. The checkpoint of the last epoch is written already."""
+        """Stop after a signal at the very end. The checkpoint of the last epoch is written already."""
         if self._received_anywhere(trainer):
             self._stop(trainer)
 
