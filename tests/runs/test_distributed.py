@@ -148,20 +148,49 @@ def test_child_processes_run_one_job_of_a_sweep(composed, no_launcher, tmp_path:
     assert distributed.RUN_DIR not in os.environ
 
 
-def test_two_ranks_share_one_directory_and_count_every_sample_once(script, command, tmp_path: Path) -> None:
+# A measure, which rank 0 runs alone
+ALONE = """
+import os, time
+from pathlib import Path
+from torch.distributed import is_initialized
+
+def children():
+    parts = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
+    commands = [Path("/proc", pid, "cmdline") for part in parts for pid in part]
+    return [path for path in commands if path.exists() and b"train.py" in path.read_bytes()]
+
+class Alone:
+    def __call__(self, task, data, directory):
+        until = time.monotonic() + 60
+        while children() and time.monotonic() < until:
+            time.sleep(0.1)
+        return {"alone/group": float(is_initialized()), "alone/children": float(len(children()))}
+"""
+
+
+def alone(folder: Path) -> dict[str, str]:
+    """Write a module with a measure, and return the environment in which a config can use it."""
+    folder.mkdir()
+    (folder / "alone.py").write_text(ALONE)
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "FEWTOKENS_ALLOW_TARGETS": "alone."}
+
+
+def test_two_ranks_share_one_directory_and_count_every_sample_once(script, command, monkeypatch, tmp_path: Path) -> None:
     root = pictures(tmp_path / "data", test=11)
     data = ["data=cifar10", f"data.root={root}", "data.num_classes=2", "data.val_images=5", "data.batch_size=3"]
     sizes = ["backbone.patch_size=8", "data.eval_batch_size=2"]
     options = [*TINY, *data, *sizes, "trainer=ddp_cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=null"]
     (tmp_path / "tmp").mkdir()
-    script(
-        "train.py", "-m", *options, "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}", TMPDIR=str(tmp_path / "tmp")
-    )
+    options += ["+measure.alone._target_=alone.Alone"]
+    env = alone(tmp_path / "package") | {"TMPDIR": str(tmp_path / "tmp")}
+    script("train.py", "-m", *options, "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}", **env)
     left = {path.name.partition("_")[0] for path in (tmp_path / "tmp").iterdir()}
     assert left <= {"torchinductor"}, "no file is left in the temporary directory"
     for job in ("0", "1"):
         run = tmp_path / "sweep" / job
-        assert (run / "report.json").is_file()
+        numbers = report(run)
+        assert (numbers["alone/group"], numbers["alone/children"]) == (0, 0), "rank 0 measures when the others are gone"
         with (run / "metrics.csv").open() as file:
             steps = [int(row["step"]) for row in csv.DictReader(file)]
         assert max(steps) == 3, "15 samples over 2 ranks in batches of 3 are 3 steps: sharded once"
@@ -169,7 +198,8 @@ def test_two_ranks_share_one_directory_and_count_every_sample_once(script, comma
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]
     run = tmp_path / "sweep" / "0"
     one = tmp_path / "one"
-    command("eval.py", f"checkpoint={run}", "trainer=cpu", f"hydra.run.dir={one}")
+    monkeypatch.setenv("FEWTOKENS_ALLOW_TARGETS", env["FEWTOKENS_ALLOW_TARGETS"])
+    command("eval.py", f"checkpoint={run}", "trainer=cpu", "~measure.alone", f"hydra.run.dir={one}")
     assert report(one)["test/top1"] == pytest.approx(report(run)["test/top1"])
     assert report(one)["test/loss"] == pytest.approx(report(run)["test/loss"], abs=1e-5)
     assert (report(one)["test/top1"] * 11) % 1 == pytest.approx(0, abs=1e-4), "11 samples, none twice"
@@ -177,12 +207,13 @@ def test_two_ranks_share_one_directory_and_count_every_sample_once(script, comma
 
 def test_torchrun_agrees_on_one_directory(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = environment(FEWTOKENS_OUTPUTS=str(tmp_path / "outputs"))
-    command = [*torchrun, str(ROOT / "train.py"), *TINY, "trainer=ddp_cpu"]
+    env = environment(FEWTOKENS_OUTPUTS=str(tmp_path / "outputs"), **alone(tmp_path / "package"))
+    measure = "+measure.alone._target_=alone.Alone"
+    command = [*torchrun, str(ROOT / "train.py"), *TINY, "trainer=ddp_cpu", measure]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "outputs" / "digits").iterdir()
-    assert (run / "report.json").is_file()
+    assert report(run)["alone/group"] == 0
 
 
 def test_sigterm_saves_at_a_step_and_resume_goes_on_exactly(command, tmp_path: Path) -> None:

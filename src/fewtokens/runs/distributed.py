@@ -5,9 +5,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+
+if TYPE_CHECKING:  # Lightning takes seconds to import, and the command line imports this module first
+    from lightning.pytorch import Trainer
 
 RUN_DIR, TIMESTAMP = "FEWTOKENS_RUN_DIR", "FEWTOKENS_STAMP"  # configs/hydra/default.yaml reads them
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -96,6 +100,19 @@ def _job_arguments(arguments: list[str]) -> list[str]:
              if (value := getattr(args, name)) is not None]  # fmt: skip
     of_hydra = [override for override in overrides.hydra if not override.startswith("hydra.mode=")]
     return [*flags, *of_hydra, *overrides.task, "hydra/job_logging=stdout"]
+
+
+def end_process_group(trainer: "Trainer") -> None:
+    """Wait for all processes of the job and end their group, before rank 0 does something for long that others do not.
+
+    The others can then exit. Without a group, there is neither a collective operation that could wait for them, nor a
+    watchdog that could end rank 0.
+
+    Args:
+        trainer: The trainer of the job, which must not be used for training or testing after this.
+    """
+    trainer.strategy.barrier()
+    _destroy_process_group()
 
 
 def _destroy_process_group() -> None:

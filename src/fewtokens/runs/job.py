@@ -24,6 +24,7 @@ from fewtokens.runs import config, report
 from fewtokens.runs.checkpoints import AtomicCheckpointIO
 from fewtokens.runs.config import instantiate
 from fewtokens.runs.directory import RunDirectory, TrainingRecord
+from fewtokens.runs.distributed import end_process_group
 
 
 @dataclass
@@ -132,13 +133,14 @@ def load_images(cfg: DictConfig, task: LightningModule, source: str, count: int)
 
 
 def measure(job: Job) -> tuple[dict[str, float], list[Path]]:
-    """Run all measures of the config on rank 0.
+    """Run all measures of the config on rank 0, which may take long. The process group ends before.
 
     Returns:
         Their numbers, and the files of pictures and videos that they wrote.
     """
     numbers: dict[str, float] = {}
     pictures: list[Path] = []
+    end_process_group(job.trainer)
     if not job.trainer.is_global_zero:
         return numbers, pictures
     with measured_on(job.task, job.trainer.strategy.root_device):
