@@ -18,6 +18,7 @@ from fewtokens.runs.cli import describe
 from fewtokens.runs.compose import config_of
 from fewtokens.runs.config import instantiate
 from fewtokens.runs.directory import RunDirectory
+from fewtokens.runs.job import build_trainer
 from fewtokens.tasks.classification import Classifier
 
 
@@ -128,6 +129,20 @@ def test_a_video_model_starts_from_a_run_of_an_image_model(composed, tmp_path: P
 def test_the_options_of_training_run(composed, tmp_path: Path, options: list[str]) -> None:
     numbers = training.run(composed(*TINY, *options))
     assert ("test/top1" in numbers) == (options != ["test=false"])
+
+
+def test_float32_products_are_tf32_on_gpus_alone(composed) -> None:
+    settings = {name: composed(f"trainer={name}").trainer for name in ("default", "cpu", "ddp_cpu", "gpu", "ddp")}
+    assert [node.float32_matmul_precision for node in settings.values()] == ["highest"] * 3 + ["high"] * 2
+    try:
+        build_trainer(composed("trainer=cpu", "trainer.float32_matmul_precision=medium").trainer)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert build_trainer(settings["cpu"]).max_epochs == 80
+        assert torch.get_float32_matmul_precision() == "highest"  # in the next job of a sweep
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with pytest.raises(FewtokensError, match=r"`trainer\.float32_matmul_precision` must be 'highest'"):
+        build_trainer(composed("trainer.float32_matmul_precision=tf32").trainer)
 
 
 def test_the_average_is_what_is_tested_and_saved(composed, tmp_path: Path) -> None:

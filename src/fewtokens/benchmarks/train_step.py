@@ -40,6 +40,7 @@ from fewtokens.data.datamodule import DataModule
 from fewtokens.errors import FewtokensError, check_choice
 from fewtokens.runs import report
 from fewtokens.runs.config import CONFIGS, instantiate
+from fewtokens.runs.job import build_trainer
 from fewtokens.tasks.classification import Classifier
 from fewtokens.tasks.optim import parameter_groups, scale_learning_rates
 
@@ -156,7 +157,7 @@ def train_with_lightning(cfg: DictConfig, device: torch.device) -> Timing:
     parts = {"callbacks": callbacks, "logger": [instantiate(node) for node in cfg.logger.values()]}
     # StopOnSignal is a Checkpoint, with which Lightning rejects False. Without one, True would add a ModelCheckpoint.
     saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
-    instantiate(cfg.trainer, **parts, accelerator=device.type, enable_checkpointing=saves).fit(task, data)
+    build_trainer(cfg.trainer, **parts, accelerator=device.type, enable_checkpointing=saves).fit(task, data)
     return watch.timing
 
 

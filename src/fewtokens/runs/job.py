@@ -1,5 +1,6 @@
 """A job of training or evaluation, which is built from a config, measured and reported."""
 
+import copy
 import logging
 import sys
 import warnings
@@ -7,19 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from PIL import Image
 from torch import Tensor
 
 from fewtokens.analysis.evaluation import load_test_images, measured_on, random_images, unwrap_compiled
 from fewtokens.callbacks.pictures import log_picture, log_video
-from fewtokens.errors import check
+from fewtokens.errors import check, check_choice
 from fewtokens.runs import config, report
 from fewtokens.runs.checkpoints import AtomicCheckpointIO
 from fewtokens.runs.config import instantiate
@@ -108,11 +111,26 @@ def build(cfg: DictConfig, run: RunDirectory) -> Job:
     loggers = [instantiate(node) for node in cfg.logger.values() if node]
     if not loggers:  # Lightning refuses to monitor the learning rate without a logger
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
+    trainer = build_trainer(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
     resolved = config.plain(cfg, resolve=True)
     for logger in loggers:
         logger.log_hyperparams(resolved)
     return Job(cfg, run, data, task, trainer, record)
+
+
+def build_trainer(node: DictConfig, **parts: Any) -> Trainer:
+    """Build Lightning's Trainer, after setting the precision of float32 matrix products, which is global in torch.
+
+    Args:
+        node: `trainer` of the config. Its `float32_matmul_precision` is no argument of the Trainer.
+        parts: Further arguments of the Trainer.
+    """
+    settings = copy.copy(node)
+    with open_dict(settings):
+        precision = settings.pop("float32_matmul_precision", "highest")
+    check_choice("trainer.float32_matmul_precision", precision, ("highest", "high", "medium"))
+    torch.set_float32_matmul_precision(precision)
+    return instantiate(settings, **parts)
 
 
 def load_images(cfg: DictConfig, task: LightningModule, source: str, count: int) -> Float[Tensor, "b c *t h w"]:
