@@ -81,6 +81,17 @@ def test_an_experiment_can_name_the_checkpoint(composed, save_run: Save, monkeyp
     assert (cfg.tokenizer.build.r, cfg.seed) == (5, 4), "of the experiment, on top of the run"
 
 
+@pytest.mark.parametrize("base", ["train", "export", "throughput"])
+def test_an_experiment_can_name_the_run_of_every_command(composed, save_run: Save, tmp_path: Path, base: str) -> None:
+    run, key = save_run("a", "backbone.dim=24"), "resume" if base == "train" else "checkpoint"
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "again.yaml").write_text(f"# @package _global_\n{key}: {run}\n")
+    cfg = composed("experiment=again", f"hydra.searchpath=[file://{tmp_path / 'mine'}]", base=base)
+    assert (cfg[key], cfg.backbone.dim) == (str(run), 24)
+    assert (HydraConfig.get().run.dir == str(run)) == (base == "train")
+
+
 def test_a_resumed_run_writes_where_it_wrote(composed, save_run: Save) -> None:
     run = save_run("a", "tokenizer=tome")
     composed(f"resume={run}", "tokenizer.build.r=2")
