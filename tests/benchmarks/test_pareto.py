@@ -89,6 +89,9 @@ def test_the_command_writes_points_plot_and_tables(runs: Path, tmp_path: Path, c
     assert "1.2 x" in text
     again = [str(tmp_path / "out" / "table.csv"), "--write", str(tmp_path / "again" / "table")]
     assert main(again) == 0
+    old = tmp_path / "out" / "table.csv"
+    old.with_name("old.csv").write_text(old.read_text().replace(",measured_on", ",device", 1))
+    assert read_points([old.with_name("old.csv")], "test/top1") == read_points([old], "test/top1")
     for suffix in (".csv", ".md", ".png"):
         first, second = (tmp_path / folder / f"table{suffix}" for folder in ("out", "again"))
         assert second.read_bytes() == first.read_bytes(), "the csv alone gives the same page"
@@ -117,4 +120,4 @@ def test_the_device_is_that_of_the_measures(tmp_path: Path) -> None:
     run(tmp_path / "a", "x.ATS", {"test/top1": 0.5, "cost/gmacs": 1.0, "cost/gmacs_dense": 2.0})
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     (tmp_path / "a" / "run.json").write_text(json.dumps(about | {"device": "8 x GPU", "measured_on": "CPU"}))
-    assert read_points([tmp_path], "test/top1")[0][0].device == "CPU"
+    assert read_points([tmp_path], "test/top1")[0][0].measured_on == "CPU"

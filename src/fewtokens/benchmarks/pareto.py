@@ -104,7 +104,7 @@ def _accuracy_table(
 def _write(points: Sequence[Point], path: Path, title: str, text: str, metric: str) -> None:
     write_points(points, path.with_suffix(".csv"))
     write_png(plot(points, metric), path.with_suffix(".png"))
-    devices = ", ".join(sorted({point.device for point in points if point.device}))
+    devices = ", ".join(sorted({point.measured_on for point in points if point.measured_on}))
     notes = f"Written by `python -m fewtokens.benchmarks.pareto` from the runs in {path.stem}.csv. Run on: {devices}."
     path.with_suffix(".md").write_text(f"# {title}\n\n{notes}\n\n![{title}]({path.stem}.png)\n\n{text}\n")
 

@@ -31,7 +31,7 @@ class Point:
         speedup: Measured speed divided by that of the dense model; None if the run did not measure it.
         images_per_s: Measured speed; None if the run did not measure it.
         commit: Commit of the code, if known.
-        device: Device of the measures, if known.
+        measured_on: Device of the measures, if known.
     """
 
     method: str
@@ -42,7 +42,7 @@ class Point:
     speedup: float | None
     images_per_s: float | None
     commit: str | None
-    device: str | None
+    measured_on: str | None
 
 
 def read_points(paths: Iterable[Path], metric: str) -> tuple[list[Point], list[str]]:
@@ -139,11 +139,13 @@ def _point(run: Path, report: dict[str, float], metric: str) -> Point:
 
 
 def _read_csv(path: Path) -> list[Point]:
-    texts = ("method", "setting", "commit", "device")
+    texts = ("method", "setting", "commit", "measured_on")
     points = []
     try:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
+                if "device" in row:  # the name of the column in old files
+                    row["measured_on"] = row.pop("device")
                 values: dict[str, Any] = {
                     name: text if name in texts else float(text) if text else None for name, text in row.items()
                 }

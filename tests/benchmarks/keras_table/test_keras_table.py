@@ -51,7 +51,8 @@ def write_run(args, row="keras_plain", seed=0, top1=0.56, precision="bf16-mixed"
     run = {
         "command": f"python train.py experiment=cifar10/{row}",
         "versions": {"torch": "9.9", "lightning": "8.8"},
-        "device": "CPU",
+        "device": "8 x GPU",
+        "measured_on": "CPU",
         "commit": None,
         "written": "2026-01-01T00:00:00+00:00",
     }
@@ -69,8 +70,18 @@ def test_a_line_comes_from_the_runs_own_files(args):
     expected = {"row": "keras_plain", "seed": "3", "test_top1": "0.56", "epochs": "20", "params": "1344650"}
     expected |= {"val_top1": "0.54", "gmacs": "0.1015", "precision": "bf16-mixed"}
     expected |= {"dataset": FOLDERS, "split": "stratified, 10000 held out", "torch": "9.9", "commit": ""}
+    expected |= {"measured_on": "CPU"}
     assert {name: line[name] for name in expected} == expected
     assert keras_table.collect(args.outputs / "keras_plain" / "3", "my copy")["dataset"] == "my copy"
+
+
+def test_files_with_the_old_name_of_a_column_are_read(args):
+    line = keras_table.collect(write_run(args))
+    args.table.parent.mkdir(parents=True, exist_ok=True)
+    names, values = zip(*line.items(), strict=True)
+    text = [",".join(names).replace("measured_on", "device"), ",".join(f'"{value}"' for value in values)]
+    args.table.write_text("\n".join(text) + "\n")
+    assert keras_table.read(args.table) == [line]
 
 
 def test_an_archive_comes_before_folders_as_in_the_datamodule(data):
@@ -183,7 +194,7 @@ def test_an_interruption_says_how_to_go_on(args, monkeypatch, capsys):
 
 def test_lines_of_other_machines_stay_and_own_ones_are_replaced(args):
     old = keras_table.collect(write_run(args))
-    elsewhere = old | {"dataset": ARCHIVE, "device": "GPU", "test_top1": "0.57"}
+    elsewhere = old | {"dataset": ARCHIVE, "measured_on": "GPU", "test_top1": "0.57"}
     newer = old | {"test_top1": "0.58"}
     shorter = old | {"epochs": "1"}
     merged = keras_table.merge([old, elsewhere], [newer, shorter, old | {"row": "keras_8_tokens"}])

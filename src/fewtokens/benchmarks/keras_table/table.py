@@ -23,7 +23,7 @@ HOME = Path(__file__).parents[4]
 Row = dict[str, str]
 COLUMNS = (
     *("row", "seed", "test_top1", "val_top1", "gmacs", "params", "epochs", "precision", "dataset"),
-    *("split", "device", "torch", "lightning", "commit", "date", "command"),
+    *("split", "measured_on", "torch", "lightning", "commit", "date", "command"),
 )
 SETTING = ("dataset", "split", "precision", "epochs")  # runs that differ in one of these are not averaged
 KEY = ("row", "seed", *SETTING)
@@ -87,7 +87,7 @@ def collect(folder: Path, data_name: str | None = None) -> Row:
         "precision": str(cfg.trainer.precision),
         "dataset": data_name or dataset_name(HOME / Path(cfg.data.root).expanduser()),
         "split": f"{cfg.data.split}, {cfg.data.val_images} held out",
-        "device": ran.device,
+        "measured_on": ran.measured_on if "measured_on" in ran else ran.device,
         "torch": ran.versions.torch,
         "lightning": ran.versions.lightning,
         "commit": ran.commit or "",
@@ -102,7 +102,8 @@ def read(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(file)]
+        rows = [row | {"measured_on": row.get("measured_on", row.get("device"))} for row in csv.DictReader(file)]
+    return [{name: row.get(name) or "" for name in COLUMNS} for row in rows]  # `device` is the name in old files
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
@@ -165,7 +166,7 @@ def interval(values: Sequence[float]) -> float | None:
 
 
 def _environment(rows: Sequence[Row]) -> str:
-    words = sorted({f"{x['device']}, torch {x['torch']}, lightning {x['lightning']}" for x in rows})
+    words = sorted({f"{x['measured_on']}, torch {x['torch']}, lightning {x['lightning']}" for x in rows})
     return f"Run on: {'; '.join(words)}."
 
 
