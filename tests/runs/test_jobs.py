@@ -189,7 +189,7 @@ def test_an_offline_wandb_run_is_recorded_and_closed(composed, tmp_path: Path, m
         ("task.mix.mixup=-1.0", "`task.mix.mixup` must be a number >= 0"),
         ("schedule.warmup=-1", "`schedule.warmup` must be a number of steps >= 0"),
         ("+optimizer.speed=1", "AdamW has no argument `speed`"),
-        ("optimizer.lr=1e30", "The mean training loss of epoch 0"),
+        ("optimizer.lr=1e30", "The mean training loss of epoch 1 "),
         ("optimizer.lr=-1", "The optimizer does not accept its settings: Invalid learning rate: -1"),
         ("optimizer.lr=nan", "The optimizer does not accept its settings"),
         ("optimizer=sgd optimizer.lr=nan", "`optimizer.lr` must be a finite number, got nan"),

@@ -13,6 +13,7 @@ COST = {"cost/gmacs": 1.5, "cost/gmacs_dense": 2.0, "throughput/images_per_s": 0
     ("more", "words"),
     [
         ({}, ["GMACs per image, with the tokenizer", "images/s"]),
+        ({"test/map": 0.125}, ["test mean average precision │ 12.50%"]),
         ({"cost/frames": 32.0}, ["GMACs per clip, with the tokenizer", "clips/s"]),
         (
             {"cost/frames": 32.0, "cost/views": 12.0, "cost/gmacs_all_views": 18.0},

@@ -42,6 +42,12 @@ def test_logits_of_a_video_are_the_mean_over_its_views_and_it_counts_once() -> N
     assert task.test_metrics["loss"].weight == 3
 
 
+def test_several_labels_need_another_task() -> None:
+    for step in (classifier(mix=Mix(7)).training_step, classifier().validation_step):
+        with pytest.raises(FewtokensError, match="Set task=multilabel"):
+            step((torch.randn(3, 1, 3, 2, 2), torch.ones(3, 7, dtype=torch.long)), 0)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_targets_are_indices_or_probabilities(smoothing: float) -> None:
     task = classifier(label_smoothing=smoothing)

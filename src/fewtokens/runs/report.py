@@ -30,6 +30,7 @@ PACKAGES = (
 TABLE = (
     ("test/top1", "test accuracy", "{:.2%}"),
     ("test/top5", "test accuracy, top 5", "{:.2%}"),
+    ("test/map", "test mean average precision", "{:.2%}"),
     ("test/skipped", "test videos that were skipped", "{:,.0f}"),
     ("test/top1_of_listed", "test accuracy, with those counted as wrong", "{:.2%}"),
     ("cost/gmacs_dense", "GMACs per *, all tokens", "{:.4f}"),

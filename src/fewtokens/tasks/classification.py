@@ -75,6 +75,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the loss of a batch, including the losses of tokenizers that have one."""
         views, target = batch
+        self._check_target(target)
         samples, target = views.flatten(0, 1), target.repeat_interleave(views.shape[1], dim=0)
         if self.mix is not None:
             samples, target = self.mix(samples, target)
@@ -97,7 +98,7 @@ class Classifier(LightningModule):
         self.log("train/loss_epoch", loss, prog_bar=True, rank_zero_only=True)
         if not torch.isfinite(loss):
             raise FewtokensError(
-                f"The mean training loss of epoch {self.current_epoch} is {loss.item()}. Lower optimizer.lr, set "
+                f"The mean training loss of epoch {self.current_epoch + 1} is {loss.item()}. Lower optimizer.lr, set "
                 "trainer.gradient_clip_val=1.0, or train in float32 (trainer.precision=32-true)."
             )
 
@@ -133,6 +134,13 @@ class Classifier(LightningModule):
             self.confusion = self.counts.compute()
             self.counts.reset()
 
+    def _check_target(self, target: Tensor) -> None:
+        if target.ndim > 1 and not target.is_floating_point():
+            raise FewtokensError(
+                f"The data have several labels per sample (targets of shape {tuple(target.shape)}), which a "
+                "classification with one label does not take. Set task=multilabel, or data.multilabel=false."
+            )
+
     def _loss(self, logits: Float[Tensor, "b k"], target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Tensor:
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
 
@@ -157,6 +165,7 @@ class Classifier(LightningModule):
 
     def _evaluate(self, metrics: nn.ModuleDict, batch: Batch, stage: str) -> None:
         views, target = batch
+        self._check_target(target)
         logits = self(views)
         losses, labels = self._losses(logits, target), self._labels(target)
         if stage == "test" and self.counts is not None:

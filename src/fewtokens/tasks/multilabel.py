@@ -48,6 +48,9 @@ class MultilabelClassifier(Classifier):
         The arguments are those of `Classifier`.
     """
 
+    def _check_target(self, target: Tensor) -> None:
+        pass  # `_checked` compares it with the logits
+
     def _loss(self, logits: Float[Tensor, "b k"], target: Tensor) -> Tensor:
         target = self._checked(logits, target)
         target = target * (1 - self.label_smoothing) + self.label_smoothing / 2
