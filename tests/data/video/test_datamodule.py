@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import videos
+from fewtokens.callbacks.broken_videos import BrokenVideos
 from fewtokens.data.transforms.geometric import RandomCrop
 from fewtokens.data.video import manifest
 from fewtokens.data.video.container import video_info
@@ -101,6 +103,23 @@ def test_too_many_broken_videos_end_training_with_their_names(root: Path) -> Non
     module.setup("fit")
     with pytest.raises(FewtokensError, match=r"1 of 4 .*max_broken=0.2 .*train/b/1.mp4"):
         list(module.train_dataloader())
+
+
+def test_the_broken_videos_of_all_processes_count_together(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = data(root, max_broken=0.3)  # one of the four videos
+    module.setup("fit")
+    list(module.train_dataloader())
+    trainer = SimpleNamespace(world_size=2, datamodule=module)
+    elsewhere = list(module.broken)
+
+    def gather(found: list, mine: object) -> None:
+        found[:] = [mine, elsewhere]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    BrokenVideos().on_train_epoch_end(trainer, None)  # both have found the same one
+    elsewhere += [Skipped("train", "train/a/0.mp4", "it is empty")]
+    with pytest.raises(FewtokensError, match=r"2 of 4 training videos"):
+        BrokenVideos().on_train_epoch_end(trainer, None)
 
 
 def test_what_was_broken_is_still_known_after_resuming(root: Path) -> None:

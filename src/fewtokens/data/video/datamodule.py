@@ -197,7 +197,7 @@ class Videos(DataModule):
                 self._note(video)
         if part == "train" and batch.skipped:
             self.replaced += len(batch.skipped)
-            self._check_broken()
+            self.check_broken(self.broken)
         if part == "test":
             self.tested, self.untested = self.tested + len(batch.targets), self.untested + len(batch.skipped)
         return (batch.views, batch.targets) if len(batch.targets) else None
@@ -211,10 +211,15 @@ class Videos(DataModule):
         """Return the videos skipped so far by this process, with the reason for each."""
         return [*chain.from_iterable(self._skipped_at_setup.values()), *self._unreadable.values()]
 
+    @property
+    def broken(self) -> list[Skipped]:
+        """Return the training videos that this process found unreadable."""
+        return [video for video in self._unreadable.values() if video.part == "train"]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of `DataModule` and the unreadable training videos."""
         state = super().state_dict()
-        broken = [[video.path, video.reason] for video in self._broken()]
+        broken = [[video.path, video.reason] for video in self.broken]
         return state and state | {"broken": broken, "replaced": self.replaced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,17 +229,21 @@ class Videos(DataModule):
         for path, reason in state_dict.get("broken", []):
             self._unreadable["train", path] = Skipped("train", path, reason)
 
-    def _broken(self) -> list[Skipped]:
-        return [video for video in self._unreadable.values() if video.part == "train"]
-
     def _note(self, video: Skipped) -> None:
         if (video.part, video.path) not in self._unreadable:
             done = "replaced" if video.part == "train" else "skipped"
             log.warning("%s (%s part) cannot be read and is %s: %s", video.path, video.part, done, video.reason)
             self._unreadable[video.part, video.path] = video
 
-    def _check_broken(self) -> None:
-        broken, videos = self._broken(), len(self._datasets["train"])
+    def check_broken(self, broken: Sequence[Skipped]) -> None:
+        """Raise an error if too many training videos are unreadable.
+
+        Each process checks what it has found itself. `fewtokens.callbacks.broken_videos` adds up what all have found.
+
+        Raises:
+            FewtokensError: They are more than `max_broken` allows.
+        """
+        videos = len(self._datasets["train"])
         if len(broken) > self.max_broken * videos:
             raise FewtokensError(
                 f"{len(broken)} of {videos} training videos cannot be read, more than data.max_broken="
