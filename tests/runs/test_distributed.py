@@ -176,7 +176,9 @@ def alone(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": path, "FEWTOKENS_ALLOW_TARGETS": "alone."}
 
 
-def test_two_ranks_share_one_directory_and_count_every_sample_once(script, command, monkeypatch, tmp_path: Path) -> None:
+def test_two_ranks_share_one_directory_and_count_every_sample_once(
+    script, command, monkeypatch, tmp_path: Path
+) -> None:
     root = pictures(tmp_path / "data", test=11)
     data = ["data=cifar10", f"data.root={root}", "data.num_classes=2", "data.val_images=5", "data.batch_size=3"]
     sizes = ["backbone.patch_size=8", "data.eval_batch_size=2"]
