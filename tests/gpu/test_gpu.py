@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewtokens.analysis.cost import Cost
 from fewtokens.analysis.evaluation import measured_on
 from fewtokens.analysis.throughput import Throughput
-from fewtokens.benchmarks.comparison import Setting, compare
+from fewtokens.benchmarks.timing import Setting, time_models
 from fewtokens.data.image.digits import Digits
 from fewtokens.tasks.classification import Classifier, compile_model
 from fewtokens.tasks.mixup import Mix
@@ -73,7 +73,7 @@ def test_compiled_layers_equal_eager_ones(method: str) -> None:
 @pytest.mark.parametrize("compiled", ["none", "layers", "graph"])
 def test_throughput_of_an_adaptive_method(compiled: str) -> None:
     models = {"none": model_with("none").to(CUDA), "ats": model_with("ats").to(CUDA)}
-    records = compare(models, IMAGES.to(CUDA), Setting(batch=4, compiled=compiled), 0.2)
+    records = time_models(models, IMAGES.to(CUDA), Setting(batch=4, compiled=compiled), 0.2)
     assert all(record["images_per_s"] > 0 for record in records)
 
 

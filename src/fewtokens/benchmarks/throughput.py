@@ -18,8 +18,8 @@ from torch import nn
 
 from fewtokens.analysis.evaluation import unwrap_compiled
 from fewtokens.backbones.vit import ViT
-from fewtokens.benchmarks.comparison import DENSE, Setting, compare, timm_reference
 from fewtokens.benchmarks.sharpening import sharpen
+from fewtokens.benchmarks.timing import DENSE, Setting, time_models, timm_reference
 from fewtokens.benchmarks.variants import backbone_name, compose_with
 from fewtokens.errors import check, check_choice
 from fewtokens.files import write_json
@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
         cfg: The composed config, see configs/throughput.yaml.
 
     Returns:
-        The records of throughput.json: those of `fewtokens.benchmarks.comparison.compare`, with backbone, device,
+        The records of throughput.json: those of `fewtokens.benchmarks.timing.time_models`, with backbone, device,
         versions, command, commit and date.
     """
     settings = all_settings(cfg)
@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     console = Console() if sys.stdout.isatty() else Console(width=120)  # rich takes 80 columns for a file
     records: list[dict[str, Any]] = []
     for setting in settings:
-        found = compare(models, images, setting, cfg.seconds, cfg.min_images)
+        found = time_models(models, images, setting, cfg.seconds, cfg.min_images)
         records += [{"backbone": origin["backbone"], **record, **origin} for record in found]
         show(found, f"{origin['backbone']}: {setting}", console, "clips/s" if images.ndim == 5 else "images/s")
         write_json(records, directory / "throughput.json")  # after each setting, in case a later one fails

@@ -1,4 +1,4 @@
-"""Comparison of models on the same images: images per second, multiply-adds, and the speed-up that both promise."""
+"""Timing of several models on the same images: images per second, multiply-adds, and the speed-up that both promise."""
 
 import copy
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ class Setting:
         return f"{self.mode}, batch {self.batch}, {self.precision}, {COMPILED[self.compiled]}"
 
 
-def compare(
+def time_models(
     models: Mapping[str, nn.Module],
     images: Float[Tensor, "b c *t h w"],
     setting: Setting,

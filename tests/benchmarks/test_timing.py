@@ -6,7 +6,7 @@ from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 
 from fewtokens.analysis.cost import macs
-from fewtokens.benchmarks.comparison import Setting, compare, compiled_copy, in_batches, timm_reference
+from fewtokens.benchmarks.timing import Setting, compiled_copy, in_batches, time_models, timm_reference
 from fewtokens.errors import FewtokensError
 from fewtokens.tokenizers.ats import ATS
 from fewtokens.tokenizers.top_k import TopK
@@ -39,11 +39,11 @@ def test_timms_own_forward_shares_the_weights_and_gives_the_same_numbers(make, p
     ],
     ids=str,
 )
-def test_records_of_a_comparison(make, setting):
+def test_records_of_models_timed_in_turns(make, setting):
     dense, fewer = make(pool="token"), make(partial(TopK, keep_rate=0.5), at=[1], pool="token")
     fewer.load_state_dict(dense.state_dict(), assign=True)
     before = {name: p.clone() for name, p in dense.state_dict().items()}
-    records = compare({"none": dense, "top_k": fewer}, images(4), setting, 0.1)
+    records = time_models({"none": dense, "top_k": fewer}, images(4), setting, 0.1)
     assert [record["tokenizer"] for record in records] == ["none", "top_k"]
     plain, reduced = records
     for record in records:
@@ -65,7 +65,7 @@ def test_padding_costs_what_a_batch_computes(make):
     adaptive.load_state_dict(dense.state_dict(), assign=True)
     for block in adaptive.encoder.blocks:
         block.attn.qkv.weight.data[:16] *= 200  # peaked attention keeps different numbers
-    record = compare({"none": dense, "ats": adaptive}, images(8), Setting(batch=8), 0.05)[1]
+    record = time_models({"none": dense, "ats": adaptive}, images(8), Setting(batch=8), 0.05)[1]
     assert record["gmacs"] < record["gmacs_padded"] < record["gmacs_dense"]
 
 
@@ -95,7 +95,7 @@ def test_a_graph_needs_a_gpu_and_is_for_inference(make):
     with pytest.raises(FewtokensError, match=r"`compiled` must be no graph with mode=training, got 'graph'"):
         Setting(compiled="graph", mode="training")
     with pytest.raises(FewtokensError, match="records a CUDA graph and needs a GPU"):
-        compare({"none": make()}, images(2), Setting(batch=2, compiled="graph"), 0.1)
+        time_models({"none": make()}, images(2), Setting(batch=2, compiled="graph"), 0.1)
 
 
 def test_a_compiled_copy_shares_the_parameters_and_leaves_the_model_alone(make):
