@@ -20,9 +20,12 @@ from fewtokens.runs.config import instantiate
 from fewtokens.runs.directory import RunDirectory
 from fewtokens.runs.job import build_trainer
 from fewtokens.tasks.classification import Classifier
+from saved_runs import Page
 
 
-def test_a_run_leaves_config_checkpoints_metrics_and_a_report(composed, tmp_path: Path) -> None:
+def test_a_run_leaves_config_checkpoints_metrics_and_a_report(
+    composed, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     numbers = training.run(
         composed(*TINY, "measure=default", "measure.throughput.seconds=0.2", "tokenizer.build.num_tokens=2")
     )
@@ -41,6 +44,12 @@ def test_a_run_leaves_config_checkpoints_metrics_and_a_report(composed, tmp_path
     with (run / "metrics.csv").open() as file:
         assert {"train/loss_epoch", "val/top1", "test/top1"} <= set(csv.DictReader(file).fieldnames or [])
     assert (run / "pictures" / "token_maps.png").stat().st_size > 1000
+    page = Page(run / "report.html")
+    page.check()
+    assert len(page.source) < 2_000_000
+    assert f"{report['test/top1']:.2%}" in page.text
+    assert len(page.all("img")) == len(list((run / "pictures").iterdir()))
+    assert f"Page: {run / 'report.html'}" in capsys.readouterr().out
     for name in ("best", "last"):
         content = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
         assert yaml.safe_load(content["config"])["backbone"]["dim"] == 16
@@ -314,6 +323,7 @@ def test_a_run_that_failed_says_why(composed, tmp_path: Path, monkeypatch: pytes
     record = run_json(tmp_path / "run")
     assert (record["status"], record["reason"]) == ("failed", "ZeroDivisionError: by zero")
     assert record["traceback"][0].startswith("Traceback")
+    assert "ZeroDivisionError: by zero" in Page(tmp_path / "run" / "report.html").text
 
 
 def test_a_run_that_is_interrupted_outside_of_training_says_so(composed, tmp_path: Path, monkeypatch) -> None:

@@ -5,7 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from fewtokens.runs.checkpoints import AtomicCheckpointIO
 from fewtokens.runs.config import instantiate
 from fewtokens.runs.directory import RunDirectory, TrainingRecord
 from fewtokens.runs.distributed import end_process_group
+from fewtokens.runs.pages import run_page
 
 
 @dataclass
@@ -67,7 +68,7 @@ def running(cfg: DictConfig) -> Iterator[Job]:
     Args:
         cfg: The composed config.
     """
-    with RunDirectory(cfg) as run:
+    with _page_of_a_failure(RunDirectory(cfg)) as run:
         loggers: list[Logger] = []
         status = "failed"
         try:
@@ -83,6 +84,19 @@ def running(cfg: DictConfig) -> Iterator[Job]:
             for logger in loggers:
                 logger.finalize(status)
             _finish_wandb(status)
+
+
+@contextmanager
+def _page_of_a_failure(directory: RunDirectory) -> Iterator[RunDirectory]:
+    """Return the context of a run directory, which writes the page of a run that stops or fails, too."""
+    try:
+        with directory as run:
+            yield run
+    except BaseException:
+        if directory.begun:
+            with suppress(Exception):  # the error that ended the run is the one to report
+                run_page.write(directory.path)
+        raise
 
 
 def start(cfg: DictConfig) -> None:
@@ -169,14 +183,16 @@ def measure(job: Job) -> tuple[dict[str, float], list[Path]]:
 
 
 def finish(job: Job, numbers: dict[str, float], pictures: list[Path]) -> None:
-    """Write the report, log its numbers and pictures, and print a table."""
+    """Write the report and its page, log its numbers and pictures, and print a table."""
     if not job.trainer.is_global_zero:
         return
     report.write(numbers, job.directory)
     job.run.finish(measured_on=report.device_name(job.trainer.strategy.root_device))
     for logger in job.trainer.loggers:
         _log_report(logger, numbers, pictures, job.trainer.global_step)
+    page = run_page.write(job.directory)
     report.print_table(numbers, job.directory, pictures)
+    print(f"Page: {page}")
 
 
 def _log_report(logger: Logger, numbers: dict[str, float], pictures: list[Path], step: int) -> None:

@@ -3,7 +3,7 @@
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,15 +62,25 @@ def read(directory: Path) -> dict[str, float] | None:
 def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]) -> None:
     """Print the most important numbers, and the paths of the report and of the pictures."""
     table = Table(show_header=False)
-    unit = "view" if "cost/views" in numbers else "clip" if "cost/frames" in numbers else "image"
-    for name, words, form in TABLE:
-        if name in numbers:
-            table.add_row(words.replace("*", unit), form.format(numbers[name]))
+    for words, _, value, _ in rows(numbers):
+        table.add_row(words, value)
     console = Console()
     console.print(table)
     for picture in pictures:
         console.print(f"Picture: {picture}", soft_wrap=True)
     console.print(f"Report: {directory / 'report.json'}", soft_wrap=True)
+
+
+def rows(numbers: dict[str, float]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the rows of the table: words, the number without the tokenizer, the number with it, and what it gains."""
+    for name, words, form in TABLE:
+        if name in numbers:
+            yield words.replace("*", unit(numbers)), "", form.format(numbers[name]), ""
+
+
+def unit(numbers: dict[str, float]) -> str:
+    """Return what a model gets at once: "image", "clip", or "view" if samples have several."""
+    return "view" if "cost/views" in numbers else "clip" if "cost/frames" in numbers else "image"
 
 
 def commit() -> str | None:

@@ -1,0 +1,1 @@
+"""Pages about runs, for people: the record of a run, charts, and the HTML file that shows them."""
