@@ -1,19 +1,20 @@
 """Points of accuracy, cost and speed: read from the reports of runs, and compared between methods."""
 
 import csv
-import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
+from scipy.stats import t as student
 
 from fewtokens.errors import FewtokensError
 from fewtokens.files import replace_file
+from fewtokens.runs.pages.record import RunRecord, read_run, read_settings
 
 DENSE = "dense"
 
@@ -52,7 +53,7 @@ def read_points(paths: Iterable[Path], metric: str) -> tuple[list[Point], list[s
         The points, sorted by method and cost, and a sentence for each report that is skipped.
 
     Raises:
-        FewtokensError: There is no report, or a file is not a report.
+        FewtokensError: There is no report, or a config or a csv file cannot be read.
     """
     paths = list(paths)
     points = [point for path in paths if path.suffix == ".csv" for point in _read_csv(path)]
@@ -64,12 +65,12 @@ def read_points(paths: Iterable[Path], metric: str) -> tuple[list[Point], list[s
         )
     skipped = []
     for file in files:
-        report = _read_json(file)
-        missing = [name for name in (metric, "cost/gmacs", "cost/gmacs_dense") if name not in report]
+        run = read_run(file.parent)
+        missing = missing_numbers(run, metric)
         if missing:
-            skipped.append(f"{file} has no {', '.join(missing)}.")
+            skipped.append(" ".join([f"{file} has no {', '.join(missing)}.", *run.problems]))
         else:
-            points.append(_point(file.parent, report, metric))
+            points.append(point_of(run, read_settings(run.path), metric))
     return sorted(points, key=lambda point: (point.method != DENSE, point.method, -point.gmacs)), skipped
 
 
@@ -113,29 +114,57 @@ def accuracy_at(points: Sequence[Point], value: Callable[[Point], float | None],
     return found
 
 
-def _point(run: Path, report: dict[str, float], metric: str) -> Point:
-    about = _read_json(run / "run.json") if (run / "run.json").is_file() else {}
-    config = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").is_file() else {}
-    target = config.get("tokenizer", {}).get("build", {}).get("_target_", "unknown").rpartition(".")[2]
-    overrides = [
-        part.removeprefix("tokenizer.")
-        for part in shlex.split(about.get("command", ""))
-        if part.startswith("tokenizer.")
-    ]
-    # A word, such as true or inverse_transform, makes another method. A number says how many tokens it keeps.
-    words = [part for part in overrides if re.fullmatch(r"build\.\w+=(?!all$|null$)[A-Za-z_]\w*", part)]
-    named = ", ".join(part.removeprefix("build.") for part in words)
+def missing_numbers(run: RunRecord, metric: str) -> list[str]:
+    """Return the numbers that a point needs and a run did not measure."""
+    missing = [name for name in (metric, "cost/gmacs") if name not in run.numbers]
+    return missing if run.numbers.get("cost/gmacs_dense", 0.0) > 0 else [*missing, "cost/gmacs_dense"]
+
+
+def point_of(run: RunRecord, settings: Mapping[str, str], metric: str) -> Point:
+    """Return the point of a run that has measured its accuracy and its cost.
+
+    Args:
+        run: The run.
+        settings: Its config.
+        metric: Name of the accuracy in report.json.
+    """
+    numbers = run.numbers
     return Point(
-        DENSE if target == "Tokenizer" else f"{target} ({named})" if named else target,
-        " ".join(part.removeprefix("build.") for part in overrides if part not in words),
-        report[metric],
-        report["cost/gmacs"],
-        report["cost/gmacs"] / report["cost/gmacs_dense"],
-        report.get("throughput/speedup"),
-        report.get("throughput/images_per_s"),
-        about.get("commit"),
-        about.get("measured_on", about.get("device")),
+        *method_and_setting(run, settings),
+        numbers[metric],
+        numbers["cost/gmacs"],
+        numbers["cost/gmacs"] / numbers["cost/gmacs_dense"],
+        numbers.get("throughput/speedup"),
+        numbers.get("throughput/images_per_s"),
+        run.about.get("commit"),
+        run.about.get("measured_on", run.about.get("device")),
     )
+
+
+def method_and_setting(run: RunRecord, settings: Mapping[str, str]) -> tuple[str, str]:
+    """Return the method of a run and its setting, see `Point`."""
+    target = settings.get("tokenizer.build._target_", "unknown").rpartition(".")[2]
+    given = [part.removeprefix("tokenizer.") for part in overrides(run) if part.startswith("tokenizer.")]
+    # A word, such as true or inverse_transform, makes another method. A number says how many tokens it keeps.
+    words = [part for part in given if re.fullmatch(r"build\.\w+=(?!all$|null$)[A-Za-z_]\w*", part)]
+    named = ", ".join(part.removeprefix("build.") for part in words)
+    setting = " ".join(part.removeprefix("build.") for part in given if part not in words)
+    return DENSE if target == "Tokenizer" else f"{target} ({named})" if named else target, setting
+
+
+def overrides(run: RunRecord) -> list[str]:
+    """Return the arguments of the command that started a run."""
+    try:
+        return shlex.split(run.about.get("command", ""))
+    except ValueError:  # a quote that is not closed, which no command line can contain
+        return []
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Return half the width of the 95 % confidence interval of the mean (Student's t), or None for a single value."""
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def _read_csv(path: Path) -> list[Point]:
@@ -155,13 +184,3 @@ def _read_csv(path: Path) -> list[Point]:
             f"{path} must be a csv file written by --write, but reading it failed: {error}."
         ) from error
     return points
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise FewtokensError(f"{path} must be a json object, as train.py and eval.py write it. Remove the file.")
-    return content

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from scipy.stats import t as student
 
 from fewtokens.analysis.cost import macs
 from fewtokens.benchmarks.keras_table.profiler_count import keras_flops
+from fewtokens.benchmarks.tradeoff import interval
 from fewtokens.data.image.cifar10 import find_source
 from fewtokens.errors import FewtokensError
 from fewtokens.files import replace_file
@@ -156,13 +156,6 @@ def page(rows: Sequence[Row], costs: Mapping[str, tuple[float, float]]) -> str:
     if not any("official archive" in setting[0] for setting in settings):
         parts.append("No run has used the official archive, on which the published numbers were measured.")
     return "\n\n".join(parts) + "\n"
-
-
-def interval(values: Sequence[float]) -> float | None:
-    """Return half the width of the 95 % confidence interval of the mean (Student's t), or None for a single value."""
-    if len(values) < 2:
-        return None
-    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def _environment(rows: Sequence[Row]) -> str:
