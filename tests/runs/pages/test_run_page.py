@@ -34,6 +34,13 @@ def test_the_page_of_a_finished_run(tmp_path: Path) -> None:
     assert {link["href"] for link in shown.all("a")} == {"report.json", "metrics.csv", "config.yaml", "run.json"}
 
 
+def test_a_plain_transformer_is_not_compared_with_itself(tmp_path: Path) -> None:
+    shown = written(save_run(tmp_path / "run", {"cost/gmacs": 10.0, "throughput/images_per_s": 40.1}))
+    assert "40" in shown.text
+    for absent in ("times as fast", "fewer than with all tokens", "gain"):
+        assert absent not in shown.text
+
+
 def test_no_text_of_a_run_is_markup(tmp_path: Path) -> None:
     names = ("name", "status", "command", "last_command", "commit", "device", "reason", "started")
     about = dict.fromkeys(names, SCRIPT)

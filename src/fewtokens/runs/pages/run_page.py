@@ -64,7 +64,7 @@ def write(run: Path) -> Path:
         subtitle=subtitle(record, settings),
         headlines=headlines(record.numbers),
         rows=rows,
-        compared=any(dense for _, dense, _, _ in rows),
+        compared=reduces(record.numbers) and any(dense for _, dense, _, _ in rows),
         blocks=tokens_by_block(record.numbers),
         charts=curves(read_metrics(run)),
         pictures=[picture for picture in pictures if not picture.of_training],
@@ -107,15 +107,18 @@ def headlines(numbers: dict[str, float]) -> list[Headline]:
         found.append(Headline(f"GMACs per {unit}", f"{cost:.4f}", note, bars))
     speed, slow = (numbers.get(f"throughput/images_per_s{end}") for end in ("", "_dense"))
     if speed is not None:
-        reduces = cost is None or dense is None or cost != dense
-        found.append(
-            Headline(f"{unit}s/s".capitalize(), f"{speed:,.0f}", "", _bars(speed, slow, ",.0f") if reduces else ())
-        )
-        if reduces and "throughput/speedup" in numbers:
+        bars = _bars(speed, slow, ",.0f") if reduces(numbers) else ()
+        found.append(Headline(f"{unit}s/s".capitalize(), f"{speed:,.0f}", "", bars))
+        if reduces(numbers) and "throughput/speedup" in numbers:
             found.append(Headline("Speed", f"{numbers['throughput/speedup']:.2f}", "times as fast as with all tokens"))
     if "train/seconds" in numbers and len(found) < 4:
         found.append(Headline("Training time", duration(numbers["train/seconds"])))
     return found
+
+
+def reduces(numbers: Mapping[str, float]) -> bool:
+    """Return whether a model costs something else than with all tokens, as far as this was counted."""
+    return "cost/gmacs" not in numbers or numbers["cost/gmacs"] != numbers.get("cost/gmacs_dense")
 
 
 def duration(seconds: float) -> str:
