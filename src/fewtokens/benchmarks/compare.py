@@ -237,7 +237,7 @@ def of_data_set(rows: Sequence[Row], metric: str) -> Tradeoff:
     charts = [_scatter(measured, points, metric, f"GMACs per {unit}", lambda p: p.gmacs, best)]
     sentences.insert(0, f"Best at its cost: {_letters(measured, points, best)}.")
     timed = [row for row in measured if points[row.number].images_per_s is not None]
-    devices = {points[row.number].device for row in timed}
+    devices = {points[row.number].measured_on for row in timed}
     if len(devices) == 1:
         of_timed = [points[row.number] for row in timed]
         fastest = frontier(of_timed, lambda point: -(point.images_per_s or 0.0))
