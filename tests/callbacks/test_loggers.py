@@ -1,4 +1,5 @@
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,22 @@ def test_wandb_keeps_its_run_id_in_the_run_directory(monkeypatch: pytest.MonkeyP
     assert other.version != first.version
     with pytest.raises(FewtokensError, match=r"`logger\.wandb\.mode` must be"):
         WandbRun(str(tmp_path), mode="on")  # type: ignore[arg-type]
+
+
+def test_wandb_does_not_record_secrets_of_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import wandb
+
+    arguments = ["train.py", "seed=1", "+api_key=abc", "+logger.wandb.group=hf_0123456789", "+hf_token=hf_0123456789"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    recorded = []
+
+    class Run:
+        step = 0
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: recorded.extend(sys.argv) or Run())
+    _ = WandbRun(str(tmp_path), mode="offline").experiment
+    assert recorded == ["train.py", "seed=1", "+api_key=***", "+logger.wandb.group=***", "+hf_token=***"]
+    assert sys.argv == arguments

@@ -1,10 +1,12 @@
 """The command line: quick answers, and a sentence for every mistake."""
 
+import logging
 import resource
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 from conftest import ROOT
 from fewtokens.errors import FewtokensError
@@ -114,6 +116,26 @@ def test_a_failing_job_does_not_stop_a_sweep(monkeypatch, capsys, tmp_path) -> N
         module.command("train", fail_first)
     assert (seeds, stop.value.code) == ([0, 1], 1)
     assert "Error: This seed is bad." in capsys.readouterr().err
+
+
+def test_secrets_are_masked_in_the_files_and_messages_of_a_sweep(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setenv("MY_TOKEN", "value-of-my-token")
+    secrets = ["+api_key=abc", "+hf_token=hf_0123456789", "+note=value-of-my-token"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0", *secrets, f"hydra.sweep.dir={tmp_path}"])
+
+    def fail(cfg) -> None:
+        logging.getLogger("job").warning("logged %s", cfg.note)
+        raise FewtokensError(f"{cfg.hf_token} of {cfg.note} is wrong.")
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        module.command("train", fail)
+    printed = "".join(capsys.readouterr())
+    content = yaml.safe_load((tmp_path / "multirun.yaml").read_text())
+    assert content["api_key"] == content["hf_token"] == content["note"] == "***"
+    assert "Error: *** of *** is wrong." in printed
+    for text in (printed, *(path.read_text() for path in tmp_path.rglob("*") if path.is_file())):
+        assert not any(secret in text for secret in ("api_key=abc", "hf_0123456789", "value-of-my-token"))
 
 
 def test_outputs_that_cannot_be_written_are_named(command, tmp_path) -> None:

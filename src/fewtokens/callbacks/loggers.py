@@ -4,6 +4,7 @@ import csv
 import logging
 import os
 import secrets
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fewtokens.errors import check_choice, first_line, write_error
 from fewtokens.files import replace_file
+from fewtokens.masking import mask
 from fewtokens.network import responds
 
 log = logging.getLogger(__name__)
@@ -134,6 +136,7 @@ class WandbRun(WandbLogger):
         """Return the W&B run. If the server rejects it, return an offline run."""
         import wandb
 
+        arguments, sys.argv = sys.argv, [*map(mask, sys.argv)]  # W&B records them
         try:
             return super().experiment
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
@@ -141,6 +144,8 @@ class WandbRun(WandbLogger):
             self._offline = True
             self._wandb_init["mode"] = "offline"
             return super().experiment
+        finally:
+            sys.argv = arguments
 
 
 def why_offline() -> str | None:

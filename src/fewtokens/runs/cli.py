@@ -7,9 +7,11 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -20,9 +22,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fewtokens.errors import FewtokensError, first_line
+from fewtokens.files import replace_file
+from fewtokens.masking import mask, mask_logs, masked
 from fewtokens.runs.compose import compose_on_saved_runs, reference_overrides
 from fewtokens.runs.config import CONFIGS
-from fewtokens.runs.distributed import share_timestamp
+from fewtokens.runs.distributed import is_rank_zero, share_timestamp
 
 TRACEBACK = "FEWTOKENS_TRACEBACK"
 WRONG_KEY = re.compile(
@@ -31,6 +35,7 @@ WRONG_KEY = re.compile(
 WRONG_OPTION = re.compile(
     r"Could not find '([^']+)'|Cannot find primary config '([^']+)'|In '[^']*': Could not (?:find|load) '([^']+)'"
 )
+UNKNOWN = "This is a wrong setting that was not recognized, or a bug"
 HINTS = {"ckpt_path": "Use resume=<run> to continue a run, or eval.py checkpoint=<run> to evaluate one."}
 
 
@@ -48,10 +53,14 @@ def command(name: str, job: Callable[[DictConfig], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     # Idle OpenMP threads sleep instead of spinning. On shared cores, spinning was measured to be 14 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    failed: list[Exception] = []
     try:
+        mask_logs()
         share_timestamp()
         compose_on_saved_runs()
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(_describing_errors(job, name))()
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(
+            _describing_errors(job, name, failed)
+        )()
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
@@ -61,28 +70,52 @@ def command(name: str, job: Callable[[DictConfig], Any]) -> None:
     except Exception as error:
         _print(error, name)
         sys.exit(1)
+    if failed:
+        sys.exit(1)
 
 
-def _describing_errors(job: Callable[[DictConfig], Any], name: str) -> Callable[[DictConfig], Any]:
-    """Return the job with its errors printed at once. Hydra runs the other jobs of a sweep before it raises them."""
+def _describing_errors(
+    job: Callable[[DictConfig], Any], name: str, failed: list[Exception]
+) -> Callable[[DictConfig], Any]:
+    """Return the job with its errors printed at once. The other jobs of a sweep run nevertheless.
+
+    Args:
+        job: The job.
+        name: Name of the primary config.
+        failed: Errors of the jobs of a sweep in this process are added. If they were raised, Hydra would print the
+            overrides, with their secrets.
+    """
 
     @functools.wraps(job)
     def run(cfg: DictConfig) -> Any:
         try:
+            _mask_sweep()
             return job(cfg)
         except Exception as error:
             _print(error, name)
             if HydraConfig.get().mode == RunMode.RUN:
                 sys.exit(1)
-            raise
+            if not HydraConfig.get().launcher._target_.endswith("BasicLauncher"):
+                raise  # the only way in which another process can report it
+            failed.append(error)
+            return None
 
     return run
 
 
+def _mask_sweep() -> None:
+    """Mask the secrets in `multirun.yaml`, which Hydra writes with all overrides before the first job of a sweep."""
+    path = Path(HydraConfig.get().sweep.dir) / "multirun.yaml"
+    if HydraConfig.get().mode == RunMode.MULTIRUN and is_rank_zero() and path.is_file():
+        content = yaml.safe_load(path.read_text())
+        if masked(content) != content:
+            with replace_file(path) as file:
+                yaml.safe_dump(masked(content), file, sort_keys=False)
+
+
 def _print(error: Exception, name: str) -> None:
-    if os.environ[TRACEBACK] == "1":
-        traceback.print_exception(error)
-    print(f"Error: {describe(error, name)}", file=sys.stderr, flush=True)
+    lines = traceback.format_exception(error) if os.environ[TRACEBACK] == "1" else []
+    print(mask(f"{''.join(lines)}Error: {describe(error, name)}"), file=sys.stderr, flush=True)
 
 
 def describe(error: Exception, name: str) -> str:
@@ -110,8 +143,8 @@ def describe(error: Exception, name: str) -> str:
         return f"{file}: {error.strerror}. Check that the path exists, is writable, and has free space."
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (
-        f"{type(error).__name__}: {first} ({frame.filename}:{frame.lineno}). This is a wrong setting that was not "
-        "recognized, or a bug. Set HYDRA_FULL_ERROR=1 to see the traceback."
+        f"{type(error).__name__}: {first} ({frame.filename}:{frame.lineno}). {UNKNOWN}. Set HYDRA_FULL_ERROR=1 to see "
+        "the traceback."
     )
 
 

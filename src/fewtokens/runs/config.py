@@ -5,7 +5,6 @@ import difflib
 import importlib
 import inspect
 import os
-import re
 import shutil
 import types
 import typing
@@ -20,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fewtokens.errors import FewtokensError, check, first_line
 from fewtokens.files import replace_file
+from fewtokens.masking import masked
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 CONFIG = "config.yaml"
@@ -47,7 +47,6 @@ ALLOWED = (
 # An environment variable, since a config must not be able to extend the list.
 ALLOW_VARIABLE = "FEWTOKENS_ALLOW_TARGETS"
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
-SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|access_token|auth_token|credentials?)$", re.IGNORECASE)
 
 
 def check_groups(cfg: DictConfig) -> None:
@@ -250,13 +249,3 @@ def plain(cfg: DictConfig, resolve: bool = False) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)
     return masked({str(key): value for key, value in container.items() if key not in NOT_SAVED})
-
-
-def masked(node: Any) -> Any:
-    """Return the same tree, with the values of keys such as `api_key` or `password` replaced by asterisks."""
-    if isinstance(node, dict):
-        return {
-            key: "***" if SECRET.search(str(key)) and value is not None else masked(value)
-            for key, value in node.items()
-        }
-    return [masked(value) for value in node] if isinstance(node, list) else node

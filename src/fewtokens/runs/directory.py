@@ -22,6 +22,7 @@ from fewtokens.callbacks.loggers import CsvLogger
 from fewtokens.callbacks.signals import Stopped
 from fewtokens.errors import FewtokensError, write_error
 from fewtokens.files import write_json
+from fewtokens.masking import masked
 from fewtokens.runs import config, report
 from fewtokens.runs.distributed import is_rank_zero
 
@@ -125,7 +126,7 @@ class RunDirectory:
             "started": before.get("started", now),
             "written": now,
         }
-        write_json(content | more, path)
+        write_json(masked(content | more), path)
 
 
 class TrainingRecord(Callback):
