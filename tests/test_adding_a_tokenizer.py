@@ -33,7 +33,6 @@ def test_the_example_reduces_tokens(composed, tmp_path: Path, monkeypatch: pytes
     spec.loader.exec_module(module)
     assert config["build"]["_target_"] == "fewtokens.tokenizers.stride.Stride"
     assert source.relative_to(tmp_path) == Path("src/fewtokens/tokenizers/stride.py")
-    monkeypatch.setenv("FEWTOKENS_ALLOW_TARGETS", "stride.")
     config["build"]["_target_"] = "stride.Stride"
     cfg = composed("tokenizer=none")
     cfg.tokenizer = config

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import TINY
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import config
+from fewtokens.runs.compose import config_of
 from fewtokens.runs.config import instantiate
-from fewtokens.runs.saved_config import check_saved
+from fewtokens.runs.saved_config import ALLOW_VARIABLE, check_saved
 
 RUN = Path("run/checkpoints/best.ckpt")
 
@@ -60,9 +62,8 @@ def test_the_configs_of_the_project_are_accepted(composed: Callable[..., DictCon
 
 
 def test_other_groups_and_hydras_own_settings_are_ignored(saved: dict[str, Any]) -> None:
-    evil = {
-        "hydra": {"callbacks": {"x": {"_target_": "torch.hub.load"}}, "job": {"env_set": {config.ALLOW_VARIABLE: "os"}}}
-    }
+    evil = {"hydra": {"callbacks": {"x": {"_target_": "torch.hub.load"}}, "job": {"env_set": {ALLOW_VARIABLE: "os"}}}}
+    evil |= {"export": {"path": "/tmp/elsewhere"}}
     evil |= {"paths": {"outputs": "/tmp/elsewhere", "run": "/tmp"}, "defaults": [{"override hydra/launcher": "x"}]}
     assert check_saved(saved | evil, RUN).keys() == check_saved(saved, RUN).keys()
 
@@ -137,7 +138,16 @@ def test_values_are_references_or_plain(saved: dict[str, Any], key: str, value: 
 
 
 @pytest.mark.parametrize(
-    "key", ["tokenizer.defaults", "backbone.defaults", "data.x.defaults", "measure.../x", "task.a\nb", "../x.a"]
+    "key",
+    [
+        "tokenizer.defaults",
+        "backbone.defaults",
+        "data.x.defaults",
+        "measure.../x",
+        "task.a\nb",
+        "../x.a",
+        "data._args_",
+    ],
 )
 def test_keys_cannot_change_the_composition(saved: dict[str, Any], key: str) -> None:
     group, _, leaf = ("../x", "", "a") if key == "../x.a" else key.partition(".")
@@ -155,12 +165,26 @@ def test_the_name_is_a_folder_below_the_outputs(saved: dict[str, Any], name: obj
 
 
 @pytest.mark.parametrize(
-    "value", ["/tmp/x", "../x", "~/x", "${paths.run}/../../x", "${paths.data}/x", "${paths.outputs}", "a/../../b"]
+    "value",
+    [
+        *("/tmp/x", "../x", "~/x", "${paths.run}/../../x", "${paths.data}/x", "${paths.outputs}", "a/../../b"),
+        *("src", "src/fewtokens", "", "file:///tmp/x", "s3://bucket/x", "${data.root}", "${paths.run}${data.root}", 3),
+    ],
 )
-@pytest.mark.parametrize("key", ["logger.csv.directory", "callbacks.last.path"])
-def test_loggers_and_callbacks_write_into_the_run_directory(saved: dict[str, Any], key: str, value: str) -> None:
+@pytest.mark.parametrize(
+    "key", ["logger.csv.directory", "callbacks.last.path", "trainer.default_root_dir", "backbone.options.cache_dir"]
+)
+def test_everything_is_written_into_the_run_directory(saved: dict[str, Any], key: str, value: object) -> None:
     with pytest.raises(FewtokensError, match="is outside of the run directory"):
         check_saved(with_value(saved, key, value), RUN)
+
+
+@pytest.mark.parametrize("value", ["/tmp/x", "../x", "a/../../b", "~/x", "memory://x", "${data.root}"])
+@pytest.mark.parametrize("key", ["callbacks.best.filename", "trainer.profiler", "measure.cost.num_images"])
+def test_names_of_files_do_not_lead_out_of_it(saved: dict[str, Any], key: str, value: str) -> None:
+    with pytest.raises(FewtokensError, match="is outside of the run directory"):
+        check_saved(with_value(saved, key, value), RUN)
+    assert check_saved(with_value(saved, key, "val/loss"), RUN)
 
 
 def test_further_groups_hold_values_and_build_nothing(saved: dict[str, Any]) -> None:
@@ -175,12 +199,78 @@ def test_data_are_read_where_the_run_read_them(saved: dict[str, Any]) -> None:
     assert "paths" not in check_saved(saved | {"paths": paths | {"data": "${oc.env:SECRET}"}}, RUN)
 
 
-def test_packages_of_ones_own_are_allowed_by_the_environment_alone(saved, monkeypatch) -> None:
-    changed = with_value(saved, "tokenizer.build._target_", "mine.tokenizers.New")
+def test_packages_of_ones_own_are_allowed_by_the_environment_alone(saved, monkeypatch, tmp_path) -> None:
+    (tmp_path / "mine.py").write_text("import os\nfrom os import remove\n\nclass New: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def check(target: str) -> dict[str, Any]:
+        return check_saved(with_value(saved, "tokenizer.build._target_", target), RUN)
+
     with pytest.raises(FewtokensError, match="is no tokenizer of this project"):
+        check("mine.New")
+    monkeypatch.setenv(ALLOW_VARIABLE, "mine.")
+    assert check("mine.New")["tokenizer"]["build"]["_target_"] == "mine.New"
+    for other in ("mine.os.system", "mine.remove", "minex.New", "mine.New.mro"):  # not defined there
+        with pytest.raises(FewtokensError, match="is no tokenizer of this project"):
+            check(other)
+    with pytest.raises(FewtokensError, match="does not exist or cannot be imported"):
+        check("mine.Newer")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "replaced"),
+    [
+        ("tokenizer.build._target_", "mine.New", "tokenizer.build._target_"),
+        ("tokenizer.build._target_", "mine.New", "tokenizer.build"),
+        ("tokenizer.build._target_", "mine.New", "tokenizer"),
+        ("callbacks.own._target_", "mine.New", "callbacks"),
+        ("callbacks.best.dirpath", "/big/disk", "callbacks.best.dirpath"),
+        ("name", "../x", "name"),
+    ],
+)
+def test_what_the_command_line_replaces_is_not_used(saved, key: str, value: str, replaced: str) -> None:
+    changed = with_value(saved, key, value)
+    with pytest.raises(FewtokensError, match="is not plain data"):
         check_saved(changed, RUN)
-    monkeypatch.setenv(config.ALLOW_VARIABLE, "mine.")
-    assert check_saved(changed, RUN)["tokenizer"]["build"]["_target_"] == "mine.tokenizers.New"
+    checked = check_saved(changed, RUN, ["seed", replaced])
+    assert value not in str(checked)
+    assert set(checked) == set(saved) - {"paths", "export"}
+
+
+def test_a_run_with_other_callbacks_is_evaluated_with_those_of_the_project(composed, tmp_path) -> None:
+    cfg = composed(*TINY, "name=digits")
+    config.save(cfg, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "best.ckpt").touch()
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(text.replace("fewtokens.callbacks.seeds.StepSeeds", "mine.Own"))
+    given = f"checkpoint={tmp_path / 'run'}"
+    with pytest.raises(FewtokensError, match=r"`callbacks\.seeds\._target_` in it is not plain data.*set `callbacks"):
+        composed(given, base="eval")
+    assert composed(given, "callbacks=default", base="eval").callbacks.seeds._target_.endswith("StepSeeds")
+    assert composed(given, "~callbacks.seeds", base="eval").backbone.dim == 16
+
+
+def test_a_download_and_the_place_of_written_data_are_decided_by_the_command_line(saved) -> None:
+    paths = saved["paths"] | {"data": "/datasets"}
+    assert check_saved(with_value(saved, "data.download", True), RUN)["data"]["download"] is False
+    moving = {"_target_": "fewtokens.data.video.moving_digits.MovingDigits", "root": "/home"}
+    checked = check_saved(saved | {"data": moving, "paths": paths}, RUN)
+    assert checked["data"]["root"] == "${paths.data}/moving_digits"
+    assert "paths" not in checked
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}"])
+def test_a_circle_of_aliases_is_an_error(saved, text: str) -> None:
+    with pytest.raises(FewtokensError, match="more than 20000 values"):
+        check_saved(saved | yaml.safe_load(text), RUN)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\xff", b"[1]", b"backbone: 3", b"a: [", b"", b"x: 2024-13-77"])
+def test_a_file_that_is_no_config_is_an_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(FewtokensError, match="comes without the config of its run"):
+        config_of(tmp_path / "checkpoints" / "best.ckpt")
 
 
 def test_a_value_is_resolved_once() -> None:

@@ -6,7 +6,7 @@ its groups become the default choices in place of the present ones. Experiments 
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class ConfigLoader(ConfigLoaderImpl):
             raise FewtokensError("`resume` continues a training run with train.py. Use checkpoint=<run> here.")
         if resume is not None or checkpoint is not None:
             path = run_to_resume(resume) if resume is not None else checkpoint_of(checkpoint)
-            search_path.prepend("saved run", f"{SavedRun.scheme()}://{path}")
+            search_path.prepend("saved run", f"{SavedRun.scheme()}://{path}?{'&'.join(_keys_of(overrides))}")
         loader = ConfigLoaderImpl(search_path)
         cfg = loader.load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
         if resume is not None and run_mode == RunMode.RUN:
@@ -93,12 +93,13 @@ class SavedRun(ConfigSource):
 
     Args:
         provider: Name of the source in Hydra's messages.
-        path: `run://` and the path of a checkpoint.
+        path: `run://`, the path of a checkpoint, `?`, and the groups and keys that the command line sets.
     """
 
     def __init__(self, provider: str, path: str) -> None:
         super().__init__(provider, path)
-        saved = config_of(Path(self.path))
+        checkpoint, _, replaced = self.path.rpartition("?")
+        saved = config_of(Path(checkpoint), replaced.split("&"))
         known = {name for entry in _load("train.yaml")["defaults"] if isinstance(entry, dict) for name in entry}
         self.groups = {key: node for key, node in saved.items() if key in known and isinstance(node, dict)}
         self.others = {key: node for key, node in saved.items() if key not in known}
@@ -140,6 +141,11 @@ class SavedRun(ConfigSource):
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """Return the options of a group."""
         return ["run"] if self.is_group(config_path) and results_filter != ObjectType.GROUP else []
+
+
+def _keys_of(overrides: Iterable[str]) -> list[str]:
+    """Return the groups and keys that overrides set or delete."""
+    return [part.key_or_group for part in OverridesParser.create().parse_overrides(list(overrides))]
 
 
 def _write_into(run: Path, cfg: DictConfig) -> None:
@@ -195,13 +201,17 @@ def run_of(checkpoint: Path) -> Path | None:
     return run if (run / CONFIG).is_file() else None
 
 
-def config_of(checkpoint: Path) -> dict[str, Any]:
+def config_of(checkpoint: Path, replaced: Collection[str] = ()) -> dict[str, Any]:
     """Return what `saved_config` returns, after the check that a command may compose on it.
+
+    Args:
+        checkpoint: The checkpoint.
+        replaced: Groups and keys that the command line sets, see `check_saved`.
 
     Raises:
         FewtokensError: There is none, or it is not the config of a run.
     """
-    return check_saved(saved_config(checkpoint), checkpoint)
+    return check_saved(saved_config(checkpoint), checkpoint, replaced)
 
 
 def saved_config(checkpoint: Path) -> dict[str, Any]:
@@ -212,16 +222,16 @@ def saved_config(checkpoint: Path) -> dict[str, Any]:
     """
     run = run_of(checkpoint)
     if run is not None:
-        text = (run / CONFIG).read_text(encoding="utf-8")
+        text = (run / CONFIG).read_bytes()
     else:
         from fewtokens.runs.checkpoints import read  # torch takes seconds to import
 
         text = read(checkpoint).get("config", "")
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError:
+        config = yaml.safe_load(text) if isinstance(text, str | bytes) else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: neither UTF-8 nor UTF-16, or no date
         config = None
-    if not isinstance(config, dict) or "backbone" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("backbone"), dict):
         raise FewtokensError(
             f"{checkpoint} comes without the config of its run, which train.py writes beside and into checkpoints. "
             "Weights from elsewhere are loaded with backbone.weights=<file>."

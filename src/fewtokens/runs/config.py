@@ -2,13 +2,11 @@
 
 import collections.abc
 import difflib
-import importlib
 import inspect
-import os
 import shutil
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +22,6 @@ from fewtokens.masking import masked
 CONFIGS = Path(__file__).parents[3] / "configs"
 CONFIG = "config.yaml"
 NOT_SAVED = ("hydra", "resume", "checkpoint", "experiment")  # they belong to a command and not to the run
-# Hydra's own list of blocked targets lets torch.load, torch.hub.load, numpy.load and others through.
-ALLOWED = (
-    "fewtokens.analysis.",
-    "fewtokens.backbones.",
-    "fewtokens.callbacks.",
-    "fewtokens.data.",
-    "fewtokens.layers.",
-    "fewtokens.tasks.",
-    "fewtokens.tokenizers.",
-    "lightning.pytorch.callbacks.",
-    "lightning.pytorch.loggers.",
-    "lightning.pytorch.profilers.",
-    "lightning.pytorch.strategies.",
-    "lightning.pytorch.Trainer",
-    "timm.layers.",
-    "timm.optim.",
-    "torch.nn.",
-    "torch.optim.",
-    "torchvision.transforms.",
-)
-# An environment variable, since a config must not be able to extend the list.
-ALLOW_VARIABLE = "FEWTOKENS_ALLOW_TARGETS"
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
@@ -59,19 +35,19 @@ def check_groups(cfg: DictConfig) -> None:
 
 
 def instantiate(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
-    """Call Hydra's `instantiate`, after a check of every target in the node and of its arguments.
+    """Call Hydra's `instantiate`, after a check that every target in the node exists and accepts its arguments.
 
     Args:
         node: A node of the config.
         arguments: Further arguments of its target.
 
     Raises:
-        FewtokensError: A target is not allowed or does not exist, an interpolation fails, or an argument is wrong.
+        FewtokensError: A target does not exist, an interpolation fails, or an argument is wrong.
     """
     config: Any = node if OmegaConf.is_config(node) else OmegaConf.create(node)
     try:
         for call in calls(config):
-            check_arguments(allowed_target(str(call["_target_"])), call)
+            check_arguments(target_of(str(call["_target_"])), call)
         resolved = OmegaConf.to_container(config, resolve=True)
         # Hydra resolves what it gets once more: an escaped interpolation would become a target after the check.
         check("${" not in str(resolved), "the config", "without escaped interpolations", resolved)
@@ -100,44 +76,24 @@ def calls(node: Node) -> Iterator[DictConfig]:
         yield from calls(node._get_node(key))  # type: ignore[arg-type]
 
 
-def trusted_packages() -> tuple[str, ...]:
-    """Return the packages that the user allows in the environment, beyond `ALLOWED`."""
-    return tuple(package for package in os.environ.get(ALLOW_VARIABLE, "").split(",") if package)
+def target_of(name: str) -> Callable[..., Any]:
+    """Return the class or function that a `_target_` names.
 
-
-def is_below(name: str, packages: Iterable[str]) -> bool:
-    """Return whether a dotted name is one of the packages, or in one of them."""
-    return any(f"{name}.".startswith(f"{package.rstrip('.')}.") for package in packages)
-
-
-def allowed_target(target: str) -> Callable[..., Any]:
-    """Return the class or function that a target names, if it is defined in an allowed package.
-
-    A prefix alone is no boundary: `fewtokens.data.samplers.os.system` has one too. So the object must be defined at the
-    top of a module of the same package.
+    Which ones somebody else's config may name is decided when it is read, see `saved_config`.
 
     Raises:
-        FewtokensError: The target is not allowed, or does not exist.
+        FewtokensError: It does not exist, cannot be imported, or cannot be called.
     """
-    allowed = ALLOWED + trusted_packages()
-    module, _, name = target.rpartition(".")
     try:
-        found: Any = getattr(importlib.import_module(module), name) if module and is_below(target, allowed) else None
-    except (ImportError, AttributeError):
+        found = hydra.utils.get_object(name)
+    except Exception as error:  # importing a module runs it, and it may raise anything
+        cause = error.__cause__ or error
         raise FewtokensError(
-            f"`_target_: {target}` does not exist: {module} has no {name}. Check the spelling. A run that was saved by "
-            "an older version may need that version."
-        ) from None
-    # lightning.pytorch.Trainer is defined in lightning.pytorch.trainer.trainer
-    homes = [package.replace("pytorch.Trainer", "pytorch.trainer") for package in allowed]
-    home = str(getattr(found, "__module__", ""))
-    defined = is_below(home, [target.partition(".")[0]]) and is_below(home, homes)
-    callable_or_class = inspect.isclass(found) or inspect.isfunction(found)
-    if not (callable_or_class and defined and "." not in getattr(found, "__qualname__", ".")):
-        raise FewtokensError(
-            f"A config may only call classes and functions defined in {', '.join(p.rstrip('.') for p in allowed)}, got "
-            f"`_target_: {target}`. If you trust it, set {ALLOW_VARIABLE}=<package>."
-        )
+            f"`_target_: {name}` does not exist or cannot be imported: {type(cause).__name__}: {first_line(cause)}. "
+            "Check the spelling, and that its package is installed or in the folder of train.py. A run that was saved "
+            "by an older version may need that version."
+        ) from error
+    check(callable(found), "_target_", "a class or a function", name)
     return found
 
 
@@ -169,11 +125,15 @@ def _argument_types(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]
     """Return the type of each argument, and whether the function accepts any other name."""
     try:
         annotations = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)  # type: ignore[misc]
-    except (NameError, TypeError, AttributeError):  # names that are imported for type checkers only
+    except Exception:  # names that are imported for type checkers only, and what else a package writes there
         annotations = {}
     hints: dict[str, Any] = {}
     any_name = False
-    for parameter in inspect.signature(function).parameters.values():
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C have no signature
+        return hints, True
+    for parameter in parameters:
         hint = annotations.get(parameter.name, Any)
         if parameter.kind is parameter.VAR_KEYWORD and typing.get_origin(hint) is typing.Unpack:
             hints |= typing.get_type_hints(typing.get_args(hint)[0])

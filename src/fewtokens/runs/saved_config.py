@@ -1,18 +1,24 @@
 """The check that the saved config of a run, which may come from somebody else, is nothing but data."""
 
+import copy
+import inspect
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fewtokens.errors import FewtokensError
-from fewtokens.runs.config import ALLOW_VARIABLE, CONFIGS, is_below, trusted_packages
+from fewtokens.runs.config import CONFIGS, target_of
 
+# An environment variable, since a config must not be able to extend the list.
+ALLOW_VARIABLE = "FEWTOKENS_ALLOW_TARGETS"
 # References to other keys. Resolvers, which can read the environment or build objects, are not allowed.
 REFERENCE = re.compile(r"\$\{\s*(?:[\w.\[\]]+|oc\.select:[\w.]+(?:,\w+)?)\s*\}")
 TARGET = re.compile(r"_target_: *([\w.]+)")
 NAME = re.compile(r"[\w][\w.\- ]*(?:/[\w][\w.\- ]*)*")
+KEY = re.compile(r"[\w.\-@/ ]*")
 # What each group may build, out of the targets that the project's own configs use and of COMMON.
 KINDS = {
     "backbone": ("fewtokens.backbones.", "fewtokens.layers.embedding."),
@@ -32,53 +38,95 @@ COMMON = {
     *(f"lightning.pytorch.callbacks.{name}" for name in ("EarlyStopping", "ModelCheckpoint", "LearningRateMonitor")),
     "fewtokens.data.transforms.geometric.CenterCrop",
 }
-WRITES = ("callbacks", "logger")  # groups whose objects write files
+MOVING_DIGITS = "fewtokens.data.video.moving_digits.MovingDigits"  # writes its videos if they do not exist
+LARGEST = 20_000  # nodes; the project's largest config has 200
+WRITES = ("callbacks", "logger", "trainer", "measure")  # groups whose objects write files
+FOLDERS = ("directory", "dirpath", "save_dir", "path", "default_root_dir", "cache_dir")  # arguments that say where
+IN_RUN = re.compile(r"\$\{paths\.run\}(/[\w.\-]+)*")
+NAMES = re.compile(r"\$\{(name|seed|paths\.run)\}")  # references that name no other folder
 # A command has its own: where it writes, Hydra's settings, and what it composes.
-IGNORED = ("paths", "hydra", "defaults", "resume", "checkpoint", "experiment")
+IGNORED = ("paths", "hydra", "defaults", "resume", "checkpoint", "experiment", "export")
 
 
-def check_saved(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def check_saved(config: dict[str, Any], path: Path, replaced: Collection[str] = ()) -> dict[str, Any]:
     """Return the groups and values of a saved config that a command may compose on.
 
     Args:
         config: The config as plain data.
         path: The checkpoint that it belongs to, for the error message.
+        replaced: Groups and keys that the command line sets, so that the values in the saved config are not used.
 
     Raises:
         FewtokensError: A value uses a resolver or another composition, a node builds what is not of its group, or
             something would be written outside of the run directory.
     """
-    checked = {key: node for key, node in config.items() if key not in IGNORED}
+    checked = {str(key): node for key, node in config.items() if key not in IGNORED}
+    checked = _without(checked, replaced)
     name = checked.get("name", "run")
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not (isinstance(name, str) and NAME.fullmatch(name)) and "name" not in replaced:
         raise _unsafe(path, "name", f"{name!r} is not the name of a folder below outputs/")
-    for key, value in _values(checked):
-        group, leaf = key.partition(".")[0], key.rpartition(".")[2]
-        if isinstance(value, str) and "${" in REFERENCE.sub("", value.replace("\\$", "${:")):
-            raise _unsafe(path, key, f"{value!r} uses a resolver, and only references to other keys are allowed")
-        if leaf == "defaults" or not re.fullmatch(r"[\w.\-@/ ]*", key) or "../" in key:
-            raise _unsafe(path, key, "a key like this would change the composition")
-        if leaf == "_target_" and not _allowed(group, str(value)):
-            raise _unsafe(path, key, f"{value!r} is no {group} of this project")
-        if group in WRITES and isinstance(value, str) and leaf != "_target_" and _leaves(value):
-            raise _unsafe(path, key, f"{value!r} is outside of the run directory")
-    data = config["paths"].get("data") if isinstance(config.get("paths"), dict) else None
-    # Where data are read, unless it is the default, which refers to an environment variable.
-    return checked | ({"paths": {"data": data}} if isinstance(data, str) and "${" not in data else {})
+    for number, (key, value) in enumerate(_values(checked)):
+        if number > LARGEST:
+            raise _unsafe(path, key, f"the config has more than {LARGEST} values")
+        if reason := _reason(key, value):
+            raise _unsafe(path, key, reason)
+    data, paths = checked.get("data"), config.get("paths")
+    if isinstance(data, dict):
+        checked["data"] = _only_read(data)
+    folder = paths.get("data") if isinstance(paths, dict) else None
+    # Where data are read, unless it is the default, which refers to an environment variable, or where they are written.
+    known = isinstance(folder, str) and "${" not in folder and checked["data"] == data
+    return checked | ({"paths": {"data": folder}} if known else {})
 
 
-def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _reason(key: str, value: Any) -> str | None:
+    """Return what a node of a saved config would do other than being data, or None."""
+    group, leaf = key.partition(".")[0], key.rpartition(".")[2]
+    text = value if isinstance(value, str) else ""
+    if "${" in REFERENCE.sub("", text.replace("\\$", "${:")):
+        return f"{value!r} uses a resolver, and only references to other keys are allowed"
+    if leaf in ("defaults", "_args_") or not KEY.fullmatch(key) or "../" in key:
+        return "a key like this would change the composition"
+    if leaf == "_target_":
+        return None if value is None or _allowed(group, str(value)) else f"{value!r} is no {group} of this project"
+    in_run = IN_RUN.fullmatch(text) and ".." not in Path(text).parts
+    if not in_run and ((leaf in FOLDERS and value is not None) or (group in WRITES and _leaves(text))):
+        return f"{value!r} is outside of the run directory"
+    return None
+
+
+def _without(config: dict[str, Any], replaced: Collection[str]) -> dict[str, Any]:
+    """Return the config with null in place of the values that the command line sets, and without replaced groups."""
+    config = copy.deepcopy(config)
+    for key in replaced:
+        node, (*parents, leaf) = config, key.split(".")
+        for parent in parents:
+            node = node.get(parent, {}) if isinstance(node, dict) else {}
+        if isinstance(node, dict) and leaf in node:
+            node[leaf] = {} if node is config and isinstance(node[leaf], dict) else None
+    return config
+
+
+def _only_read(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the data group so that only the command line can ask for a download, or say where data are written."""
+    found = data | ({"download": False} if data.get("download") else {})
+    return found | ({"root": "${paths.data}/moving_digits"} if data.get("_target_") == MOVING_DIGITS else {})
+
+
+def _values(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the dotted key of every node, and its value if it is no mapping or list."""
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in items:
-        yield f"{prefix}{key}", None if isinstance(value, dict | list) else value
-        if isinstance(value, dict | list):
-            yield from _values(value, f"{prefix}{key}.")
+    nodes: list[tuple[str, Any]] = [("", config)]  # without recursion, since aliases in yaml can make a circle
+    while nodes:
+        prefix, node = nodes.pop()
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield f"{prefix}{key}", None if isinstance(value, dict | list) else value
+            if isinstance(value, dict | list):
+                nodes.append((f"{prefix}{key}.", value))
 
 
 def _allowed(group: str, target: str) -> bool:
     known = target in COMMON | _project_targets() and target.startswith(KINDS.get(group, ()))
-    return known or is_below(target, trusted_packages())
+    return known or _trusted(target)
 
 
 @cache
@@ -87,14 +135,34 @@ def _project_targets() -> frozenset[str]:
     return frozenset(target for file in CONFIGS.rglob("*.yaml") for target in TARGET.findall(file.read_text()))
 
 
+def _trusted(target: str) -> bool:
+    """Return whether a target is defined in a package that the environment allows.
+
+    A prefix alone is no boundary: `mine.os.system` exists if the module `mine` imports os. So the class or function
+    must be defined at the top of a module of the package.
+    """
+    packages = [package for package in os.environ.get(ALLOW_VARIABLE, "").split(",") if package]
+    if not _is_below(target, packages):
+        return False
+    found = target_of(target)
+    home, name = getattr(found, "__module__", ""), getattr(found, "__qualname__", ".")
+    return (inspect.isclass(found) or inspect.isfunction(found)) and "." not in name and _is_below(home, packages)
+
+
+def _is_below(name: str, packages: Collection[str]) -> bool:
+    return any(f"{name}.".startswith(f"{package.rstrip('.')}.") for package in packages)
+
+
 def _leaves(value: str) -> bool:
-    """Return whether a path is not below the run directory. Names without a slash are no paths."""
-    inside = value.startswith("${paths.run}") and ".." not in Path(value).parts
-    return not inside and (value.startswith(("/", "~", "\\")) or ".." in Path(value).parts or "${paths." in value)
+    """Return whether a value may name a place outside of the run directory. Other names have no such prefix."""
+    outside = value.startswith(("/", "~", "\\")) or "://" in value or ".." in re.split(r"[/\\]", value)
+    return outside or "${" in NAMES.sub("", value)
 
 
 def _unsafe(path: Path, key: str, reason: str) -> FewtokensError:
+    name = key if KEY.fullmatch(key) else ascii(key)
     return FewtokensError(
-        f"The config of {path} is not used, since `{key}` in it is not plain data: {reason}. Set the value on the "
-        f"command line if you trust it, or allow packages of your own with {ALLOW_VARIABLE}=<package>."
+        f"The config of {path} is not used, since `{name}` in it is not plain data: {reason}. If you know that it is "
+        f"right, set `{name}` on the command line, or choose an option of the project for its group. Allow a package "
+        f"of your own, and all that is defined in it, with the environment variable {ALLOW_VARIABLE}=<package>."
     )
