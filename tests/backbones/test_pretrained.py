@@ -304,7 +304,7 @@ def test_without_a_network_the_error_tells_what_to_do(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("reachable", "proxy", "offline"), [(True, "", False), (False, "", True), (False, "p:80", False)]
+    ("reachable", "proxy", "offline"), [(True, "", False), (False, "", True), (False, "p:80", True)]
 )
 def test_without_a_network_the_hub_is_not_retried(monkeypatch, reachable: bool, proxy: str, offline: bool) -> None:
     create, seen = timm.create_model, []
