@@ -8,6 +8,7 @@ from hydra import initialize_config_dir
 
 from conftest import CONFIGS
 from fewtokens.benchmarks import throughput
+from fewtokens.errors import FewtokensError
 
 COMMAND = "fewtokens.benchmarks.throughput"
 SIZES = ["backbone.dim=16", "backbone.depth=2", "backbone.heads=2", "data.image_size=12", "data.num_classes=3"]
@@ -87,3 +88,12 @@ def test_errors_are_sentences(command, wrong: str, says: str) -> None:
     done = command(COMMAND, *SMALL, wrong, "seconds=0.1", code=1)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["tokenizers=ats", "tokenizers=7", "seconds=long", "min_images=0", "timm=maybe", "sharpen=3", "sharpen=[a]"],
+)
+def test_a_wrong_setting_is_named(composed, wrong: str) -> None:
+    with pytest.raises(FewtokensError, match=f"^`{wrong.partition('=')[0]}` must be"):
+        throughput.all_settings(composed(wrong, base="throughput"))

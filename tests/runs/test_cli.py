@@ -35,7 +35,9 @@ def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         ("tokenizer.at=[3,6", "Quote lists"),
         ("resume=/nowhere", "`resume` must be the directory of a run, which contains config.yaml, got /nowhere"),
         ("ckpt_path=run", "Use resume=<run>"),
-        ("tokenizer=null", "cannot be null, got tokenizer=null"),
+        ("tokenizer=null", "must be the name of an option, got tokenizer=null"),
+        ("callbacks=7", "must be the name of an option, got callbacks=7"),
+        ("resume=7", "`resume` must be a run directory, got 7"),
         ("measure=", "The options are cost, default, none"),
     ],
 )
@@ -71,6 +73,11 @@ class Misconfiguration(Exception):
 Misconfiguration.__name__ = "MisconfigurationException"
 
 
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -79,6 +86,7 @@ Misconfiguration.__name__ = "MisconfigurationException"
             "Lightning does not accept the settings: No GPU. Check the overrides of `trainer`",
         ),
         (PermissionError(13, "Permission denied", "/there"), "/there: Permission denied. Check that"),
+        (chained(ValueError("odd"), PermissionError(13, "Permission denied", "/there")), "/there: Permission denied."),
         (RuntimeError("odd\nsecond line"), "RuntimeError: odd (" + __file__),
     ],
 )
@@ -100,6 +108,13 @@ def test_every_error_of_a_job_is_a_sentence(monkeypatch, capsys, tmp_path, error
     with pytest.raises(SystemExit):
         module.command("train", fail)
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_key_that_only_other_options_have_is_answered_with_those_of_the_chosen_one(monkeypatch, capsys) -> None:
+    text = answer(monkeypatch, capsys, "backbone=vivit_mini", "backbone.patch_size=2")
+    assert "There is no key `backbone.patch_size`" in text
+    assert "Did you mean `backbone.patch_size`" not in text
+    assert "backbone.temporal_depth" in text
 
 
 def test_a_failing_job_does_not_stop_a_sweep(monkeypatch, capsys, tmp_path) -> None:

@@ -72,7 +72,9 @@ def test_wrong_arguments_are_answered_with_a_sentence() -> None:
         ("task.mix.mixup=a", "`task.mix.mixup` must be a number"),
         ("schedule.warmup=null", "`schedule.warmup` must be an int or a number"),
         ("optimizer.lr=abc", "`optimizer.lr` must be a number"),
-        ("optimizer.betas=1", "`optimizer.betas` must be tuple"),
+        ("optimizer.betas=1", r"`optimizer.betas` must be \[a number or Tensor, a number or Tensor\], got 1"),
+        ("optimizer.betas=[0.9]", r"`optimizer.betas` must be \[a number or Tensor, a number or Tensor\], got \[0.9\]"),
+        ("optimizer.lr=nan", "`optimizer.lr` must be a number or Tensor, got nan"),
         ("tokenizer.build.num_tokens=many", "`tokenizer.build.num_tokens` must be"),
     ],
 )
@@ -85,12 +87,55 @@ def test_values_of_the_wrong_type_are_named_as_the_user_types_them(composed, ove
     ("override", "message"),
     [
         ("data.batch_size=1.5", "`data.batch_size` must be an int"),
+        ("data.eval_batch_size=0", "`data.eval_batch_size` must be an int >= 1, got 0"),
         ("+data.batchsize=3", "has no argument `batchsize`. Did you mean `batch_size`"),
     ],
 )
 def test_the_settings_that_datamodules_share_are_checked_too(composed, override: str, message: str) -> None:
     with pytest.raises(FewtokensError, match=message):
         instantiate(composed(override).data)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("backbone.patch_size=[2]", r"`backbone.patch_size` must be an int or \[height, width\], got \[2\]"),
+        ("backbone.options.mlp_ratio=0", "`backbone.options.mlp_ratio` must be a number > 0, got 0"),
+        ("backbone.options.mlp_ratio=wide", "`backbone.options.mlp_ratio` must be a number > 0, got 'wide'"),
+        ("backbone.options.drop_path_rate=2", r"`backbone.options.drop_path_rate` must be a share in \[0, 1\), got 2"),
+        ("backbone.options.drop_path_rate=nan", "`backbone.options.drop_path_rate` must be a share"),
+        ("+backbone.options.reg_tokens=-1", "`backbone.options` must be arguments of timm's"),
+        ("tokenizer=token_learner_v11 tokenizer.build.hidden=0", "`tokenizer.build.hidden` must be an int >= 1, got 0"),
+        (
+            "tokenizer=token_learner_v11 tokenizer.build.dropout=nan",
+            "`tokenizer.build.dropout` must be a number, got nan",
+        ),
+        ("backbone=keras_mini_vit backbone.patch_size=2 backbone.key_dim=0", "`backbone.key_dim` must be an int >= 1"),
+        ("backbone=keras_mini_vit backbone.patch_size=2 backbone.dropout=1.0", "`backbone.dropout` must be a share"),
+        ("task.mix.num_classes=7", "`task.mix.num_classes` must be data.num_classes, which is 10, got 7"),
+    ],
+)
+def test_models_that_cannot_be_are_named(composed, override: str, message: str) -> None:
+    with pytest.raises(FewtokensError, match=message):
+        instantiate(composed(*override.split()).task)
+
+
+@pytest.mark.parametrize(
+    ("group", "override", "message"),
+    [
+        ("measure.cost", "measure.cost.num_images=0", "`measure.cost.num_images` must be an int >= 1 or null, got 0"),
+        (
+            "measure.token_maps",
+            "measure.token_maps.num_images=0",
+            "`measure.token_maps.num_images` must be an int >= 1",
+        ),
+        ("measure.token_maps", "measure.token_maps.max_columns=0", "`measure.token_maps.max_columns` must be an int"),
+        ("callbacks.stop", "callbacks.stop.ask_every=0", "`callbacks.stop.ask_every` must be an int >= 1, got 0"),
+    ],
+)
+def test_measures_and_callbacks_that_cannot_be_are_named(composed, group: str, override: str, message: str) -> None:
+    with pytest.raises(FewtokensError, match=message):
+        instantiate(OmegaConf.select(composed(override), group))
 
 
 def test_a_mandatory_value_that_is_missing_is_named(composed) -> None:

@@ -193,29 +193,58 @@ def test_an_offline_wandb_run_is_recorded_and_closed(composed, tmp_path: Path, m
         ("seed=abc", "`seed` must be an int"),
         ("seed=-1", "`seed` must be an int"),
         ("task.label_smoothing=2.0", "`task.label_smoothing` must be a number in"),
-        ("task._target_=os.system", "A config may only call"),
+        ("task._target_=os.system", "os.system has no argument `model`"),
         ("task.mix=7", "`task.mix` must be Mix or null, got 7"),
         ("task.mix.mixup=-1.0", "`task.mix.mixup` must be a number >= 0"),
         ("schedule.warmup=-1", "`schedule.warmup` must be a number of steps >= 0"),
         ("+optimizer.speed=1", "AdamW has no argument `speed`"),
         ("optimizer.lr=1e30", "The mean training loss of epoch 1 "),
         ("optimizer.lr=-1", "The optimizer does not accept its settings: Invalid learning rate: -1"),
-        ("optimizer.lr=nan", "The optimizer does not accept its settings"),
-        ("optimizer=sgd optimizer.lr=nan", "`optimizer.lr` must be a finite number, got nan"),
+        ("optimizer.lr=nan", "`optimizer.lr` must be a number or Tensor, got nan"),
+        ("optimizer=sgd optimizer.lr=inf", "`optimizer.lr` must be a finite number, got inf"),
         ("optimizer.betas=[1,2]", "The optimizer does not accept its settings: Invalid beta parameter"),
         ("+backbone.options.colour=red", "unexpected keyword argument 'colour'"),
         ("trainer.precision=16-true", "`trainer.precision` must be 32-true, bf16-mixed or 16-mixed"),
-        ("trainer.accumulate_grad_batches=0", "`trainer.accumulate_grad_batches` must be an int >= 1"),
-        ("trainer.max_epochs=0", "`trainer.max_epochs` must be an int >= 1"),
         ("trainer.max_epochs=abc", "`trainer.max_epochs` must be an int or null, got 'abc'"),
-        ("trainer.max_steps=0", "`trainer.max_steps` must be an int >= 1"),
-        ("trainer.limit_train_batches=0", "`trainer.limit_train_batches` must be an int >= 1, a share"),
-        ("trainer.limit_train_batches=0.0", "`trainer.limit_train_batches` must be an int >= 1, a share"),
+        ("backbone.num_classes=3", "`backbone.num_classes` must be data.num_classes, which is 10, got 3"),
+        ("data.channels=4", "RandAugment needs 1 or 3 channels, got 4"),
+        ("callbacks.best=abc", "`callbacks.best` must be null, or values with a _target_, got 'abc'"),
+        ("init_from=7", "`checkpoint or init_from` must be a run directory or a checkpoint, got 7"),
+        ("~task", "`task` must be an option of configs/task"),
+        ("name=../x", "`name` must be the name of a folder below outputs/, got '../x'"),
+        ("paths.outputs=null", "`paths.outputs` must be a folder, got None"),
+        ("test=7", "`test` must be true or false, got 7"),
     ],
 )
 def test_mistakes_are_answered_with_a_sentence(composed, override: str, words: str) -> None:
     with pytest.raises(FewtokensError, match=words):
         training.run(composed(*TINY, *override.split(" ")))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("accumulate_grad_batches=0", "an int >= 1"),
+        ("max_epochs=0", "an int >= 1"),
+        ("max_epochs=null", "an int >= 1, -1 for no limit, or null with trainer.max_steps"),
+        ("max_steps=0", "an int >= 1"),
+        ("limit_train_batches=0", "an int >= 1, a share"),
+        ("limit_train_batches=0.0", "an int >= 1, a share"),
+        ("check_val_every_n_epoch=0", "an int >= 1 or null, got 0"),
+        ("val_check_interval=0", r"a share in \(0, 1\], an int >= 1"),
+        ("num_sanity_val_steps=-5", "an int >= 0, or -1 for all"),
+        ("log_every_n_steps=-1", "an int >= 1, or 0 for never"),
+        ("gradient_clip_val=-1", "a number >= 0 or null"),
+    ],
+)
+def test_settings_of_the_trainer_that_lightning_accepts_in_silence(composed, override: str, words: str) -> None:
+    with pytest.raises(FewtokensError, match=f"`trainer.{override.partition('=')[0]}` must be {words}"):
+        training.check_length(composed(f"trainer.{override}").trainer)
+
+
+def test_a_run_without_a_progress_bar(composed, tmp_path: Path) -> None:
+    training.run(composed(*TINY, "trainer.enable_progress_bar=false", "trainer.limit_train_batches=1", "test=false"))
+    assert (tmp_path / "run" / "report.json").is_file()
 
 
 @pytest.mark.parametrize("override", ["trainer.max_epochs=-5", "trainer.devices=0", "trainer.profiler=x"])

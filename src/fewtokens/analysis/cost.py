@@ -12,6 +12,7 @@ from fewtokens.analysis.flops import GIGA, Counts, count, flop_counter, mean_tok
 from fewtokens.analysis.memory import peak_bytes
 from fewtokens.analysis.pictures.cost_histogram import write_histogram, write_picture
 from fewtokens.backbones.vit import ViT
+from fewtokens.errors import check
 
 
 class Cost:
@@ -23,9 +24,13 @@ class Cost:
 
     Args:
         num_images: Count at most this many test images; None for all (of this process, if there are several).
+
+    Raises:
+        FewtokensError: A setting is out of range.
     """
 
     def __init__(self, num_images: int | None = None) -> None:
+        check(num_images is None or num_images >= 1, "measure.cost.num_images", "an int >= 1 or null", num_images)
         self.num_images = num_images
         self.picture: Path | None = None
 

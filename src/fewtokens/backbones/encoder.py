@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check
 from fewtokens.layers.block import Block
 from fewtokens.tokenizers.base import LayerContext, Tokenizer
 from fewtokens.tokens import Tokens
@@ -54,6 +54,7 @@ class Encoder(nn.Module):
 
     def __init__(self, blocks: Sequence[nn.Module], build: Build, at: At, context: LayerContext) -> None:
         super().__init__()
+        check(callable(build), "tokenizer.build", "values with a _target_", build)
         depth = len(blocks)
         stages = {block: stage for stage, block in enumerate(block_indices(at, depth))}
         self.layers = nn.ModuleList()

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fewtokens.backbones.vit import TokenizerRecipe, ViT, check_sizes
+from fewtokens.errors import check
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
 from fewtokens.layers.embedding import Size, pair
@@ -79,6 +80,8 @@ def keras_mini_vit(
         grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
     """
     check_sizes(image_size, patch_size, dim, heads, depth)
+    check(key_dim >= 1, "backbone.key_dim", "an int >= 1", key_dim)
+    check(0 <= dropout < 1, "backbone.dropout", "a share in [0, 1)", dropout)
     timm_model = VisionTransformer(
         img_size=pair(image_size),
         patch_size=pair(patch_size),

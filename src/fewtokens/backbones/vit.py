@@ -238,9 +238,13 @@ def build_timm(options: Mapping[str, Any], **settings: Any) -> VisionTransformer
     Raises:
         FewtokensError: timm does not accept the options.
     """
+    ratio, rates = options.get("mlp_ratio", 4.0), {k: v for k, v in options.items() if k.endswith("_rate")}
+    check(isinstance(ratio, int | float) and ratio > 0, "backbone.options.mlp_ratio", "a number > 0", ratio)
+    for name, rate in rates.items():
+        check(isinstance(rate, int | float) and 0 <= rate < 1, f"backbone.options.{name}", "a share in [0, 1)", rate)
     try:
         return VisionTransformer(**{"block_fn": Block, "attn_layer": Attention} | settings, **options)
-    except (TypeError, ValueError, KeyError, AssertionError) as error:  # timm has no exception of its own
+    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:  # timm has no exception of its own
         if isinstance(error, FewtokensError):
             raise
         raise FewtokensError(
@@ -255,6 +259,8 @@ def check_sizes(image_size: Size, patch_size: Size, dim: int, heads: int, depth:
     Raises:
         FewtokensError: The sizes do not fit together.
     """
+    for name, size in (("data.image_size", image_size), ("backbone.patch_size", patch_size)):
+        check(isinstance(size, int) or len(size) == 2, name, "an int or [height, width]", size)
     image, patch = pair(image_size), pair(patch_size)
     if min(patch) < 1 or any(i < p or i % p for i, p in zip(image, patch, strict=True)):
         raise FewtokensError(

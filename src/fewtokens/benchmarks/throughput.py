@@ -75,7 +75,13 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
 
 def all_settings(cfg: DictConfig) -> list[Setting]:
     """Return every combination of batch, precision, compiled and mode."""
-    check(cfg.seconds > 0, "seconds", "a number > 0", cfg.seconds)
+    check(isinstance(cfg.seconds, int | float) and cfg.seconds > 0, "seconds", "a number > 0", cfg.seconds)
+    check(isinstance(cfg.min_images, int) and cfg.min_images >= 1, "min_images", "an int >= 1", cfg.min_images)
+    check(isinstance(cfg.timm, bool), "timm", "true or false", cfg.timm)
+    numbers = isinstance(cfg.sharpen, ListConfig) and all(isinstance(count, int | float) for count in cfg.sharpen)
+    check(cfg.sharpen is None or numbers, "sharpen", "a list of numbers of tokens, or null", cfg.sharpen)
+    known = isinstance(cfg.tokenizers, ListConfig)
+    check(known, "tokenizers", "a list, as in 'tokenizers=[ats,tome build.r=13]'", cfg.tokenizers)
     lists = {name: cfg[name] for name in ("batch", "precision", "compiled", "mode")}
     for name, values in lists.items():
         valid = isinstance(values, ListConfig) and len(values) > 0

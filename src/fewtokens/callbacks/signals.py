@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from fewtokens.callbacks.last_checkpoint import has_stepped
+from fewtokens.errors import check
 
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -48,6 +49,7 @@ class StopOnSignal(Checkpoint):
     """
 
     def __init__(self, path: str, ask_every: int = 10) -> None:
+        check(ask_every >= 1, "callbacks.stop.ask_every", "an int >= 1", ask_every)
         self.path, self.ask_every = Path(path), ask_every
         self.received, self._stopping = 0, False
 

@@ -131,7 +131,8 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.num_classes, self.image_size, self.channels, self.frames = num_classes, image_size, channels, frames
         self.batch_size = loading["batch_size"]
-        self.eval_batch_size = loading.get("eval_batch_size") or self.batch_size
+        other = loading.get("eval_batch_size")
+        self.eval_batch_size = self.batch_size if other is None else other
         self.num_workers, self.seed = loading.get("num_workers", 0), loading.get("seed", 0)
         self.drop_last = loading.get("drop_last", False)
         self.mean = [0.0] * channels if mean is None else [float(x) for x in mean]

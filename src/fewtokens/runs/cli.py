@@ -125,27 +125,26 @@ def describe(error: Exception, name: str) -> str:
         error: Any error that ended a command.
         name: Name of the primary config.
     """
+    cause, frames = error.__cause__, traceback.extract_tb(error.__traceback__)
+    if isinstance(cause, FewtokensError | OSError) and not isinstance(error, FewtokensError):
+        error = cause  # what a library made of it says less
     text = str(error)
     if isinstance(error, FewtokensError):
         return text
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _describe_override(text, name)
     if "Config group override must be a string" in text:  # Hydra does not name it
-        null = [
-            arg for arg in sys.argv[1:] if arg.endswith(("=null", "=")) and (CONFIGS / arg.partition("=")[0]).is_dir()
-        ]
-        return f"A group of the config cannot be null, got {' '.join(null)}. Choose one of its options, see --help."
+        given = [argument for argument in sys.argv[1:] if (CONFIGS / argument.partition("=")[0]).is_dir()]
+        return f"A group of the config must be the name of an option, got {' '.join(given)}. See --help."
     first = first_line(error)
-    if type(error).__name__ == "MisconfigurationException":
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    by_lightning = "/lightning/" in place and isinstance(error, ValueError | TypeError)
+    if type(error).__name__ == "MisconfigurationException" or by_lightning:
         return f"Lightning does not accept the settings: {first} Check the overrides of `trainer`."
     if isinstance(error, OSError) and error.strerror:
         file = error.filename or "A file"
         return f"{file}: {error.strerror}. Check that the path exists, is writable, and has free space."
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return (
-        f"{type(error).__name__}: {first} ({frame.filename}:{frame.lineno}). {UNKNOWN}. Set HYDRA_FULL_ERROR=1 to see "
-        "the traceback."
-    )
+    return f"{type(error).__name__}: {first}{place}. {UNKNOWN}. Set HYDRA_FULL_ERROR=1 to see the traceback."
 
 
 def _describe_override(text: str, name: str) -> str:
@@ -192,7 +191,10 @@ def _did_you_mean(wrong: str, names: list[str], prefix: str) -> str:
 
 
 def _composed(name: str) -> DictConfig:
-    overrides = reference_overrides(get_args_parser().parse_args().overrides)
+    """Return the config with the options that the command line chooses, without its values."""
+    given = get_args_parser().parse_args().overrides
+    groups = [override for override in given if (CONFIGS / override.partition("=")[0].partition("@")[0]).is_dir()]
+    overrides = list(dict.fromkeys([*reference_overrides(given), *groups]))
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose(name, overrides)

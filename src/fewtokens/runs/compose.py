@@ -21,7 +21,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check
 from fewtokens.files import checkpoint_in
 from fewtokens.runs.config import CONFIG, CONFIGS
 from fewtokens.runs.saved_config import check_saved
@@ -162,13 +162,14 @@ def _load(name: str) -> Any:
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / name))  # PyYAML reads 1e-4 as a string
 
 
-def checkpoint_of(reference: str) -> Path:
+def checkpoint_of(reference: object) -> Path:
     """Return the checkpoint that a run directory or a file names: the best one, or the last if there is no best.
 
     Raises:
         FewtokensError: There is none.
     """
-    path = Path(reference)
+    check(isinstance(reference, str | Path), "checkpoint or init_from", "a run directory or a checkpoint", reference)
+    path = Path(str(reference))
     found = checkpoint_in(path)
     if found is not None:
         return found
@@ -178,13 +179,14 @@ def checkpoint_of(reference: str) -> Path:
     )
 
 
-def run_to_resume(reference: str) -> Path:
+def run_to_resume(reference: object) -> Path:
     """Return the last checkpoint of the run that `resume` names.
 
     Raises:
         FewtokensError: It is not the directory of a run, or the run has no checkpoint yet.
     """
-    run, path = Path(reference), Path(reference) / "checkpoints" / "last.ckpt"
+    check(isinstance(reference, str | Path), "resume", "a run directory", reference)
+    run, path = Path(str(reference)), Path(str(reference)) / "checkpoints" / "last.ckpt"
     if not (run / CONFIG).is_file():
         raise FewtokensError(
             f"`resume` must be the directory of a run, which contains {CONFIG}, got {run}. To start from the weights "

@@ -3,6 +3,8 @@
 import collections.abc
 import difflib
 import inspect
+import math
+import re
 import shutil
 import types
 import typing
@@ -21,6 +23,8 @@ from fewtokens.masking import masked
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 CONFIG = "config.yaml"
+SEVERAL = ("callbacks", "init_image", "logger", "measure", "paths", "tokenizer")  # groups with other values
+NAME = re.compile(r"[\w][\w.\- ]*(?:/[\w][\w.\- ]*)*")  # of a run: a folder below outputs/
 NOT_SAVED = ("hydra", "resume", "checkpoint", "experiment")  # they belong to a command and not to the run
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
@@ -31,7 +35,8 @@ def check_groups(cfg: DictConfig) -> None:
         if group.is_dir() and group.name not in ("experiment", "hydra"):
             options = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
             node = OmegaConf.select(cfg, group.name)
-            check(isinstance(node, DictConfig), group.name, f"an option of configs/{group.name} ({options})", node)
+            valid = isinstance(node, DictConfig) and ("_target_" in node or group.name in SEVERAL)
+            check(valid, group.name, f"an option of configs/{group.name} ({options})", node)
 
 
 def instantiate(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
@@ -151,10 +156,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
-    if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if origin in (int, str, bool, types.NoneType):
-        return type(value) is origin
+    if origin in (int, float, str, bool, types.NoneType):
+        known = type(value) in ((int, float) if origin is float else (origin,))
+        return known and not (isinstance(value, float) and math.isnan(value))
+    if origin is tuple and isinstance(value, list) and (parts := typing.get_args(hint)) and ... not in parts:
+        return len(value) == len(parts) and all(map(_fits, value, parts))
     if isinstance(value, dict | list) or not inspect.isclass(origin) or origin is object:
         return True
     collection = issubclass(origin, collections.abc.Iterable | collections.abc.Callable) and not issubclass(origin, str)
@@ -167,6 +173,8 @@ def _described(hint: Any) -> str:
     names = {int: "an int", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple and ... not in typing.get_args(hint):
+        return f"[{', '.join(map(_described, typing.get_args(hint)))}]"
     return names.get(hint) or str(getattr(typing.get_origin(hint) or hint, "__name__", hint))
 
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, open_dict
 
 from fewtokens.callbacks.loggers import CsvLogger
 from fewtokens.callbacks.signals import Stopped
-from fewtokens.errors import FewtokensError, write_error
+from fewtokens.errors import FewtokensError, check, write_error
 from fewtokens.files import write_json
 from fewtokens.masking import masked
 from fewtokens.runs import config, report
@@ -45,6 +45,9 @@ class RunDirectory:
         self.begun = False
 
     def __enter__(self) -> "RunDirectory":
+        valid = isinstance(self.cfg.name, str | int) and config.NAME.fullmatch(str(self.cfg.name))
+        check(bool(valid), "name", "the name of a folder below outputs/", self.cfg.name)
+        check(isinstance(self.cfg.paths.outputs, str), "paths.outputs", "a folder", self.cfg.paths.outputs)
         with open_dict(self.cfg):  # the choice that it refers to is unknown to a command that composes on this run
             self.cfg.name = str(self.cfg.name)
         if is_rank_zero():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, open_dict
 from PIL import Image
@@ -121,8 +121,9 @@ def build(cfg: DictConfig, run: RunDirectory) -> Job:
     check(supported, "trainer.precision", "32-true, bf16-mixed or 16-mixed", precision)
     data, task = instantiate(cfg.data), instantiate(cfg.task)
     record = TrainingRecord(run)
-    callbacks = [*(instantiate(node) for node in cfg.callbacks.values() if node), record]
-    loggers = [instantiate(node) for node in cfg.logger.values() if node]
+    callbacks, loggers = [*_objects(cfg, "callbacks"), record], _objects(cfg, "logger")
+    if cfg.trainer.enable_progress_bar is False:  # Lightning refuses one that is configured
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     if not loggers:  # Lightning refuses to monitor the learning rate without a logger
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = build_trainer(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
@@ -145,6 +146,14 @@ def build_trainer(node: DictConfig, **parts: Any) -> Trainer:
     check_choice("trainer.float32_matmul_precision", precision, ("highest", "high", "medium"))
     torch.set_float32_matmul_precision(precision)
     return instantiate(settings, **parts)
+
+
+def _objects(cfg: DictConfig, group: str) -> list[Any]:
+    """Return the objects of a group of several, without those that are null."""
+    for name, node in cfg[group].items():
+        valid = node is None or (isinstance(node, DictConfig) and (not node or "_target_" in node))
+        check(valid, f"{group}.{name}", "null, or values with a _target_", node)
+    return [instantiate(node) for node in cfg[group].values() if node]
 
 
 def load_images(cfg: DictConfig, task: LightningModule, source: str, count: int) -> Float[Tensor, "b c *t h w"]:
@@ -176,7 +185,7 @@ def measure(job: Job) -> tuple[dict[str, float], list[Path]]:
     if not job.trainer.is_global_zero:
         return numbers, pictures
     with measured_on(job.task, job.trainer.strategy.root_device):
-        for part in [instantiate(node) for node in job.cfg.measure.values() if node]:
+        for part in _objects(job.cfg, "measure"):
             numbers |= part(job.task, job.data, job.directory)
             pictures += [path for name in ("picture", "video") if (path := getattr(part, name, None))]
     return numbers, pictures

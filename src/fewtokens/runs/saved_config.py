@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fewtokens.errors import FewtokensError
-from fewtokens.runs.config import CONFIGS, target_of
+from fewtokens.runs.config import CONFIGS, NAME, target_of
 
 # An environment variable, since a config must not be able to extend the list.
 ALLOW_VARIABLE = "FEWTOKENS_ALLOW_TARGETS"
 # References to other keys. Resolvers, which can read the environment or build objects, are not allowed.
 REFERENCE = re.compile(r"\$\{\s*(?:[\w.\[\]]+|oc\.select:[\w.]+(?:,\w+)?)\s*\}")
 TARGET = re.compile(r"_target_: *([\w.]+)")
-NAME = re.compile(r"[\w][\w.\- ]*(?:/[\w][\w.\- ]*)*")
 KEY = re.compile(r"[\w.\-@/ ]*")
 # What each group may build, out of the targets that the project's own configs use and of COMMON.
 KINDS = {

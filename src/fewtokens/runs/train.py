@@ -23,6 +23,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """
     with job.running(cfg) as parts:
         check_length(cfg.trainer)
+        check(isinstance(cfg.test, bool), "test", "true or false", cfg.test)
         checkpoint = load_start_weights(parts)
         with child_processes_run_this_job(parts.directory):
             numbers = fit(parts, checkpoint)
@@ -36,16 +37,23 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def check_length(trainer: DictConfig) -> None:
-    """Raise an error for settings with which Lightning trains nothing and does not say so."""
+    """Raise an error for settings with which Lightning trains nothing, or as long as it likes, and does not say so."""
     epochs, steps, batches = trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches
     accumulated = trainer.accumulate_grad_batches
     check(accumulated >= 1, "trainer.accumulate_grad_batches", "an int >= 1", accumulated)
-    check(
-        epochs is None or epochs == -1 or epochs >= 1, "trainer.max_epochs", "an int >= 1, or -1 for no limit", epochs
-    )
+    limited = steps != -1 if epochs is None else epochs == -1 or epochs >= 1  # Lightning's default is 1000 epochs
+    check(limited, "trainer.max_epochs", "an int >= 1, -1 for no limit, or null with trainer.max_steps", epochs)
     check(steps == -1 or steps >= 1, "trainer.max_steps", "an int >= 1, or -1 for no limit", steps)
     valid = batches is None or (batches >= 1 if isinstance(batches, int) else 0 < batches <= 1)
     check(valid, "trainer.limit_train_batches", "an int >= 1, a share in (0, 1], or null for all", batches)
+    every, interval, clip = trainer.check_val_every_n_epoch, trainer.val_check_interval, trainer.gradient_clip_val
+    check(every is None or every >= 1, "trainer.check_val_every_n_epoch", "an int >= 1 or null", every)
+    valid = interval is None or isinstance(interval, str) or interval > 0  # a text is a time: "00:00:30:00"
+    check(valid, "trainer.val_check_interval", "a share in (0, 1], an int >= 1, a time or null", interval)
+    sanity, log_every = trainer.num_sanity_val_steps, trainer.log_every_n_steps
+    check(sanity >= -1, "trainer.num_sanity_val_steps", "an int >= 0, or -1 for all", sanity)
+    check(log_every >= 0, "trainer.log_every_n_steps", "an int >= 1, or 0 for never", log_every)
+    check(clip is None or clip >= 0, "trainer.gradient_clip_val", "a number >= 0 or null", clip)
 
 
 def load_start_weights(parts: Job) -> Path | None:

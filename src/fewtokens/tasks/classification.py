@@ -58,9 +58,12 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         check(0 <= label_smoothing < 1, "task.label_smoothing", "a number in [0, 1)", label_smoothing)
+        if mix is not None:
+            mixed = mix.num_classes
+            check(mixed == num_classes, "task.mix.num_classes", f"data.num_classes, which is {num_classes}", mixed)
         self.model, self.optimizer, self.schedule, self.mix = model, optimizer, schedule, mix
         self.weight_decay, self.decay, self.layer_decay = weight_decay, decay, layer_decay
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.num_classes = label_smoothing, num_classes
         compile_model(model, compile)
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_loss.persistent(True)  # a run that resumes in the middle of an epoch keeps the sum of its first part
@@ -69,8 +72,14 @@ class Classifier(LightningModule):
 
     def forward(self, views: Float[Tensor, "b v *sample"]) -> Float[Tensor, "b classes"]:
         """Return the logits (B, classes) in float32, averaged over the views."""
-        logits = self.model(views.flatten(0, 1)).float()
+        logits = self._logits(views.flatten(0, 1)).float()
         return logits.unflatten(0, views.shape[:2]).mean(dim=1)
+
+    def _logits(self, samples: Float[Tensor, "b *sample"]) -> Float[Tensor, "b classes"]:
+        logits, classes = self.model(samples), self.num_classes
+        outputs = logits.shape[1]  # compared here, since a model of any kind has them
+        check(outputs == classes, "backbone.num_classes", f"data.num_classes, which is {classes}", outputs)
+        return logits
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the loss of a batch, including the losses of tokenizers that have one."""
@@ -79,7 +88,7 @@ class Classifier(LightningModule):
         samples, target = views.flatten(0, 1), target.repeat_interleave(views.shape[1], dim=0)
         if self.mix is not None:
             samples, target = self.mix(samples, target)
-        loss = self._loss(self.model(samples), target)
+        loss = self._loss(self._logits(samples), target)
         tokenizer_losses = [module.loss() for module in self.model.modules() if isinstance(module, Tokenizer)]
         loss = sum((part for part in tokenizer_losses if part is not None), start=loss)
         self.train_loss.update(loss.detach().expand(len(target)))

@@ -166,6 +166,7 @@ class MaskMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, out: int, dropout: float, gelu: Gelu) -> None:
         super().__init__()
+        check(hidden >= 1, "tokenizer.build.hidden", "an int >= 1", hidden)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, out)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)

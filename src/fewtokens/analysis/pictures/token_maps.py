@@ -27,6 +27,7 @@ from fewtokens.analysis.flops import mean_tokens
 from fewtokens.analysis.pictures.drawing import DROPPED, displayed, heat, merged, without_dropped
 from fewtokens.analysis.pictures.sheet import Column, Key, draw, save_png
 from fewtokens.backbones.vit import ViT
+from fewtokens.errors import check
 from fewtokens.tokens import Tokens
 
 Kind = Literal["selection", "groups", "shares", "maps"]
@@ -79,9 +80,14 @@ class TokenMaps:
     Args:
         num_images: Number of rows: test images, or time steps of the first clips (at least one clip).
         max_columns: Largest number of tokens, or of stages of a method that acts in many blocks, evenly spaced.
+
+    Raises:
+        FewtokensError: A setting is out of range.
     """
 
     def __init__(self, num_images: int = 8, max_columns: int = 16) -> None:
+        check(num_images >= 1, "measure.token_maps.num_images", "an int >= 1", num_images)
+        check(max_columns >= 1, "measure.token_maps.max_columns", "an int >= 1", max_columns)
         self.num_images, self.max_columns = num_images, max_columns
         self.picture: Path | None = None
 

@@ -32,6 +32,8 @@ class Pipeline(nn.Module):
         check(len(std) == len(mean), "data.std", f"one number per channel, {len(mean)} as in `data.mean`", list(std))
         check(all(x > 0 for x in std), "data.std", "numbers > 0, on the scale 0 to 1", list(std))
         transforms = list(transforms)
+        names = "data.train_transforms and data.eval_transforms"
+        check(all(map(callable, transforms)), names, "lists of transforms, each with a _target_", transforms)
         self.before = [t for t in transforms if not getattr(t, "on_normalized", False)]
         self.after = [t for t in transforms if getattr(t, "on_normalized", False)]
         scale = torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)

@@ -75,7 +75,8 @@ class RandAugment:
         magnitude: Strength, 0 to 30.
 
     Raises:
-        FewtokensError: A setting is out of range, or, when called, the images are not uint8.
+        FewtokensError: A setting is out of range, or, when called, the images are not uint8, or not gray
+            or RGB.
     """
 
     def __init__(self, num_ops: int = 2, magnitude: int = 9) -> None:
@@ -94,6 +95,10 @@ class RandAugment:
         if images.dtype != torch.uint8:
             raise FewtokensError(
                 f"RandAugment needs uint8 images, got {images.dtype}. Move it before Resize in `data.train_transforms`."
+            )
+        if images.shape[-3] not in (1, 3):
+            raise FewtokensError(
+                f"RandAugment needs 1 or 3 channels, got {images.shape[-3]}. Remove it from `data.train_transforms`."
             )
         cpu = cpu_generator(generator)
         for _ in range(self.num_ops):
