@@ -237,6 +237,34 @@ def test_mistakes_are_answered_with_a_sentence(composed, override: str, words: s
         ("gradient_clip_val=-1", "a number >= 0 or null"),
     ],
 )
+def change_checkpoint(run: Path, **changes: Any) -> None:
+    path = run / "checkpoints" / "last.ckpt"
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+def test_a_checkpoint_from_elsewhere_cannot_delete_files(composed, tmp_path: Path) -> None:
+    short = [*TINY, "trainer.limit_train_batches=1", "trainer.limit_val_batches=1", "test=false"]
+    training.run(composed(*short))
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    victim.mkdir()
+    states = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    resume = [*short, f"resume={run}", "trainer.max_epochs=2"]
+    for path in (f"{run}/checkpoints/../../victim", f"local://{victim}"):
+        for state in states.values():
+            if isinstance(state, dict) and "best_k_models" in state:
+                value = torch.tensor(9.0)
+                best = {"best_k_models": {path: value}, "kth_best_model_path": path, "best_model_path": path}
+                state.update(best | {"kth_value": value, "best_model_score": value})
+        change_checkpoint(run, callbacks=states)
+        with pytest.raises(FewtokensError, match="a callback in its checkpoint names the file"):
+            training.run(composed(*resume))
+    assert victim.is_dir()
+    for changes in ({"callbacks": 5}, {"loops": {}}, {"lr_schedulers": ["x"]}):
+        change_checkpoint(run, **({"callbacks": {}} | changes))
+        with pytest.raises(FewtokensError, match=r"last\.ckpt cannot be resumed with these settings"):
+            training.run(composed(*resume))
+
+
 def test_settings_of_the_trainer_that_lightning_accepts_in_silence(composed, override: str, words: str) -> None:
     with pytest.raises(FewtokensError, match=f"`trainer.{override.partition('=')[0]}` must be {words}"):
         training.check_length(composed(f"trainer.{override}").trainer)

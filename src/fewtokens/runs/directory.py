@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,7 +111,7 @@ class RunDirectory:
 
     def _write(self, status: str, **more: Any) -> None:
         path, hydra = self.path / "run.json", HydraConfig.get()
-        before = json.loads(path.read_text()) if path.is_file() else {}
+        before = _recorded(path)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         command = shlex.join(["python", *_program(), *hydra.overrides.task])
         choices = {
@@ -151,6 +152,11 @@ class TrainingRecord(Callback):
         self.numbers: dict[str, float] = {}
         self._began: float | None = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Return whether training has begun, and a checkpoint to resume from has been loaded."""
+        return self._began is not None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and let loggers delete the rows of lost work, which a resumed run logs again."""
         self._began = time.monotonic() - self.numbers.get("train/seconds", 0.0)
@@ -172,13 +178,44 @@ class TrainingRecord(Callback):
         checkpoint |= {"config": self.text, "numbers": dict(self.numbers)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the numbers."""
-        self.numbers = dict(checkpoint.get("numbers", {}))
+        """Restore the numbers, and check the paths in the states of the other callbacks, which are loaded after this.
+
+        Lightning deletes the files that they name when it has written better ones.
+
+        Raises:
+            FewtokensError: The checkpoint comes from elsewhere, and names files outside of its folder.
+        """
+        numbers = checkpoint.get("numbers")
+        known = numbers if isinstance(numbers, dict) else {}
+        self.numbers = {str(name): number for name, number in known.items() if isinstance(number, float)}
+        for text in _texts(checkpoint.get("callbacks")):
+            if ".." in Path(text).parts or "::" in text or "://" in text:
+                raise FewtokensError(
+                    f"The run cannot be resumed: a callback in its checkpoint names the file {text!r}, which would be "
+                    "deleted. Start a new run from its weights with init_from."
+                )
 
     def _update(self, trainer: Trainer) -> None:
         if self._began is not None:
             self.numbers["train/seconds"] = time.monotonic() - self._began
         self.numbers |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Return the content of `run.json`, or nothing if it does not exist or somebody has damaged it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """Yield all texts in a tree, those of keys too."""
+    if isinstance(node, str):
+        yield node
+    for part in [*node.keys(), *node.values()] if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _texts(part)
 
 
 def _ending(error: BaseException) -> dict[str, Any]:

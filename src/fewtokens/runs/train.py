@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from fewtokens.errors import FewtokensError, check
+from fewtokens.errors import FewtokensError, check, first_line
 from fewtokens.runs import checkpoints, job, skipped_videos
 from fewtokens.runs.compose import checkpoint_of, run_to_resume
 from fewtokens.runs.config import instantiate
@@ -90,7 +90,15 @@ def fit(parts: Job, checkpoint: Path | None) -> dict[str, float]:
     Returns:
         `train/seconds`, `train/epochs`, `val/*` of the last epoch, and the numbers of the weights to start from.
     """
-    parts.trainer.fit(parts.task, parts.data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        parts.trainer.fit(parts.task, parts.data, ckpt_path=checkpoint, weights_only=True)
+    except Exception as error:
+        if checkpoint is None or parts.record.has_begun or isinstance(error, FewtokensError):
+            raise
+        raise FewtokensError(
+            f"{checkpoint} cannot be resumed with these settings: {type(error).__name__}: {first_line(error)}. Remove "
+            "overrides that change the optimizer or the trainer, or start from its weights with init_from."
+        ) from error
     parts.run.begin()  # unless training did it: a finished run that is resumed has nothing to train
     return parts.record.numbers | {"train/epochs": float(parts.trainer.current_epoch)}
 
