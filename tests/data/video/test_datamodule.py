@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -109,17 +108,19 @@ def test_the_broken_videos_of_all_processes_count_together(root: Path, monkeypat
     module = data(root, max_broken=0.3)  # one of the four videos
     module.setup("fit")
     list(module.train_dataloader())
-    trainer = SimpleNamespace(world_size=2, datamodule=module)
+    trainer, task = L.Trainer(logger=False, accelerator="cpu"), L.LightningModule()
+    trainer.datamodule = module
+    monkeypatch.setattr(L.Trainer, "world_size", 2)
     elsewhere = list(module.broken)
 
     def gather(found: list, mine: object) -> None:
         found[:] = [mine, elsewhere]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    BrokenVideos().on_train_epoch_end(trainer, None)  # both have found the same one
+    BrokenVideos().on_train_epoch_end(trainer, task)  # both have found the same one
     elsewhere += [Skipped("train", "train/a/0.mp4", "it is empty")]
     with pytest.raises(FewtokensError, match=r"2 of 4 training videos"):
-        BrokenVideos().on_train_epoch_end(trainer, None)
+        BrokenVideos().on_train_epoch_end(trainer, task)
 
 
 def test_what_was_broken_is_still_known_after_resuming(root: Path) -> None:
