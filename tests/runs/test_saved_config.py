@@ -248,7 +248,9 @@ def test_a_run_with_other_callbacks_is_evaluated_with_those_of_the_project(compo
     with pytest.raises(FewtokensError, match=r"`callbacks\.seeds\._target_` in it is not plain data.*set `callbacks"):
         composed(given, base="eval")
     assert composed(given, "callbacks=default", base="eval").callbacks.seeds._target_.endswith("StepSeeds")
-    assert composed(given, "~callbacks.seeds", base="eval").backbone.dim == 16
+    deleted = composed(given, "~callbacks.seeds", "~logger.csv.directory", base="eval")
+    assert "seeds" not in deleted.callbacks
+    assert "directory" not in deleted.logger.csv
 
 
 def test_a_download_and_the_place_of_written_data_are_decided_by_the_command_line(saved) -> None:

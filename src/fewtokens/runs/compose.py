@@ -144,8 +144,9 @@ class SavedRun(ConfigSource):
 
 
 def _keys_of(overrides: Iterable[str]) -> list[str]:
-    """Return the groups and keys that overrides set or delete."""
-    return [part.key_or_group for part in OverridesParser.create().parse_overrides(list(overrides))]
+    """Return the groups and keys that overrides set, or with a prefix `~` delete."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [("~" if part.is_delete() else "") + part.key_or_group for part in parsed]
 
 
 def _write_into(run: Path, cfg: DictConfig) -> None:

@@ -53,7 +53,8 @@ def check_saved(config: dict[str, Any], path: Path, replaced: Collection[str] = 
     Args:
         config: The config as plain data.
         path: The checkpoint that it belongs to, for the error message.
-        replaced: Groups and keys that the command line sets, so that the values in the saved config are not used.
+        replaced: Groups and keys that the command line sets, or with a prefix `~` deletes, so that the values in the
+            saved config are not used.
 
     Raises:
         FewtokensError: A value uses a resolver or another composition, a node builds what is not of its group, or
@@ -95,14 +96,15 @@ def _reason(key: str, value: Any) -> str | None:
 
 
 def _without(config: dict[str, Any], replaced: Collection[str]) -> dict[str, Any]:
-    """Return the config with null in place of the values that the command line sets, and without replaced groups."""
+    """Return the config with nothing in the nodes that the command line sets, or deletes (`~key`)."""
     config = copy.deepcopy(config)
     for key in replaced:
-        node, (*parents, leaf) = config, key.split(".")
+        node, (*parents, leaf) = config, key.lstrip("~").split(".")
         for parent in parents:
             node = node.get(parent, {}) if isinstance(node, dict) else {}
         if isinstance(node, dict) and leaf in node:
-            node[leaf] = {} if node is config and isinstance(node[leaf], dict) else None
+            # Hydra deletes what is not null.
+            node[leaf] = {} if isinstance(node[leaf], dict) or key.startswith("~") else None
     return config
 
 
