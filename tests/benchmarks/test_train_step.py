@@ -72,3 +72,9 @@ def test_every_choice_composes(data, tmp_path):
     cfg = benchmark.compose_config(data, str(tmp_path), 10)
     assert not {"best", "last", "progress"} & set(cfg.callbacks)
     assert {"learning_rate", "seeds", "stop"} <= set(cfg.callbacks)
+
+
+@pytest.mark.parametrize("wrong", ["abc", "nothing=3", "data.batch_size=0", "tokenizer=nothing"])
+def test_a_wrong_override_is_answered_with_a_sentence(capsys: pytest.CaptureFixture[str], wrong: str) -> None:
+    assert benchmark.main([wrong]) == 1
+    assert capsys.readouterr().err.startswith("Error: ")

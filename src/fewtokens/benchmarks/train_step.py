@@ -25,9 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -37,7 +39,7 @@ from torch.nn.utils import clip_grad_norm_
 from fewtokens.analysis.throughput import autocast
 from fewtokens.data import seeding
 from fewtokens.data.datamodule import DataModule
-from fewtokens.errors import FewtokensError, check_choice
+from fewtokens.errors import FewtokensError, check_choice, first_line
 from fewtokens.runs import report
 from fewtokens.runs.config import CONFIGS, instantiate
 from fewtokens.runs.job import build_trainer
@@ -107,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 REFERENCE: lambda: train_with_loop(cfg, device),
             }
             timings = take_turns(variants, args.rounds)
-    except FewtokensError as error:
-        print(f"Error: {error}", file=sys.stderr)
+    except (FewtokensError, HydraException, OmegaConfBaseException) as error:
+        print(f"Error: {error if isinstance(error, FewtokensError) else first_line(error)}", file=sys.stderr)
         return 1
     title = f"{args.data}, batch {cfg.data.batch_size}, {device}, {torch.get_num_threads()} thread(s)"
     overhead = show(timings, cfg.data.batch_size, title, Console())
