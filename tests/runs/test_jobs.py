@@ -237,6 +237,23 @@ def test_mistakes_are_answered_with_a_sentence(composed, override: str, words: s
         ("gradient_clip_val=-1", "a number >= 0 or null"),
     ],
 )
+def test_settings_of_the_trainer_that_lightning_accepts_in_silence(composed, override: str, words: str) -> None:
+    with pytest.raises(FewtokensError, match=f"`trainer.{override.partition('=')[0]}` must be {words}"):
+        training.check_length(composed(f"trainer.{override}").trainer)
+
+
+def test_a_run_without_a_progress_bar(composed, tmp_path: Path) -> None:
+    training.run(composed(*TINY, "trainer.enable_progress_bar=false", "trainer.limit_train_batches=1", "test=false"))
+    assert (tmp_path / "run" / "report.json").is_file()
+
+
+@pytest.mark.parametrize("model", [1, 2])
+def test_an_experiment_that_starts_from_a_run_asks_for_it(composed, model: int, tmp_path: Path) -> None:
+    with pytest.raises(FewtokensError, match=f"<run of vivit_b_m{model}_k400> does not exist"):
+        training.run(composed(f"experiment=video/vivit_b_m{model}_ats_k400"))
+    assert not (tmp_path / "run").exists()
+
+
 def change_checkpoint(run: Path, **changes: Any) -> None:
     path = run / "checkpoints" / "last.ckpt"
     torch.save(torch.load(path, weights_only=True) | changes, path)
@@ -263,16 +280,6 @@ def test_a_checkpoint_from_elsewhere_cannot_delete_files(composed, tmp_path: Pat
         change_checkpoint(run, **({"callbacks": {}} | changes))
         with pytest.raises(FewtokensError, match=r"last\.ckpt cannot be resumed with these settings"):
             training.run(composed(*resume))
-
-
-def test_settings_of_the_trainer_that_lightning_accepts_in_silence(composed, override: str, words: str) -> None:
-    with pytest.raises(FewtokensError, match=f"`trainer.{override.partition('=')[0]}` must be {words}"):
-        training.check_length(composed(f"trainer.{override}").trainer)
-
-
-def test_a_run_without_a_progress_bar(composed, tmp_path: Path) -> None:
-    training.run(composed(*TINY, "trainer.enable_progress_bar=false", "trainer.limit_train_batches=1", "test=false"))
-    assert (tmp_path / "run" / "report.json").is_file()
 
 
 @pytest.mark.parametrize("override", ["trainer.max_epochs=-5", "trainer.devices=0", "trainer.profiler=x"])

@@ -21,6 +21,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     Returns:
         The numbers of report.json (on rank 0).
     """
+    if cfg.init_from is not None and cfg.resume is None:  # before data are listed, which can take minutes
+        checkpoint_of(cfg.init_from)
     with job.running(cfg) as parts:
         check_length(cfg.trainer)
         check(isinstance(cfg.test, bool), "test", "true or false", cfg.test)
