@@ -13,7 +13,14 @@ from PIL import Image
 NUMBERS = {"test/top1": 0.9, "cost/gmacs": 5.0, "cost/gmacs_dense": 10.0, "cost/tokens_block_00": 16.0,
            "cost/tokens_block_01": 8.0, "throughput/images_per_s": 60.0, "throughput/images_per_s_dense": 40.0,
            "throughput/speedup": 1.5, "train/seconds": 61.0}  # fmt: skip
-METRICS = "step,val/loss,train/loss_epoch,val/top1\n1,2.0,,0.5\n1,,2.5,\n2,1.0,nan,0.75\n2,,1.5,\n"
+METRICS = """step,val/loss,train/loss_epoch,val/top1,train/seconds
+1,2.0,,0.5,
+1,,2.5,,
+2,1.0,nan,0.75,
+2,,1.5,,
+2,,,,60
+2,,,,61
+"""
 CONFIG = {
     "data": {"_target_": "fewtokens.data.image.digits.Digits", "num_classes": 10},
     "tokenizer": {"at": 1, "build": {"_target_": "fewtokens.tokenizers.tome.ToMe", "r": 2}},

@@ -6,7 +6,7 @@ import pytest
 
 from fewtokens.benchmarks.compare import Row, curves, differences, find_runs, main, of_data_set, pictures, read_rows
 from fewtokens.errors import FewtokensError
-from saved_runs import CONFIG, METRICS, Page, save_run
+from saved_runs import CONFIG, METRICS, Page, save_picture, save_run
 
 DENSE = {"tokenizer": {"at": [], "build": {"_target_": "fewtokens.tokenizers.base.Tokenizer"}}}
 
@@ -87,7 +87,9 @@ def test_runs_of_different_data_sets_have_plots_of_their_own(runs: Path, tmp_pat
     shown = Page(tmp_path / "compare.html")
     assert "The runs have 2 data sets" in shown.text
     assert shown.text.count("Best at its cost") == 2
-    assert list(pictures(rows_of(runs), tmp_path / "x.html")) == ["token_maps.png, digits", "token_maps.png, cifar10"]
+    save_picture(runs / "dense" / "pictures" / "confusion.png")
+    headings = ["token_maps.png, digits", "token_maps.png, cifar10", "confusion.png, digits"]
+    assert list(pictures(rows_of(runs), tmp_path / "x.html")) == headings
 
 
 def test_speeds_of_different_devices_are_not_compared(runs: Path) -> None:

@@ -278,7 +278,7 @@ def pictures(rows: Sequence[Row], path: Path) -> dict[str, list[tuple[str, Pictu
     budget = page.Budget()
     return {
         heading: [(_name(row), shown) for row, file in files if (shown := page.embedded(file, path, budget))]
-        for heading, files in found.items()
+        for heading, files in sorted(found.items(), key=lambda item: page.order(item[1][0][1]))
     }
 
 
@@ -351,7 +351,7 @@ def _compared(settings: dict[str, str]) -> dict[str, str]:
 
 def _origin(run: RunRecord, checkpoint: bool = True) -> dict[str, str]:
     """Return what the numbers of a run may depend on besides the config."""
-    found = {"command": run.kind} | {key: run.about[key] for key in WHERE if key in run.about}
+    found = {"kind of run": run.kind} | {key: run.about[key] for key in WHERE if key in run.about}
     found |= {f"version of {name}": version for name, version in run.versions.items()}
     given = dict(part.split("=", 1) for part in tradeoff.overrides(run) if "=" in part)
     return found | ({"checkpoint": given["checkpoint"]} if checkpoint and "checkpoint" in given else {})

@@ -26,6 +26,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
         "val/loss": [(1.0, 2.0), (2.0, 1.0)],
         "train/loss_epoch": [(1.0, 2.5), (2.0, 1.5)],
         "val/top1": [(1.0, 0.5), (2.0, 0.75)],
+        "train/seconds": [(2.0, 60.0), (2.0, 61.0)],
     }
 
 

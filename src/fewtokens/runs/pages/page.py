@@ -75,7 +75,7 @@ def picture_files(run: Path) -> list[Path]:
     home, folder = run.resolve(), run / "pictures"
     files = [path for path in folder.iterdir() if path.suffix in TYPES] if folder.is_dir() else []
     inside = [path for path in files if path.is_file() and path.resolve().is_relative_to(home)]
-    return sorted(inside, key=_order)[:MOST_PICTURES]
+    return sorted(inside, key=order)[:MOST_PICTURES]
 
 
 class Budget:
@@ -113,7 +113,8 @@ def _environment() -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-def _order(path: Path) -> tuple[int, int, str]:
+def order(path: Path) -> tuple[int, int, str]:
+    """Return the place of a picture among others: those of the end of a run first, then those of its epochs."""
     names = list(SHOWS)
     epoch = EPOCH.match(path.stem)
     place = names.index(path.stem) if path.stem in names else len(names)

@@ -23,6 +23,8 @@ SHARES = ("top1", "top5", "map")  # metrics from 0 to 1, which are shown as perc
 STAGES = {"val": ("validation", 0), "train": ("training", 1), "steps": ("training, single steps", 1)}  # words, color
 CHOICES = ("tokenizer", "backbone", "data")  # what the subtitle names
 MOST_NUMBERS = 500
+# What is logged at the end of a run, and again if it is resumed.
+OF_THE_END = ("test", "cost", "throughput", "init", "train/seconds", "train/epochs")
 
 
 class Bar(NamedTuple):
@@ -159,7 +161,7 @@ def logged(metrics: Mapping[str, Sequence[Point]]) -> dict[tuple[str, str], list
     for name, values in metrics.items():
         points = [(x, y) for x, y in values if abs(x) <= LARGEST and abs(y) <= LARGEST]
         metric, stage = _metric_and_stage(name)
-        if len(points) > 1 and stage not in ("test", "cost", "throughput", "init"):
+        if len({x for x, _ in points}) > 1 and stage not in OF_THE_END and name not in OF_THE_END:
             found[metric, stage] = points
     return found
 
