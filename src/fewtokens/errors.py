@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 class FewtokensError(ValueError):
     """Input or configuration that cannot be used.
 
-    Commands print the message without a traceback and exit with code 1. Of any other exception they print type, message
-    and place. HYDRA_FULL_ERROR=1 prints the traceback of both.
-
-    Args:
-        message: One or two sentences: what was wrong, what is expected, and what to change.
+    Its message is one or two sentences: what was wrong, what is expected, and what to change. Commands print it without
+    a traceback and exit with code 1. Of any other exception they print type, message and place. HYDRA_FULL_ERROR=1
+    prints the traceback of both.
     """
 
 

@@ -43,9 +43,7 @@ class MultilabelClassifier(Classifier):
     Targets are (B, classes), 1 for the classes of a sample and 0 for the others. The loss is the binary cross-entropy,
     averaged over classes; label smoothing moves targets towards 1/2. The metric `map` is the mean average precision
     over the whole set and all ranks, see `MeanAveragePrecision`. Logits are averaged over views.
-
-    Args:
-        The arguments are those of `Classifier`.
+    The arguments are those of `Classifier`.
     """
 
     def _check_target(self, target: Tensor) -> None:
