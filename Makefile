@@ -12,7 +12,7 @@ CIFAR10 ?= data/cifar10
 GPU_PYTHON ?= PYTHONPATH=src python3
 OLDEST ?= .venv-oldest
 
-.PHONY: help setup train eval test test-all test-oldest check gpu format clean benchmark reproduce-cifar10
+.PHONY: help setup train eval test test-all test-oldest check docs docs-serve gpu format clean benchmark reproduce-cifar10
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -40,12 +40,20 @@ test: $(STAMP)  ## The tests, without the slow ones
 test-all: $(STAMP)  ## All tests
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-check: $(STAMP)  ## Format, lint, types, import contract, tests
+check: $(STAMP)  ## Format, lint, types, import contract, documentation, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) docs
 	$(MAKE) test
+
+# The variable silences mkdocs-material's advertisement of its successor.
+docs: $(STAMP)  ## Build the documentation into site/; a dead link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(STAMP)  ## Show the documentation on this machine while it is edited
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 gpu:  ## Tests, speed and a short training on a GPU, in the current environment (ARGS="smoke=true" on a CPU)
 	$(GPU_PYTHON) -m fewtokens.benchmarks.gpu $(ARGS)
@@ -73,6 +81,6 @@ benchmark: $(STAMP)  ## Speed of the image input and overhead of the training st
 reproduce-cifar10: $(STAMP)  ## The Keras example's table (SEEDS=0,1,2,3,4 CIFAR10=<folder>); continues an interrupted run
 	$(BIN)/python -m fewtokens.benchmarks.keras_table --seeds $(SEEDS) --root $(CIFAR10) $(ARGS)
 
-clean:  ## Remove .venv and caches; outputs/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
+clean:  ## Remove .venv, site/ and caches; outputs/ and data/ stay
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
