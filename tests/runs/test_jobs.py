@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from fewtokens.tasks.classification import Classifier
 from saved_runs import Page
 
 
-def test_a_run_leaves_config_checkpoints_metrics_and_a_report(
-    composed, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_run_leaves_config_checkpoints_metrics_and_a_report(composed, tmp_path: Path, capsys) -> None:
     numbers = training.run(
         composed(*TINY, "measure=default", "measure.throughput.seconds=0.2", "tokenizer.build.num_tokens=2")
     )
+    printed = capsys.readouterr().out
+    assert re.search(r"all tokens +\S TokenLearner +", printed), "the table at the end"
     run = tmp_path / "run"
     report = json.loads((run / "report.json").read_text())
     assert report == pytest.approx(numbers)
@@ -49,7 +50,7 @@ def test_a_run_leaves_config_checkpoints_metrics_and_a_report(
     assert len(page.source) < 2_000_000
     assert f"{report['test/top1']:.2%}" in page.text
     assert len(page.all("img")) == len(list((run / "pictures").iterdir()))
-    assert f"Page: {run / 'report.html'}" in capsys.readouterr().out
+    assert f"Page: {run / 'report.html'}" in printed
     for name in ("best", "last"):
         content = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
         assert yaml.safe_load(content["config"])["backbone"]["dim"] == 16

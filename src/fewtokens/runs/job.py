@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewtokens.analysis.evaluation import load_test_images, measured_on, random_images, unwrap_compiled
+from fewtokens.backbones.vit import ViT
 from fewtokens.callbacks.pictures import log_picture, log_video
 from fewtokens.errors import check, check_choice
 from fewtokens.runs import config, report
@@ -29,6 +30,7 @@ from fewtokens.runs.config import instantiate
 from fewtokens.runs.directory import RunDirectory, TrainingRecord
 from fewtokens.runs.distributed import end_process_group
 from fewtokens.runs.pages import run_page
+from fewtokens.tokenizers.base import Tokenizer
 
 
 @dataclass
@@ -200,8 +202,14 @@ def finish(job: Job, numbers: dict[str, float], pictures: list[Path]) -> None:
     for logger in job.trainer.loggers:
         _log_report(logger, numbers, pictures, job.trainer.global_step)
     page = run_page.write(job.directory)
-    report.print_table(numbers, job.directory, pictures)
+    report.print_table(numbers, job.directory, pictures, method_name(unwrap_compiled(job.task.model)))
     print(f"Page: {page}")
+
+
+def method_name(model: ViT) -> str | None:
+    """Return the name of the class that reduces the tokens of a model, or None for the plain transformer."""
+    used = [type(tokenizer) for tokenizer in model.encoder.tokenizers if type(tokenizer) is not Tokenizer]
+    return used[0].__name__ if used else None
 
 
 def _log_report(logger: Logger, numbers: dict[str, float], pictures: list[Path], step: int) -> None:

@@ -26,24 +26,16 @@ PACKAGES = (
     "timm",
     "wandb",
 )
-# Name in report.json, words, format. "*" stands for "image", "clip", or "view" if samples have several.
+# Name in report.json, words, format. The same name with "_dense" is the number without the tokenizer, if there is one.
+# "*" stands for "image", "clip", or "view" if samples have several.
 TABLE = (
     ("test/top1", "test accuracy", "{:.2%}"),
-    ("test/top5", "test accuracy, top 5", "{:.2%}"),
     ("test/map", "test mean average precision", "{:.2%}"),
     ("test/skipped", "test videos that were skipped", "{:,.0f}"),
     ("test/top1_of_listed", "test accuracy, with those counted as wrong", "{:.2%}"),
-    ("cost/gmacs_dense", "GMACs per *, all tokens", "{:.4f}"),
-    ("cost/gmacs", "GMACs per *, with the tokenizer", "{:.4f}"),
-    ("cost/gmacs_std", "standard deviation over the *s", "{:.4f}"),
-    ("cost/gmacs_padded", "GMACs per *, as batches computed them", "{:.4f}"),
-    ("cost/views", "views of a sample", "{:.0f}"),
-    ("cost/gmacs_all_views", "GMACs of all its views, with the tokenizer", "{:.4f}"),
-    ("cost/params", "parameters", "{:,.0f}"),
-    ("cost/peak_mib_dense", "peak memory of a batch (MiB), all tokens", "{:,.1f}"),
-    ("cost/peak_mib", "peak memory of a batch (MiB), with the tokenizer", "{:,.1f}"),
-    ("throughput/images_per_s_dense", "*s/s, all tokens", "{:,.1f}"),
-    ("throughput/images_per_s", "*s/s, with the tokenizer", "{:,.1f}"),
+    ("cost/gmacs", "GMACs per *", "{:.4f}"),
+    ("cost/gmacs_all_views", "GMACs of all views", "{:.4f}"),
+    ("throughput/images_per_s", "*s per second", "{:,.0f}"),
     ("train/seconds", "training time (s)", "{:,.0f}"),
 )
 
@@ -59,12 +51,28 @@ def read(directory: Path) -> dict[str, float] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]) -> None:
-    """Print the most important numbers, and the paths of the report and of the pictures."""
-    table = Table(show_header=False)
-    for words, _, value, _ in rows(numbers):
-        table.add_row(words, value)
+def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path], method: str | None) -> None:
+    """Print the most important numbers, and the paths of the report and of the pictures.
+
+    Args:
+        numbers: All numbers of the run.
+        directory: The run directory.
+        pictures: Files of pictures and videos.
+        method: Name of the tokenizer, whose numbers are shown beside those without it; None if the model has none.
+    """
     console = Console()
+    headers = [""]
+    if method is not None and any(f"{name}_dense" in numbers for name, *_ in TABLE):
+        headers = ["all tokens", method, ""]
+    compared = len(headers) > 1
+    note = "GMACs: billions of multiply-adds."
+    if "train/seconds" in numbers:
+        note += " The same command with tokenizer=none gives the test accuracy with all tokens."
+    table = Table("", show_header=compared, caption=note if compared else None, caption_justify="left")
+    for header in headers:
+        table.add_column(header, justify="right")
+    for row in rows(numbers):
+        table.add_row(*row if compared else (row[0], row[2]))
     console.print(table)
     for picture in pictures:
         console.print(f"Picture: {picture}", soft_wrap=True)
@@ -73,9 +81,21 @@ def print_table(numbers: dict[str, float], directory: Path, pictures: list[Path]
 
 def rows(numbers: dict[str, float]) -> Iterator[tuple[str, str, str, str]]:
     """Yield the rows of the table: words, the number without the tokenizer, the number with it, and what it gains."""
+    if "cost/views" in numbers and "cost/gmacs_dense" in numbers:
+        numbers = numbers | {"cost/gmacs_all_views_dense": numbers["cost/views"] * numbers["cost/gmacs_dense"]}
     for name, words, form in TABLE:
-        if name in numbers:
-            yield words.replace("*", unit(numbers)), "", form.format(numbers[name]), ""
+        if name not in numbers or (name == "test/skipped" and not numbers[name]):
+            continue
+        dense, gain, value = "", "", form.format(numbers[name])
+        if numbers.get(f"{name}_std"):  # an adaptive tokenizer, whose cost depends on the image
+            value += f" ± {form.format(numbers[f'{name}_std'])}"
+        if numbers.get(f"{name}_dense"):
+            dense = form.format(numbers[f"{name}_dense"])
+            ratio = numbers[name] / numbers[f"{name}_dense"]
+            fewer = f"{abs(1 - ratio):.0%} {'more' if ratio > 1 else 'fewer'}"
+            faster = f"{numbers.get('throughput/speedup', ratio):.2f} times as fast"
+            gain = faster if name.startswith("throughput") else fewer
+        yield words.replace("*", unit(numbers)), dense, value, gain
 
 
 def unit(numbers: dict[str, float]) -> str:
