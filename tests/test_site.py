@@ -13,7 +13,7 @@ from conftest import ROOT
 
 
 def project(root: Path, page: str, nav: list[str]) -> Path:
-    """Write a small project with the settings and hooks of this one, and return its mkdocs.yml."""
+    """Write a small project with the settings and hooks of this one, and return its .mkdocs.yml."""
     files = {
         "README.md": "# Start\n\n[the page](docs/page.md#heading), [settings](configs/a.yaml)\n",
         "docs/page.md": page,
@@ -25,9 +25,9 @@ def project(root: Path, page: str, nav: list[str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text()) | {"nav": nav, "watch": []}
-    (root / "mkdocs.yml").write_text(yaml.safe_dump(settings))
-    return root / "mkdocs.yml"
+    settings = yaml.safe_load((ROOT / ".mkdocs.yml").read_text()) | {"nav": nav, "watch": []}
+    (root / ".mkdocs.yml").write_text(yaml.safe_dump(settings))
+    return root / ".mkdocs.yml"
 
 
 def test_pages_reference_and_linked_source_files(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
+from omegaconf import OmegaConf
 from torch import nn
 
 from fewtokens.analysis.evaluation import class_names, measured_on, unwrap_compiled
@@ -54,7 +55,7 @@ def test_a_run_measures_on_the_device_of_its_trainer(tmp_path, monkeypatch) -> N
     monkeypatch.setattr(job, "instantiate", lambda node: Measure())
     monkeypatch.setattr(type(trainer.strategy), "root_device", property(lambda self: meta))
     parts = SimpleNamespace(
-        cfg=SimpleNamespace(measure={"x": {"_target_": "Measure"}}),
+        cfg=OmegaConf.create({"measure": {"x": {"_target_": "Measure"}}}),
         directory=tmp_path,
         data=None,
         task=Recorder(),

@@ -144,9 +144,13 @@ class SavedRun(ConfigSource):
 
 
 def _keys_of(overrides: Iterable[str]) -> list[str]:
-    """Return the groups and keys that overrides set, or with a prefix `~` delete."""
+    """Return the groups and keys that overrides set, or with a prefix `~` delete.
+
+    `tokenizer=run` sets nothing: it chooses the tokenizer of the run.
+    """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [("~" if part.is_delete() else "") + part.key_or_group for part in parsed]
+    replaced = [part for part in parsed if part.is_delete() or part.get_value_string() != "run"]
+    return [("~" if part.is_delete() else "") + part.key_or_group for part in replaced]
 
 
 def _write_into(run: Path, cfg: DictConfig) -> None:
