@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 # A real run that takes seconds.
 TINY = [
+    "data.image_size=8",
     "backbone.patch_size=2",
     "backbone.dim=16",
     "backbone.heads=2",

@@ -34,10 +34,10 @@ def test_the_example_reduces_tokens(composed, tmp_path: Path, monkeypatch: pytes
     assert config["build"]["_target_"] == "fewtokens.tokenizers.stride.Stride"
     assert source.relative_to(tmp_path) == Path("src/fewtokens/tokenizers/stride.py")
     config["build"]["_target_"] = "stride.Stride"
-    cfg = composed("tokenizer=none")
+    cfg = composed("tokenizer=none", "data.image_size=16")
     cfg.tokenizer = config
     model = instantiate(cfg.backbone)
-    assert [tokens.num_patches for tokens in model.trace(torch.randn(2, 1, 8, 8))] == [16, 8, 4, 2]
+    assert [tokens.num_patches for tokens in model.trace(torch.randn(2, 1, 16, 16))] == [16, 8, 4, 2]
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])

@@ -6,12 +6,19 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
-from conftest import CONFIGS
+from conftest import CONFIGS, TINY
 from fewtokens.benchmarks import throughput
 from fewtokens.errors import FewtokensError
 
 COMMAND = "fewtokens.benchmarks.throughput"
-SIZES = ["backbone.dim=16", "backbone.depth=2", "backbone.heads=2", "data.image_size=12", "data.num_classes=3"]
+SIZES = [
+    "backbone.patch_size=2",
+    "backbone.dim=16",
+    "backbone.depth=2",
+    "backbone.heads=2",
+    "data.image_size=12",
+    "data.num_classes=3",
+]
 SMALL = ["backbone=vit_mini", "backbone.pool=token", *SIZES, "trainer=cpu", "min_images=2"]
 FIELDS = {
     "tokenizer",
@@ -52,10 +59,11 @@ def test_every_combination_is_a_record_per_tokenizer(command, tmp_path: Path) ->
 
 def test_a_trained_run_is_timed_with_its_weights_and_test_images(command, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    short = ["trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "measure=none"]
-    command("train.py", "tokenizer=none", "backbone.pool=token", *short, f"hydra.run.dir={run}")
-    command(COMMAND, f"checkpoint={run}", "images=test", "tokenizers=[top_k]", "batch=[4]", "seconds=0.1", "timm=false")
-    assert [record["tokenizer"] for record in records(tmp_path)] == ["none", "top_k"]
+    short = [*TINY, "trainer.limit_train_batches=2"]
+    command("train.py", *short, "tokenizer=none", "tokenizer.at=[]", "backbone.pool=token", f"hydra.run.dir={run}")
+    timed = ["tokenizers=['top_k at=1']", "batch=[4]", "seconds=0.1", "timm=false"]
+    command(COMMAND, f"checkpoint={run}", "images=test", *timed)
+    assert [record["tokenizer"] for record in records(tmp_path)] == ["none", "top_k at=1"]
     assert records(tmp_path)[0]["checkpoint"] == str(run)
     assert records(tmp_path)[0]["backbone"] == "vit"
 

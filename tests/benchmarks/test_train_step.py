@@ -8,7 +8,8 @@ from fewtokens.benchmarks import train_step as benchmark
 from fewtokens.benchmarks.train_step import Timing
 from fewtokens.errors import FewtokensError
 
-SMALL = ["backbone.depth=1", "backbone.dim=16", "backbone.heads=2", "tokenizer=none", "data.batch_size=256"]
+SMALL = ["data.image_size=8", "backbone.patch_size=2", "backbone.depth=1", "backbone.dim=16", "backbone.heads=2",
+         "tokenizer=none", "data.batch_size=256"]  # fmt: skip
 CPU = torch.device("cpu")
 
 

@@ -102,6 +102,21 @@ def test_gray_values_can_be_repeated() -> None:
     assert digits(channels=3).dataset("train").samples.images.shape[1] == 3
 
 
+def test_digits_are_enlarged_once_and_stay_the_same_pictures() -> None:
+    small, large = (part.dataset("test").samples for part in (digits(), digits(image_size=32, side=32)))
+    assert large.images.shape == (300, 1, 32, 32)
+    assert (large.images.dtype, large.targets.tolist()) == (torch.uint8, small.targets.tolist())
+    assert small.images[:, 0].unique().tolist() == [
+        round(255 / 16 * value) for value in range(17)
+    ]  # as they are stored
+    original = small.images.float()
+    reduced = torch.nn.functional.avg_pool2d(large.images.float(), 4)
+    assert (reduced - original).abs().mean() < 15
+    assert (reduced - original.flip(0)).abs().mean() > 50
+    with pytest.raises(FewtokensError, match=r"`data\.side` must be an int >= 1, got 0"):
+        digits(side=0)
+
+
 def test_drop_last_needs_a_whole_batch() -> None:
     assert [len(t) for _, t in digits(drop_last=True).train_dataloader()] == [64] * 20
     with pytest.raises(FewtokensError, match=r"`data\.batch_size` must be at most 1297"):
@@ -137,9 +152,7 @@ def test_held_out_samples_are_stratified_and_exact() -> None:
 def test_configurations_build_their_datamodules(path: Path, tmp_path: Path) -> None:
     if path.stem not in ("digits", "cifar10", "imagenet"):
         pytest.skip("tested with its own data set")
-    loaded = OmegaConf.load(path)
-    node = loaded.get("data", loaded)  # a config of the global package also sets defaults of other groups
-    config = OmegaConf.create({"seed": 5, "paths": {"data": str(tmp_path)}, "data": node})
+    config = OmegaConf.create({"seed": 5, "paths": {"data": str(tmp_path)}, "data": OmegaConf.load(path)})
     found = instantiate(config.data)
     assert found.seed == 5
     for fact in ("num_classes", "image_size", "channels", "frames"):

@@ -181,7 +181,7 @@ def test_two_ranks_share_one_directory_and_count_every_sample_once(
 ) -> None:
     root = pictures(tmp_path / "data", test=11)
     data = ["data=cifar10", f"data.root={root}", "data.num_classes=2", "data.val_images=5", "data.batch_size=3"]
-    sizes = ["backbone.patch_size=8", "data.eval_batch_size=2"]
+    sizes = ["data.image_size=32", "backbone.patch_size=8", "data.eval_batch_size=2"]
     options = [*TINY, *data, *sizes, "trainer=ddp_cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=null"]
     (tmp_path / "tmp").mkdir()
     options += ["+measure.alone._target_=alone.Alone"]

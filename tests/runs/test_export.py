@@ -25,7 +25,8 @@ ALWAYS = ("token_learner", "tome", "token_fuser", "ats")
 
 def model_with(composed, *overrides: str, seed: int = 0) -> ViT:
     """Return a mini ViT without parameters of zero, whose attention is not uniform."""
-    cfg = composed("backbone.pool=token", "backbone.dim=32", "backbone.heads=2", "backbone.depth=3", *overrides)
+    small = ["data.image_size=8", "backbone.patch_size=2", "backbone.dim=32", "backbone.heads=2", "backbone.depth=3"]
+    cfg = composed("backbone.pool=token", *small, *overrides)
     torch.manual_seed(seed)
     model = instantiate(cfg.backbone)
     for parameter in model.parameters():

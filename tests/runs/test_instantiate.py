@@ -72,9 +72,15 @@ def test_wrong_arguments_are_answered_with_a_sentence() -> None:
         ("task.mix.mixup=a", "`task.mix.mixup` must be a number"),
         ("schedule.warmup=null", "`schedule.warmup` must be an int or a number"),
         ("optimizer.lr=abc", "`optimizer.lr` must be a number"),
-        ("optimizer.betas=1", r"`optimizer.betas` must be \[a number or Tensor, a number or Tensor\], got 1"),
-        ("optimizer.betas=[0.9]", r"`optimizer.betas` must be \[a number or Tensor, a number or Tensor\], got \[0.9\]"),
-        ("optimizer.lr=nan", "`optimizer.lr` must be a number or Tensor, got nan"),
+        (
+            "optimizer=adamw optimizer.betas=1",
+            r"`optimizer.betas` must be \[a number or Tensor, a number or Tensor\], got 1",
+        ),
+        (
+            "optimizer=adamw optimizer.betas=[0.9]",
+            r"`optimizer.betas` must be \[a number or Tensor, a number or Tensor\], got \[0.9\]",
+        ),
+        ("optimizer=adamw optimizer.lr=nan", "`optimizer.lr` must be a number or Tensor, got nan"),
         ("tokenizer.build.num_tokens=many", "`tokenizer.build.num_tokens` must be"),
     ],
 )
