@@ -1,4 +1,4 @@
-"""Atomic writing of files, and the checkpoint in a directory of a run."""
+"""Where the configs are, atomic writing of files, and the checkpoint in a directory of a run."""
 
 import json
 import os
@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from fewtokens.errors import write_error
+
+# An installed package contains the configs. In a checkout, and in an editable installation, they are beside `src`.
+CONFIGS = next(
+    (path for path in (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs") if path.is_dir()),
+    Path(__file__).parent / "configs",
+)
 
 
 @contextmanager

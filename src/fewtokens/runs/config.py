@@ -1,13 +1,7 @@
 """From a composed config to objects, and to the `config.yaml` of the run: checks, instantiation, saving."""
 
-import collections.abc
-import difflib
-import inspect
-import math
 import re
 import shutil
-import types
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +11,11 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fewtokens.arguments import argument_types, described, fits, unknown_argument
 from fewtokens.errors import FewtokensError, check, first_line
-from fewtokens.files import replace_file
+from fewtokens.files import CONFIGS, replace_file
 from fewtokens.masking import masked
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 CONFIG = "config.yaml"
 SEVERAL = ("callbacks", "init_image", "logger", "measure", "paths", "tokenizer")  # groups with other values
 NAME = re.compile(r"[\w][\w.\- ]*(?:/[\w][\w.\- ]*)*")  # of a run: a folder below outputs/
@@ -112,70 +106,16 @@ def check_arguments(function: Callable[..., Any], call: DictConfig) -> None:
     Raises:
         FewtokensError: The target has no argument of a name, or a value has the wrong type.
     """
-    hints, any_name = _argument_types(function)
+    hints, any_name = argument_types(function)
     for name in map(str, call):
         if name in HYDRA_KEYS or (any_name and name not in hints):
             continue
         node = call._get_node(name)._dereference_node()  # type: ignore[union-attr]
         key = node._get_full_key(None) or name
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"Did you mean `{near[0]}`?" if near else f"It accepts {', '.join(sorted(hints))}."
-            raise FewtokensError(f"`{call._get_full_key(name)}`: {call['_target_']} has no argument `{name}`. {hint}")
+            raise unknown_argument(call._get_full_key(name), call["_target_"], name, hints)
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node._value()
-        check(_fits(value, hints[name]), key, _described(hints[name]), value)
-
-
-def _argument_types(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Return the type of each argument, and whether the function accepts any other name."""
-    try:
-        annotations = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)  # type: ignore[misc]
-    except Exception:  # names that are imported for type checkers only, and what else a package writes there
-        annotations = {}
-    hints: dict[str, Any] = {}
-    any_name = False
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions written in C have no signature
-        return hints, True
-    for parameter in parameters:
-        hint = annotations.get(parameter.name, Any)
-        if parameter.kind is parameter.VAR_KEYWORD and typing.get_origin(hint) is typing.Unpack:
-            hints |= typing.get_type_hints(typing.get_args(hint)[0])
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            any_name = True
-        elif parameter.kind is not parameter.VAR_POSITIONAL:
-            hints[parameter.name] = typing.Optional[hint] if parameter.default is None else hint  # noqa: UP045
-    return hints, any_name
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a plain value may have a type, as far as this can be decided: whether it is of the right kind."""
-    origin = typing.get_origin(hint) or hint
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if origin in (int, float, str, bool, types.NoneType):
-        known = type(value) in ((int, float) if origin is float else (origin,))
-        return known and not (isinstance(value, float) and math.isnan(value))
-    if origin is tuple and isinstance(value, list) and (parts := typing.get_args(hint)) and ... not in parts:
-        return len(value) == len(parts) and all(map(_fits, value, parts))
-    if isinstance(value, dict | list) or not inspect.isclass(origin) or origin is object:
-        return True
-    collection = issubclass(origin, collections.abc.Iterable | collections.abc.Callable) and not issubclass(origin, str)
-    return isinstance(value, str) and not collection and not origin.__module__.startswith("fewtokens.")
-
-
-def _described(hint: Any) -> str:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_described(part) for part in typing.get_args(hint))
-    names = {int: "an int", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(repr, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple and ... not in typing.get_args(hint):
-        return f"[{', '.join(map(_described, typing.get_args(hint)))}]"
-    return names.get(hint) or str(getattr(typing.get_origin(hint) or hint, "__name__", hint))
+        check(fits(value, hints[name]), key, described(hints[name]), value)
 
 
 def _reason(error: BaseException) -> BaseException:
