@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers.attention import Attention as TimmAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 EPS = 1e-6
 
@@ -66,16 +66,14 @@ class Attention(TimmAttention):
         if num_queries is None:
             query, key, value = self._split(self.qkv(x), 3)
             return AttentionState(self.q_norm(query), self.k_norm(key), value, bias, self.scale, keep_mask)
-        weight, offset = self.qkv.weight[self.attn_dim :], self._qkv_bias(slice(self.attn_dim, None))
-        key, value = self._split(F.linear(x, weight, offset), 2)
+        key, value = self._split(self._project(x, slice(self.attn_dim, None)), 2)
         return AttentionState(
             self.project_queries(x[:, :num_queries]), self.k_norm(key), value, bias, self.scale, keep_mask
         )
 
     def project_queries(self, x: Float[Tensor, "b q c"]) -> Float[Tensor, "b h q d"]:
         """Compute only the queries (B, heads, Q, D) of tokens (B, Q, C)."""
-        weight, offset = self.qkv.weight[: self.attn_dim], self._qkv_bias(slice(self.attn_dim))
-        return self.q_norm(self._split(F.linear(x, weight, offset), 1)[0])
+        return self.q_norm(self._split(self._project(x, slice(self.attn_dim)), 1)[0])
 
     def attend(self, state: AttentionState, x: Float[Tensor, "b q c"]) -> Float[Tensor, "b q c"]:
         """Return the attention output (B, Q, C), projected. x holds the normalized tokens of the Q queries."""
@@ -90,8 +88,12 @@ class Attention(TimmAttention):
         batch, count, _ = projected.shape
         return projected.reshape(batch, count, parts, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _qkv_bias(self, part: slice) -> Tensor | None:
-        return None if self.qkv.bias is None else self.qkv.bias[part]
+    def _project(self, x: Float[Tensor, "b n c"], part: slice) -> Float[Tensor, "b n width"]:
+        """Compute a part of the joint projection to queries, keys and values."""
+        if type(self.qkv) is not nn.Linear:  # for example with a low-rank adapter, whose weight is not all of it
+            return self.qkv(x)[..., part]
+        bias = None if self.qkv.bias is None else self.qkv.bias[part]
+        return F.linear(x, self.qkv.weight[part], bias)
 
     def _has_slow_backward(self, key: Float[Tensor, "b h n d"]) -> bool:
         # In half precision the backward of the CPU's fused kernel took 5 times as long as the explicit one at 65
