@@ -209,7 +209,8 @@ def test_invalid_settings_are_an_error(changes: dict[str, Any], said: str) -> No
 def test_images_of_another_size_are_an_error(shape: tuple[int, ...]) -> None:
     said = (
         r"^The model was built for images \(batch, channels, height, width\) = \(B, 3, 8, 16\), got "
-        rf"{re.escape(str(shape))}\. Set data\.image_size and data\.channels to those of the data\.$"
+        rf"{re.escape(str(shape))}\. Resize the images, or build the model for their size \(data\.image_size, "
+        r"data\.channels\)\.$"
     )
     check: Callable[[Tensor], object] = build().embed
     with pytest.raises(FewtokensError, match=said):
@@ -220,7 +221,7 @@ def test_images_of_another_size_are_an_error(shape: tuple[int, ...]) -> None:
 def test_a_dynamic_image_size_still_needs_complete_patches_and_the_right_channels(shape: tuple[int, ...]) -> None:
     said = (
         r"^The model was built for images .* = \(B, 3, a multiple of 4, a multiple of 4\), got "
-        rf"{re.escape(str(shape))}\. Set data\.image_size"
+        rf"{re.escape(str(shape))}\. Resize the images, or build"
     )
     with pytest.raises(FewtokensError, match=said):
         build(options={"dynamic_img_size": True}).embed(images(*shape))

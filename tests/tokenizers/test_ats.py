@@ -528,7 +528,7 @@ def test_compiled_equals_eager_in_a_process_without_type_checks() -> None:
         (
             replace(CONTEXT, class_token=False),
             {},
-            r"^ATS scores patches by the attention of the class token, .* Set backbone\.pool=token",
+            r"^ATS scores patches by the attention of the class token, .* Choose a backbone .*pool=token",
         ),
         (
             CONTEXT,

@@ -84,7 +84,9 @@ def test_gradients_reach_all_parameters_under_autocast(check_autocast) -> None:
 
 
 def test_errors() -> None:
-    message = r"^TopK scores patches by the attention of the class token, but the backbone has none\. Set backbone\."
+    message = (
+        r"^TopK scores patches by the attention of the class token, but the backbone has none\. Choose a backbone with"
+    )
     with pytest.raises(FewtokensError, match=message):
         TopK(replace(CONTEXT, class_token=False))
     with pytest.raises(FewtokensError, match=r"^`tokenizer\.build\.keep_rate` must be above 0 and at most 1, got 0\.0"):

@@ -55,12 +55,8 @@ class Encoder(nn.Module):
     def __init__(self, blocks: Sequence[nn.Module], build: Build, at: At, context: LayerContext) -> None:
         super().__init__()
         check(callable(build), "tokenizer.build", "values with a _target_", build)
-        depth = len(blocks)
-        stages = {block: stage for stage, block in enumerate(block_indices(at, depth))}
-        self.layers = nn.ModuleList()
-        for index, block in enumerate(blocks):
-            here = replace(context, block=index, depth=depth, stage=stages.get(index, 0), stages=len(stages))
-            self.layers.append(EncoderLayer(build(here) if index in stages else Tokenizer(here), block))
+        tokenizers = build_tokenizers(build, at, replace(context, depth=len(blocks)))
+        self.layers = nn.ModuleList(map(EncoderLayer, tokenizers, blocks))
         self.grad_checkpointing = False
 
     def forward(self, tokens: Tokens) -> Tokens:
@@ -94,6 +90,21 @@ class Encoder(nn.Module):
         """Give every layer another tokenizer."""
         for layer, tokenizer in zip(self.layers, tokenizers, strict=True):
             layer.tokenizer = tokenizer
+
+
+def build_tokenizers(build: Build, at: At, context: LayerContext) -> list[Tokenizer]:
+    """Return one tokenizer for every block.
+
+    Args:
+        build: Recipe of the tokenizers of the blocks in `at`. The others get the plain `Tokenizer`.
+        at: See `block_indices`.
+        context: The properties of the encoder. Block index and stage are filled in.
+    """
+    stages = {block: stage for stage, block in enumerate(block_indices(at, context.depth))}
+    contexts = [
+        replace(context, block=index, stage=stages.get(index, 0), stages=len(stages)) for index in range(context.depth)
+    ]
+    return [build(here) if here.block in stages else Tokenizer(here) for here in contexts]
 
 
 def block_indices(at: At, depth: int) -> list[int]:

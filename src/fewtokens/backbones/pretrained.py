@@ -15,7 +15,7 @@ from timm.layers.attention import Attention as TimmAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewtokens.backbones.vit import TokenizerRecipe, ViT, check_sizes
 from fewtokens.errors import FewtokensError, first_line, listed
@@ -153,10 +153,24 @@ def _check_family(name: str) -> None:
         )
     with torch.device("meta"):  # builds timm's own model without allocating its memory
         model: Any = timm.create_model(base)
+    check_family(model, name)
+
+
+def check_family(model: nn.Module, name: str) -> None:
+    """Raise an error if a model is not timm's VisionTransformer with its standard blocks.
+
+    Args:
+        model: Any model.
+        name: How the error names the model.
+
+    Raises:
+        FewtokensError: It is another model.
+    """
     # Only exact types: a subclass may compute something else, which our blocks would silently replace.
     supported = type(model) in (VisionTransformer, VisionTransformerDistilled)
-    if not supported or any(type(b) is not TimmBlock or type(b.attn) is not TimmAttention for b in model.blocks):
-        block = f" with blocks of type {type(model.blocks[0]).__name__}" if supported else ""
+    blocks: Any = model.blocks if supported else ()
+    if not supported or any(type(b) is not TimmBlock or type(b.attn) is not TimmAttention for b in blocks):
+        block = f" with blocks of type {type(blocks[0]).__name__}" if supported else ""
         raise FewtokensError(
             "Tokenizers work in timm's VisionTransformer with its standard blocks (vit, deit, deit3, dinov2, clip, "
             f"siglip, gap), but {name} is a {type(model).__name__}{block}. "

@@ -1,6 +1,6 @@
 """Vision Transformers: timm's VisionTransformer with our encoder in place of its blocks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypedDict, get_args
 
@@ -15,7 +15,7 @@ from fewtokens.errors import FewtokensError, check
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
 from fewtokens.layers.embedding import Size, pair
-from fewtokens.tokenizers.base import LayerContext
+from fewtokens.tokenizers.base import LayerContext, Tokenizer
 from fewtokens.tokens import Tokens
 
 Pool = Literal["token", "avg", "max", "avgmax", "map"]
@@ -44,20 +44,14 @@ class ViT(nn.Module):
 
     def __init__(self, vit: VisionTransformer, tokenizer: TokenizerRecipe, frames: int = 1) -> None:
         super().__init__()
-        blocks: list[Any] = list(vit.blocks)
+        check_pooling(vit)
+        context, blocks = layer_context(vit, frames), list(vit.blocks)
         vit.blocks = nn.Sequential()
         self.vit, self.frames = vit, frames
-        context = LayerContext(
-            dim=vit.embed_dim,
-            heads=blocks[0].attn.num_heads,
-            block=0,
-            depth=len(blocks),
-            prefix=vit.num_prefix_tokens,
-            class_token=vit.has_class_token,
-            frames=frames,
-            grid=tuple(vit.patch_embed.grid_size),
-        )
         self.encoder = Encoder(blocks, tokenizer["build"], tokenizer["at"], context)
+
+    def check_tokenizers(self, tokenizers: Sequence[Tokenizer]) -> None:
+        """Raise an error if the model cannot work with some tokenizers. Images work with all of them."""
 
     def forward(self, images: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "b classes"]:
         """Map normalized images (B, channels, H, W) to logits (B, classes)."""
@@ -151,8 +145,37 @@ class ViT(nn.Module):
         if not valid:
             raise FewtokensError(
                 f"The model was built for images (batch, channels, height, width) = (B, {vit.in_chans}, {sides[0]}, "
-                f"{sides[1]}), got {tuple(images.shape)}. Set data.image_size and data.channels to those of the data."
+                f"{sides[1]}), got {tuple(images.shape)}. Resize the images, or build the model "
+                "for their size (data.image_size, data.channels)."
             )
+
+
+def layer_context(vit: VisionTransformer, frames: int = 1) -> LayerContext:
+    """Return what tokenizers are told about a timm model."""
+    blocks: Any = vit.blocks
+    return LayerContext(
+        dim=vit.embed_dim,
+        heads=blocks[0].attn.num_heads,
+        block=0,
+        depth=len(blocks),
+        prefix=vit.num_prefix_tokens,
+        class_token=vit.has_class_token,
+        frames=frames,
+        grid=tuple(vit.patch_embed.grid_size),
+    )
+
+
+def check_pooling(vit: VisionTransformer) -> None:
+    """Raise an error if the head needs what reduced tokens do not provide.
+
+    Raises:
+        FewtokensError: timm's model returns the logits of every token, or pools in a way that knows no sizes.
+    """
+    if vit.global_pool not in get_args(Pool):
+        raise FewtokensError(
+            f"timm's pooling {vit.global_pool!r} cannot be applied to reduced tokens. Use a model with global_pool="
+            f"{' or '.join(get_args(Pool))}; with num_classes=0 it returns features instead of logits."
+        )
 
 
 def start_trace(tokens: Tokens) -> Tokens:

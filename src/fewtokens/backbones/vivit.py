@@ -3,7 +3,7 @@
 Arnab et al., "ViViT: A Video Vision Transformer", ICCV 2021 (arXiv 2103.15691), section 3.3, as implemented in scenic.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,15 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fewtokens.backbones.vit import Norm, Pool, TokenizerRecipe, ViT, build_timm, check_heads, pool_settings
+from fewtokens.backbones.vit import (
+    Norm,
+    Pool,
+    TokenizerRecipe,
+    ViT,
+    build_timm,
+    check_heads,
+    pool_settings,
+)
 from fewtokens.errors import FewtokensError, check_choice
 from fewtokens.layers.block import Block
 from fewtokens.layers.embedding import Pixels, TubeletEmbed, Tubelets
@@ -46,8 +54,22 @@ class ViViT(ViT):
         super().__init__(vit, tokenizer, frames)
         assert isinstance(vit.patch_embed, TubeletEmbed)
         self.tubelets: Tubelets = vit.patch_embed.tubelets
-        if any(isinstance(block, FactorisedBlock) for block in self.encoder.blocks):
-            _check_keeps_frames(self.encoder.tokenizers)
+        self.check_tokenizers(self.encoder.tokenizers)
+
+    def check_tokenizers(self, tokenizers: Sequence[Tokenizer]) -> None:
+        """Raise an error if blocks attend over time, and a tokenizer drops or merges tokens one by one.
+
+        Raises:
+            FewtokensError: One of them does.
+        """
+        if not any(isinstance(block, FactorisedBlock) for block in self.encoder.blocks):
+            return
+        for tokenizer in tokenizers:
+            if type(tokenizer) is not Tokenizer and not tokenizer.keeps_frames:
+                raise FewtokensError(
+                    "Attention over time needs the same tokens in every time step, but "
+                    f"{type(tokenizer).__name__} drops or merges tokens one by one. {USE_INSTEAD}"
+                )
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -205,12 +227,3 @@ def _settings(model: Model, pool: str | None, norm: str | None, options: Mapping
             "Set backbone.pool=avg, or backbone.model=spatio_temporal or factorised_encoder."
         )
     return settings
-
-
-def _check_keeps_frames(tokenizers: list[Tokenizer]) -> None:
-    for tokenizer in tokenizers:
-        if type(tokenizer) is not Tokenizer and not tokenizer.keeps_frames:
-            raise FewtokensError(
-                "Attention over time needs the same tokens in every time step, but "
-                f"{type(tokenizer).__name__} drops or merges tokens one by one. {USE_INSTEAD}"
-            )
