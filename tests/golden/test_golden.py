@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewtokens.backbones import converters
 from fewtokens.backbones.keras_mini_vit import keras_mini_vit
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.backbones.vivit import ViViT, vivit
@@ -20,7 +21,6 @@ from fewtokens.tokens import Tokens
 
 HERE = Path(__file__).parent
 Golden = dict[str, Tensor]
-State = dict[str, Tensor]
 CONTEXT = LayerContext(dim=24, heads=3, block=0, depth=1)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
 closer = partial(torch.testing.assert_close, rtol=1e-5, atol=5e-6)
@@ -36,79 +36,22 @@ def on_grid(x: Tensor) -> Tokens:
     return Tokens(x.flatten(1, 2), grid=(x.shape[1], x.shape[2]))
 
 
-def norm(g: Golden, source: str, target: str) -> State:
-    scale, bias = ("scale", "bias") if f"{source}.scale" in g else ("gamma", "beta")
-    return {f"{target}.weight": g[f"{source}.{scale}"], f"{target}.bias": g[f"{source}.{bias}"]}
+def converted(g: Golden, table: converters.Table, prefix: str = "") -> dict[str, Tensor]:
+    """Return the parameters that a converter makes of an official run, of those below a prefix."""
+    found = {name.removeprefix(prefix): value for name, value in g.items() if name.startswith(prefix)}
+    return {name: source.convert(*(found[part] for part in source.names)) for name, source in table.items()}
 
 
-def dense(g: Golden, source: str, target: str) -> State:
-    return {f"{target}.weight": g[f"{source}.kernel"].T, f"{target}.bias": g[f"{source}.bias"]}
+def load_official(model: ViT, g: Golden, tmp_path: Path) -> ViT:
+    """Load the parameters of an official run by way of a file, as `backbone.weights=scenic:<file>` does."""
+    path = tmp_path / "scenic.npz"
+    np.savez(path, **{f"params/{k[2:].replace('.', '/')}": v.numpy() for k, v in g.items() if k.startswith("p.")})
+    converters.load_converted(model, f"scenic:{path}")
+    return model.eval()
 
 
-def conv(kernel: Tensor) -> Tensor:
-    """Convert a kernel from HWIO to OIHW."""
-    return kernel.permute(3, 2, 0, 1)
-
-
-def attention(g: Golden, names: list[str], out: str, joint: str, target: str) -> State:
-    """Convert query, key and value (C, heads, D) to timm's single matrix, and the output (heads, D, C)."""
-    qkv = [g[f"{name}{joint}kernel"].flatten(1).T for name in names]
-    bias = [g[f"{name}{joint}bias"].flatten() for name in names]
-    return {
-        f"{target}.qkv.weight": torch.cat(qkv),
-        f"{target}.qkv.bias": torch.cat(bias),
-        f"{target}.proj.weight": g[f"{out}{joint}kernel"].flatten(0, 1).T,
-        f"{target}.proj.bias": g[f"{out}{joint}bias"],
-    }
-
-
-def mask_mlp(g: Golden, source: str, target: str) -> State:
-    return {
-        **norm(g, f"{source}.LayerNorm_0", f"{target}norm"),
-        **dense(g, f"{source}.token_masking.Dense_0", f"{target}mlp.fc1"),
-        **dense(g, f"{source}.token_masking.Dense_1", f"{target}mlp.fc2"),
-    }
-
-
-def fuse(g: Golden, source: str, target: str, normalize: bool = True) -> State:
-    state = {**mask_mlp(g, source, target), **dense(g, f"{source}.Dense_0", f"{target}mix")}
-    if normalize:
-        for i in (1, 2):
-            state |= norm(g, f"{source}.fuser_mix_norm{i}", f"{target}norm{i}")
-    return state
-
-
-def scenic_block(g: Golden, block: str, ours: str, names: tuple[str, str, str] = ("_0", "_0", "_1")) -> State:
-    """Return attention, MLP and norms of a block. `names` are the suffixes of attention and norms."""
-    heads = f"{block}.MultiHeadDotProductAttention{names[0]}"
-    qkv = [f"{heads}.{part}" for part in ("query", "key", "value")]
-    mlp = f"{block}.MlpBlock_0" if names[0] == "_0" else f"{block}.MlpBlock"
-    return {
-        **attention(g, qkv, f"{heads}.out", ".", f"{ours}.attn"),
-        **norm(g, f"{block}.LayerNorm{names[1]}", f"{ours}.norm1"),
-        **norm(g, f"{block}.LayerNorm{names[2]}", f"{ours}.norm2"),
-        **dense(g, f"{mlp}.Dense_0", f"{ours}.mlp.fc1"),
-        **dense(g, f"{mlp}.Dense_1", f"{ours}.mlp.fc2"),
-    }
-
-
-def scenic_encoder(g: Golden) -> State:
-    """Return all parameters except those of the tokenizers."""
-    t = "p.Transformer"
-    state = {
-        "vit.patch_embed.proj.weight": conv(g["p.embedding.kernel"]),
-        "vit.patch_embed.proj.bias": g["p.embedding.bias"],
-        "vit.pos_embed": g[f"{t}.posembed_input.pos_embedding"],
-        **norm(g, f"{t}.encoder_norm", "vit.norm"),
-        **dense(g, "p.output_projection", "vit.head"),
-    }
-    for i in range(3):
-        state |= scenic_block(g, f"{t}.encoderblock_{i}", f"encoder.layers.{i}.block")
-    return state
-
-
-def scenic_vit(tokenizer: dict, state: State) -> ViT:
-    model = vit(
+def scenic_vit(tokenizer: dict) -> ViT:
+    return vit(
         image_size=16,
         patch_size=4,
         num_classes=5,
@@ -125,12 +68,10 @@ def scenic_vit(tokenizer: dict, state: State) -> ViT:
             "norm_layer": partial(nn.LayerNorm, eps=1e-6),
         },
     )
-    model.load_state_dict(state)
-    return model.eval()
 
 
-def scenic_vivit(g: Golden, model: str, state: State, **settings) -> ViViT:
-    net = vivit(
+def scenic_vivit(model: str, **settings) -> ViViT:
+    return vivit(
         tubelets=Tubelets(clip_frames=4, image_size=16, frames=2, height=4, width=4),
         num_classes=5,
         dim=24,
@@ -141,17 +82,6 @@ def scenic_vivit(g: Golden, model: str, state: State, **settings) -> ViViT:
         options={"mlp_ratio": 2, "act_layer": "gelu_tanh"},
         **settings,
     )
-    kernel = g["p.embedding.kernel"].permute(4, 3, 0, 1, 2)  # THWIO to OITHW
-    net.load_state_dict(
-        {"vit.patch_embed.proj.weight": kernel, "vit.patch_embed.proj.bias": g["p.embedding.bias"], **state}
-    )
-    return net.eval()
-
-
-def scenic_sequence(g: Golden, encoder: str, vit: str) -> State:
-    """Return positions and final norm of an encoder."""
-    positions = {f"{vit}.pos_embed": g[f"p.{encoder}.posembed_input.pos_embedding"]}
-    return positions | norm(g, f"p.{encoder}.encoder_norm", f"{vit}.norm")
 
 
 def clips(g: Golden) -> Tensor:
@@ -161,8 +91,7 @@ def clips(g: Golden) -> Tensor:
 
 def token_learner(g: Golden, pooling: str) -> TokenLearner:
     tokenizer = TokenLearner(CONTEXT, 8, pooling=pooling)
-    convs = {f"convs.{i}.weight": conv(g[f"p.Conv_{i}.kernel"]) for i in range(4)}
-    tokenizer.load_state_dict({**norm(g, "p.LayerNorm_0", "norm"), **convs})
+    tokenizer.load_state_dict(converted(g, converters.token_learner("", ""), "p."))
     return tokenizer
 
 
@@ -196,7 +125,7 @@ def test_token_learner_10(pooling: str, x: str, out: str, compare: partial) -> N
 def test_token_learner_11() -> None:
     g = golden("tokenlearner_v11")
     tokenizer = TokenLearnerV11(CONTEXT, 8)
-    tokenizer.load_state_dict(mask_mlp(g, "p", ""))
+    tokenizer.load_state_dict(converted(g, converters.mask_mlp("", ""), "p."))
     close(tokenizer.mlp(tokenizer.norm(g["x"].flatten(1, 2))), g["map_logits"])
     close(tokenizer.pool(on_grid(g["x"])).x, g["out"])
     close(tokenizer.pool(on_grid(g["x_rect"])).x, g["out_rect"])
@@ -206,7 +135,7 @@ def test_token_learner_11() -> None:
 def test_token_learner_of_the_keras_example() -> None:
     g = golden("keras_tokenlearner_v10")
     tokenizer = TokenLearner(CONTEXT, 8, pooling="mean", gelu="none")
-    convs = {f"convs.{i}.weight": conv(g[f"conv{i}"]) for i in range(4)}
+    convs = {f"convs.{i}.weight": converters.channels_first(g[f"conv{i}"]) for i in range(4)}
     tokenizer.load_state_dict({"norm.weight": g["ln_gamma"], "norm.bias": g["ln_beta"], **convs})
     closer(tokenizer.pool(on_grid(g["x"])).x, g["out"])
 
@@ -225,31 +154,24 @@ def test_token_learner_of_the_keras_example() -> None:
 def test_token_fuser(normalize: bool, source: str, out: str) -> None:
     g = golden("tokenfuser")
     module = Fuse(24, 8, normalize=normalize, init="official")
-    module.load_state_dict(fuse(g, source, "", normalize))
+    module.load_state_dict(converted(g, converters.token_fuser("", "", normalize), f"{source}."))
     close(module(g["tokens"], g["original"]), g[out])
 
 
 @torch.no_grad()
-def test_image_encoder_with_token_learner() -> None:
+def test_image_encoder_with_token_learner(tmp_path: Path) -> None:
     g = golden("tlvit_v11")
-    t = "p.Transformer"
     tokenizer = {"at": 1, "build": partial(TokenLearnerV11, num_tokens=4)}
-    learner = mask_mlp(g, f"{t}.TokenLearnerModuleV11_0", "encoder.layers.1.tokenizer.")
-    check_scenic(scenic_vit(tokenizer, scenic_encoder(g) | learner), g)
+    check_scenic(load_official(scenic_vit(tokenizer), g, tmp_path), g)
 
 
 @torch.no_grad()
-def test_image_encoder_with_token_fuser() -> None:
+@pytest.mark.parametrize("init", ["official", "gentle"])  # the gain that the official module lacks becomes 1
+def test_image_encoder_with_token_fuser(init: str, tmp_path: Path) -> None:
     g = golden("tlvit_fuser_v11")
-    t = "p.Transformer"
     inner = partial(TokenLearnerV11, num_tokens=4)
-    tokenizer = {"at": "1:", "build": partial(TokenFuser, inner=inner, init="official")}
-    state = scenic_encoder(g)
-    for i in (0, 1):
-        place = f"encoder.layers.{i + 1}.tokenizer"
-        state |= mask_mlp(g, f"{t}.TokenLearnerModuleV11_{i}", f"{place}.inner.")
-        state |= fuse(g, f"{t}.TokenFuser_{i}", f"{place}.fuse.")
-    check_scenic(scenic_vit(tokenizer, state), g)
+    tokenizer = {"at": "1:", "build": partial(TokenFuser, inner=inner, init=init)}
+    check_scenic(load_official(scenic_vit(tokenizer), g, tmp_path), g)
 
 
 def check_scenic(model: ViT, g: Golden) -> None:
@@ -261,36 +183,20 @@ def check_scenic(model: ViT, g: Golden) -> None:
 
 
 @torch.no_grad()
-def test_mini_vit_of_the_keras_example() -> None:
+@pytest.mark.parametrize("ordered", [False, True], ids=["by name", "get_weights()"])
+def test_mini_vit_of_the_keras_example(ordered: bool, tmp_path: Path) -> None:
     g = golden("keras_minivit_tl")
     build = partial(TokenLearner, num_tokens=4, pooling="mean", gelu="none")
-    model = keras_mini_vit(
-        image_size=48,
-        patch_size=12,
-        num_classes=10,
-        dim=16,
-        depth=3,
-        heads=2,
-        key_dim=16,
-        tokenizer={"at": 2, "build": build},  # the example says "after block 1"
-    )
-    state = {
-        "vit.patch_embed.proj.weight": conv(g["patch.kernel"]),
-        "vit.patch_embed.proj.bias": g["patch.bias"],
-        "vit.pos_embed": g["pos_embed"][None],
-        **norm(g, "head.norm", "vit.norm"),
-        **dense(g, "head.fc", "vit.head"),
-        **norm(g, "tl.norm", "encoder.layers.2.tokenizer.norm"),
-        **{f"encoder.layers.2.tokenizer.convs.{i}.weight": conv(g[f"tl.conv{i}"]) for i in range(4)},
-    }
-    for i in range(3):
-        theirs, ours = f"block{i}", f"encoder.layers.{i}.block"
-        names = [f"{theirs}.attn.{part}" for part in ("query", "key", "value")]
-        state |= attention(g, names, f"{theirs}.attn.attention_output", "_", f"{ours}.attn")
-        for part in (1, 2):
-            state |= norm(g, f"{theirs}.norm{part}", f"{ours}.norm{part}")
-            state |= dense(g, f"{theirs}.fc{part}", f"{ours}.mlp.fc{part}")
-    model.load_state_dict(state)
+    sizes = {"image_size": 48, "patch_size": 12, "num_classes": 10, "dim": 16, "depth": 3, "heads": 2, "key_dim": 16}
+    recipe = {"at": 2, "build": build}  # the example says "after block 1"
+    parameters = {name: value.numpy() for name, value in g.items() if name not in ("x", "probs")}
+    if ordered:
+        names = converters.keras_names(converters.keras(keras_mini_vit(tokenizer=recipe, **sizes)))
+        assert len(names) == len(parameters) - 1
+        np.savez(tmp_path / "w.npz", *(parameters[name] for name in names), pos_embed=parameters["pos_embed"])
+    else:
+        np.savez(tmp_path / "w.npz", **parameters)
+    model = keras_mini_vit(tokenizer=recipe, weights=f"keras:{tmp_path / 'w.npz'}", **sizes)
     closer(model.eval()(g["x"].permute(0, 3, 1, 2)).softmax(dim=-1), g["probs"])
 
 
@@ -304,53 +210,30 @@ def test_token_learner_treats_the_time_steps_of_a_clip_one_by_one() -> None:
     assert few.frames == 2
     g = golden("tokenlearner_v11")
     tokenizer = TokenLearnerV11(CONTEXT, 8)
-    tokenizer.load_state_dict(mask_mlp(g, "p", ""))
+    tokenizer.load_state_dict(converted(g, converters.mask_mlp("", ""), "p."))
     steps = Tokens(g["x"].flatten(1, 2).reshape(1, 2 * 49, 24), frames=2, grid=(7, 7))
     close(tokenizer.pool(steps).x, g["out"].reshape(1, 2 * 8, 24))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "model", "pool"),
+    ("name", "model", "settings"),
     [
-        ("vivit_m1_spacetime_cls", "spatio_temporal", "token"),
-        ("vivit_m4_factorized_dot_product_gap", "factorised_dot_product", "avg"),
+        ("vivit_m1_spacetime_cls", "spatio_temporal", {"pool": "token"}),
+        ("vivit_m2_factorized_encoder_cls", "factorised_encoder", {"temporal_depth": 1}),
+        ("vivit_m3_factorized_self_attention_gap", "factorised_self_attention", {}),
+        ("vivit_m4_factorized_dot_product_gap", "factorised_dot_product", {"pool": "avg"}),
     ],
 )
-def test_vivit_models_1_and_4(name: str, model: str, pool: str) -> None:
+def test_vivit(name: str, model: str, settings: dict, tmp_path: Path) -> None:
     g = golden(name)
-    state = scenic_sequence(g, "Transformer", "vit") | dense(g, "p.output_projection", "vit.head")
-    for i in range(2):
-        state |= scenic_block(g, f"p.Transformer.encoderblock_{i}", f"encoder.layers.{i}.block")
-    if pool == "token":
-        state["vit.cls_token"] = g["p.cls"]
-    close(scenic_vivit(g, model, state, pool=pool)(clips(g)), g["logits"])
+    close(load_official(scenic_vivit(model, **settings), g, tmp_path)(clips(g)), g["logits"])
 
 
 @torch.no_grad()
-def test_vivit_model_2() -> None:
-    g = golden("vivit_m2_factorized_encoder_cls")
-    state = dense(g, "p.output_projection", "temporal.vit.head")
-    for encoder, ours, depth in (("SpatialTransformer", "", 2), ("TemporalTransformer", "temporal.", 1)):
-        state |= scenic_sequence(g, encoder, f"{ours}vit") | {f"{ours}vit.cls_token": g[f"p.cls_{encoder}"]}
-        for i in range(depth):
-            state |= scenic_block(g, f"p.{encoder}.encoderblock_{i}", f"{ours}encoder.layers.{i}.block")
-    close(scenic_vivit(g, "factorised_encoder", state, temporal_depth=1)(clips(g)), g["logits"])
-
-
-@torch.no_grad()
-def test_vivit_model_3() -> None:
+def test_the_order_of_the_two_attentions_matters(tmp_path: Path) -> None:
     g = golden("vivit_m3_factorized_self_attention_gap")
-    state = scenic_sequence(g, "Transformer", "vit") | dense(g, "p.output_projection", "vit.head")
-    for i in range(2):
-        theirs, ours = f"p.Transformer.encoderblock_{i}", f"encoder.layers.{i}.block"
-        state |= scenic_block(g, theirs, ours, ("_space", "_space", "_mlp"))
-        over_time = scenic_block(g, theirs, ours, ("_time", "_time", "_mlp"))
-        for part, twin in ((".attn.", ".attn_time."), (".norm1.", ".norm_time.")):
-            state |= {name.replace(part, twin): value for name, value in over_time.items() if part in name}
-    model = scenic_vivit(g, "factorised_self_attention", state)
-    close(model(clips(g)), g["logits"])
-    other = scenic_vivit(g, "factorised_self_attention_time_space", state)
+    other = load_official(scenic_vivit("factorised_self_attention_time_space"), g, tmp_path)
     assert (other(clips(g)) - g["logits"]).abs().max() > 1e-2
 
 

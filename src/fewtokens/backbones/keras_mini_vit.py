@@ -17,7 +17,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fewtokens.backbones.vit import TokenizerRecipe, ViT, check_sizes
+from fewtokens.backbones.vit import TokenizerRecipe, ViT, check_sizes, load_weights
 from fewtokens.errors import check
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
@@ -59,6 +59,7 @@ def keras_mini_vit(
     key_dim: int = 128,
     channels: int = 3,
     dropout: float = 0.1,
+    weights: str | None = None,
     grad_checkpointing: bool = False,
 ) -> ViT:
     """Build the example's `create_vit_classifier`, without its augmentation.
@@ -77,6 +78,7 @@ def keras_mini_vit(
         key_dim: Width of each head.
         channels: Number of image channels.
         dropout: Dropout rate of positions, attention weights and MLP.
+        weights: "keras:<file>" to start from weights of the example, see `fewtokens.backbones.converters`.
         grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
     """
     check_sizes(image_size, patch_size, dim, heads, depth)
@@ -107,6 +109,7 @@ def keras_mini_vit(
     init_as_keras(model, heads)
     assert timm_model.pos_embed is not None
     timm_model.pos_embed.requires_grad_(False)  # in the example the positions are a constant of the graph
+    load_weights(model, weights)
     return model
 
 

@@ -196,6 +196,7 @@ def vit(
     channels: int = 3,
     pool: Pool = "token",
     norm: Norm | None = None,
+    weights: str | None = None,
     grad_checkpointing: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> ViT:
@@ -214,6 +215,7 @@ def vit(
             latter there is no class token.
         norm: Position of the final norm, "before_pool" or "after_pool". None is timm's default: after the pooling for
             "avg", "max" and "avgmax", before it for "token" and "map".
+        weights: "scenic:<file>" to start from a checkpoint of scenic, see `fewtokens.backbones.converters`.
         grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
         options: Further arguments of timm's VisionTransformer: mlp_ratio, drop_path_rate, init_values, class_token ...
 
@@ -233,7 +235,16 @@ def vit(
     )
     model = ViT(timm_model, tokenizer)
     model.set_grad_checkpointing(grad_checkpointing)
+    load_weights(model, weights)
     return model
+
+
+def load_weights(model: ViT, weights: str | None) -> None:
+    """Load a file of another framework, named as "scenic:<file>", if there is one."""
+    if weights is not None:
+        from fewtokens.backbones.converters import load_converted  # it imports this module
+
+        load_converted(model, weights)
 
 
 def pool_settings(pool: str, norm: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fewtokens.backbones.vit import (
     ViT,
     build_timm,
     check_heads,
+    load_weights,
     pool_settings,
 )
 from fewtokens.errors import FewtokensError, check_choice
@@ -139,6 +140,7 @@ def vivit(
     temporal_depth: int = 4,
     pool: Pool | None = None,
     norm: Norm | None = None,
+    weights: str | None = None,
     grad_checkpointing: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> ViViT:
@@ -159,6 +161,7 @@ def vivit(
         pool: Input of the head: the class token ("token"), or the patches pooled by one of timm's poolings. None is the
             class token in models 1 and 2, and the mean in models 3 and 4, which cannot have a class token.
         norm: Position of the final norm, "before_pool" or "after_pool". None is scenic's: before the pooling.
+        weights: "scenic:<file>" to start from a checkpoint of scenic, see `fewtokens.backbones.converters`.
         grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
         options: Further arguments of timm's VisionTransformer. `drop_path_rate` is timm's stochastic depth, which
             divides the kept samples by the probability to keep them; scenic's ViViT does not. `act_layer: gelu_tanh` is
@@ -188,6 +191,7 @@ def vivit(
     else:
         network = ViViT(timm_model, tokenizer, tubelets.steps)
     network.set_grad_checkpointing(grad_checkpointing)
+    load_weights(network, weights)
     return network
 
 
