@@ -9,11 +9,9 @@ from typing import IO, Any
 
 from fewtokens.errors import write_error
 
-# An installed package contains the configs. In a checkout, and in an editable installation, they are beside `src`.
-CONFIGS = next(
-    (path for path in (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs") if path.is_dir()),
-    Path(__file__).parent / "configs",
-)
+# A wheel contains the configs, where a checkout has a link to configs/. Git for Windows may not make the link.
+_IN_PACKAGE = Path(__file__).parent / "configs"
+CONFIGS = _IN_PACKAGE.resolve() if _IN_PACKAGE.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 @contextmanager
