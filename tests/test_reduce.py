@@ -396,7 +396,7 @@ def test_the_code_in_the_docs_prints_what_they_say(capsys: pytest.CaptureFixture
 def test_an_installed_wheel_has_its_configs_and_types(tmp_path: Path) -> None:
     """The source is copied, since setuptools builds in it."""
     pytest.importorskip("setuptools", minversion="77")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("configs", "src"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
