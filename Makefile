@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cksum pyproject.toml | cut -d' ' -f1)
+DEMO_STAMP := $(subst .installed,.demo,$(STAMP))
 ARGS ?=
 # Number of test processes; 0 runs the tests in a single process.
 WORKERS ?= 2
@@ -12,7 +13,7 @@ CIFAR10 ?= data/cifar10
 GPU_PYTHON ?= PYTHONPATH=src python3
 OLDEST ?= .venv-oldest
 
-.PHONY: help setup train eval test test-all test-oldest check docs docs-serve gpu format clean benchmark reproduce-cifar10
+.PHONY: help setup train eval demo test test-all test-oldest check docs docs-serve gpu format clean benchmark reproduce-cifar10
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -33,6 +34,14 @@ train: $(STAMP)  ## Train on the embedded digits (ARGS="data=cifar10 ..." for an
 
 eval: $(STAMP)  ## Evaluate: make eval ARGS="checkpoint=outputs/digits/<time>"
 	$(BIN)/python eval.py $(ARGS)
+
+demo: $(DEMO_STAMP)  ## The demo in the browser (ARGS="checkpoint=outputs/digits/<time>"); trains a model if there is none
+	$(BIN)/python -m fewtokens.demo $(ARGS)
+
+$(DEMO_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	rm -f $(VENV)/.demo-*
+	touch $@
 
 test: $(STAMP)  ## The tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(ARGS)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fewtokens.analysis.evaluation import class_names, evaluating_eagerly, load_test_samples, unwrap_compiled
 from fewtokens.analysis.flops import mean_tokens
-from fewtokens.analysis.pictures.drawing import DROPPED, displayed, heat, merged, without_dropped
+from fewtokens.analysis.pictures.drawing import CELL, DROPPED, displayed, heat, merged, without_dropped
 from fewtokens.analysis.pictures.sheet import Column, Key, draw, save_png
 from fewtokens.backbones.vit import ViT
 from fewtokens.errors import check
@@ -116,6 +116,7 @@ def token_picture(
     rows: int | None = None,
     targets: Int[Tensor, "b *k"] | None = None,
     datamodule: L.LightningDataModule | None = None,
+    width: int = CELL,
 ) -> TokenPicture | None:
     """Return the tokens of images or clips as pictures, or None if no tokenizer reduced anything.
 
@@ -128,6 +129,7 @@ def token_picture(
         targets: Class numbers (B,), for the label and the prediction of every image; None, or several labels per image
             (B, classes), for no labels.
         datamodule: Its `class_names`, if it has them, name the classes.
+        width: Width of every picture in pixels.
     """
     images = images if rows is None else images[: max(1, rows // len(model.pictures(images[:1])))]
     with evaluating_eagerly(model):
@@ -142,7 +144,7 @@ def token_picture(
         with evaluating_eagerly(model):
             logits = model.classify(trace[-1])
         labels = _labels(targets[: len(images)], logits, class_names(datamodule, logits.shape[1]))
-    first = Column("image" if images.ndim == 4 else "frame", displayed(frames, steps), [""] * len(frames))
+    first = Column("image" if images.ndim == 4 else "frame", displayed(frames, steps, width), [""] * len(frames))
     columns, kinds, dropped = _token_columns(first.pictures, start, trace, blocks, most)
     if kinds == {"maps"}:
         content = "A column is one token that the model makes of all patches: where it looks."
