@@ -59,7 +59,7 @@ check: $(STAMP)  ## Format, lint, types, import contract, documentation, tests
 
 # The variable silences mkdocs-material's advertisement of its successor.
 docs: $(STAMP)  ## Build the documentation into site/; a dead link or anchor is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file .mkdocs.yml --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file .mkdocs.yml --strict
 
 docs-serve: $(STAMP)  ## Show the documentation on this machine while it is edited
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --config-file .mkdocs.yml

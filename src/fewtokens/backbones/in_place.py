@@ -196,7 +196,7 @@ def check_model(model: nn.Module) -> None:
 
 def in_python(message: str) -> str:
     """Return an error's message with names of the config replaced by those of Python's arguments."""
-    for word in (" (backbone.pool=token)", "backbone.name=", "tokenizer@"):
+    for word in (" (set backbone.pool=token)", "backbone.name=", "tokenizer@"):
         message = message.replace(word, "")
     return re.sub(r"tokenizer\.(build\.)?(?=\w)", "", message)
 
