@@ -17,6 +17,7 @@ PRIMARY = {
     "fewtokens.runs.export": "export",
     "fewtokens.benchmarks.throughput": "throughput",
     "fewtokens.benchmarks.gallery": "gallery",
+    "fewtokens.demo": "demo",
 }
 
 

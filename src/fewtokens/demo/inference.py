@@ -133,7 +133,7 @@ class Predictor:
         with evaluating_eagerly(self.model), torch.inference_mode():
             logits = {name: forward(tokenizers) for name, tokenizers in variants.items()}
             runs = {name: partial(run, tokenizers) for name, tokenizers in variants.items()}
-            times = time_in_turns(runs, self.seconds, partial(seconds_on, device=image.device), sample=0.0)
+            times = time_in_turns(runs, self.seconds, partial(seconds_on, device=image.device))
         found = {}
         for name, tokenizers in variants.items():
             self.model.encoder.replace_tokenizers(tokenizers)

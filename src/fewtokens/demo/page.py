@@ -46,17 +46,20 @@ CSS = """
   align-items: flex-end; border-radius: 3px 3px 0 0}
 #numbers .bars i {display: block; width: 100%; background: var(--color-accent); border-radius: 3px 3px 0 0}
 #examples, #examples .grid-wrap, #stages, #stages .grid-wrap {height: auto !important; min-height: 0 !important}
-#examples .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
-#examples .gallery-item, #examples button {min-width: 0 !important; width: 100%}
+#examples .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important;
+  grid-template-rows: auto !important; grid-auto-rows: auto !important; height: auto !important}
+#examples .gallery-item, #examples button {min-width: 0 !important; width: 100%; height: auto !important;
+  aspect-ratio: 1}
 #stages .caption-label {position: static; display: block; max-width: none; width: 100%; border: 0; text-align: center;
   font-size: var(--text-sm); overflow: visible; white-space: normal; background: none; padding: 2px 0}
 #stages .thumbnail-lg, #stages .gallery-item {aspect-ratio: auto; height: auto}
 #legend p {margin: 2px 0} #legend img {display: inline-block; height: 1em; margin: 0 .5em 0 0; vertical-align: -.1em}
 #numbers p {margin: 4px 0; font-size: var(--text-sm); color: var(--body-text-color-subdued)}
 """
-PIXELATED = (
-    "#picture img, #examples img {image-rendering: pixelated} #picture img {min-width: 190px; min-height: 190px}"
-)
+PIXELATED = """
+#picture img, #examples img {image-rendering: pixelated}
+#picture img {width: 100% !important; height: 100% !important; object-fit: contain !important}
+"""
 Messages = MutableMapping[str, Any]
 
 
