@@ -4,6 +4,8 @@ import base64
 import html
 import io
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import asdict
@@ -53,6 +55,7 @@ CSS = """
 #stages .caption-label {position: static; display: block; max-width: none; width: 100%; border: 0; text-align: center;
   font-size: var(--text-sm); overflow: visible; white-space: normal; background: none; padding: 2px 0}
 #stages .thumbnail-lg, #stages .gallery-item {aspect-ratio: auto; height: auto}
+#stages .grid-container {grid-template-columns: repeat(auto-fill, minmax(min(170px, 40%), 1fr)) !important}
 #legend p {margin: 2px 0} #legend img {display: inline-block; height: 1em; margin: 0 .5em 0 0; vertical-align: -.1em}
 #numbers p {margin: 4px 0; font-size: var(--text-sm); color: var(--body-text-color-subdued)}
 """
@@ -112,6 +115,7 @@ def serve(cfg: DictConfig, predictor: Predictor, pictures: list[Image.Image], ab
     Raises:
         FewtokensError: The port is taken.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the context below, as Ctrl-C does
     with tempfile.TemporaryDirectory(prefix="fewtokens-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(predictor, pictures, about, cfg.max_megapixels, cfg.max_waiting)
@@ -162,7 +166,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, max_megabytes: float | 
             app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
         )
     except OSError as error:
-        raise FewtokensError(f"The demo cannot listen on {host}:{port}: {error} Set another port=<number>.") from error
+        raise FewtokensError(f"The demo cannot listen on {host}:{port}. Set a free port with port=<number>.") from error
 
 
 def build(
