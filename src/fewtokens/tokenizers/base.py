@@ -262,8 +262,8 @@ def check_class_token(tokenizer: Tokenizer) -> None:
     if not tokenizer.context.class_token:
         raise FewtokensError(
             f"{type(tokenizer).__name__} scores patches by the attention of the class token, but the backbone has "
-            "none. Choose a backbone with a class token (set backbone.pool=token), or a tokenizer that needs none, such "
-            "as tome."
+            "none. Choose a backbone with a class token (set backbone.pool=token), or a tokenizer that needs none, "
+            "such as tome."
         )
 
 
