@@ -25,7 +25,7 @@ def project(root: Path, page: str, nav: list[str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    settings = yaml.safe_load((ROOT / ".mkdocs.yml").read_text()) | {"nav": nav, "watch": []}
+    settings = yaml.safe_load((ROOT / ".mkdocs.yml").read_text()) | {"nav": nav, "watch": [], "extra_css": []}
     (root / ".mkdocs.yml").write_text(yaml.safe_dump(settings))
     return root / ".mkdocs.yml"
 
