@@ -31,6 +31,7 @@ from test_methods import (
     METHODS,
     both_ranks,
     model_with,
+    process_group,
     random_parameters,
 )
 
@@ -156,25 +157,23 @@ def test_activation_checkpointing_saves_memory_in_every_backbone(name: str) -> N
 
 def sharded_step(rank: int, folder: str) -> None:
     """Compare loss and gradients of FSDP on two processes with those of one process, for every method."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    for method in METHODS:
-        model = random_parameters(model_with(method)).train()
-        reference = copy.deepcopy(model)
-        losses = [training_step(reference, half, seed) for seed, half in enumerate(IMAGES.chunk(2))]
-        for layer in model.encoder.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        loss = training_step(model, IMAGES.chunk(2)[rank], rank)
-        torch.testing.assert_close(loss, losses[rank], msg=f"{method}: the losses differ")
-        for name, parameter in model.named_parameters():
-            gradient = parameter.grad.full_tensor()
-            expected = dict(reference.named_parameters())[name].grad / 2  # FSDP averages over the processes
-            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5, msg=f"{method}: {name}")
-        torch.optim.SGD(model.parameters(), lr=0.1).step()
-        print(f"rank {rank}: {method}.", flush=True)
-    torch.distributed.destroy_process_group()
+    with process_group(rank, folder):
+        mesh = init_device_mesh("cpu", (2,))
+        for method in METHODS:
+            model = random_parameters(model_with(method)).train()
+            reference = copy.deepcopy(model)
+            losses = [training_step(reference, half, seed) for seed, half in enumerate(IMAGES.chunk(2))]
+            for layer in model.encoder.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            loss = training_step(model, IMAGES.chunk(2)[rank], rank)
+            torch.testing.assert_close(loss, losses[rank], msg=f"{method}: the losses differ")
+            for name, parameter in model.named_parameters():
+                gradient = parameter.grad.full_tensor()
+                expected = dict(reference.named_parameters())[name].grad / 2  # FSDP averages over the processes
+                torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5, msg=f"{method}: {name}")
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+            print(f"rank {rank}: {method}.", flush=True)
 
 
 @pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see tests/backbones/test_without_type_checks.py")

@@ -1,6 +1,7 @@
 """Properties of every method. The tests find the methods by their yaml files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -113,32 +114,39 @@ def test_compiled_it_gives_the_eager_logits_without_a_graph_break(method: str) -
 # --- distributed: a training step of every method on two processes
 
 
-def one_step(rank: int, folder: str) -> None:
-    """Train every method for two steps on other images on each rank, and check that the parameters agree afterwards."""
+@contextmanager
+def process_group(rank: int, folder: str) -> Iterator[None]:
+    """Return a context in which this process is one of two in a gloo group."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for method in METHODS:
-        task = Classifier(random_parameters(model_with(method)), 5, optimizer=partial(torch.optim.SGD, lr=0.1))
-        task.log = lambda *a, **k: None  # type: ignore[method-assign]  # There is no trainer to log to.
-        step = Step(task)
-        parallel = nn.parallel.DistributedDataParallel(step)
-        before = [p.clone() for p in task.model.parameters()]
-        torch.manual_seed(rank)
-        optimizer = task.optimizer(parallel.parameters())
-        for images in IMAGES.chunk(2)[rank].split(
-            1
-        ):  # A parameter without gradient would be an error in the second step.
-            optimizer.zero_grad()
-            parallel(images[:, None], torch.tensor([rank])).backward()
-            optimizer.step()
-        after = torch.cat([p.detach().flatten() for p in task.model.parameters()])
-        other = [torch.empty_like(after) for _ in range(2)]
-        torch.distributed.all_gather(other, after)
-        assert torch.equal(other[0], other[1]), f"{method}: ranks differ"
-        assert after.isfinite().all(), method
-        assert not torch.equal(after, torch.cat([p.flatten() for p in before])), method
-        print(f"rank {rank}: {method}.", flush=True)
+    yield
     torch.distributed.destroy_process_group()
+
+
+def one_step(rank: int, folder: str) -> None:
+    """Train every method for two steps on other images on each rank, and check that the parameters agree afterwards."""
+    with process_group(rank, folder):
+        for method in METHODS:
+            task = Classifier(random_parameters(model_with(method)), 5, optimizer=partial(torch.optim.SGD, lr=0.1))
+            task.log = lambda *a, **k: None  # type: ignore[method-assign]  # There is no trainer to log to.
+            step = Step(task)
+            parallel = nn.parallel.DistributedDataParallel(step)
+            before = [p.clone() for p in task.model.parameters()]
+            torch.manual_seed(rank)
+            optimizer = task.optimizer(parallel.parameters())
+            for images in IMAGES.chunk(2)[rank].split(
+                1
+            ):  # A parameter without gradient would be an error in the second step.
+                optimizer.zero_grad()
+                parallel(images[:, None], torch.tensor([rank])).backward()
+                optimizer.step()
+            after = torch.cat([p.detach().flatten() for p in task.model.parameters()])
+            other = [torch.empty_like(after) for _ in range(2)]
+            torch.distributed.all_gather(other, after)
+            assert torch.equal(other[0], other[1]), f"{method}: ranks differ"
+            assert after.isfinite().all(), method
+            assert not torch.equal(after, torch.cat([p.flatten() for p in before])), method
+            print(f"rank {rank}: {method}.", flush=True)
 
 
 class Step(nn.Module):

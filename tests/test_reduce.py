@@ -31,7 +31,7 @@ from fewtokens.runs.config import instantiate
 from fewtokens.tokenizers.base import Selector, Tokenizer
 from fewtokens.tokenizers.token_learner import TokenLearner
 from fewtokens.tokenizers.tome import ToMe
-from test_methods import HOOKED, both_ranks
+from test_methods import HOOKED, both_ranks, process_group
 
 METHODS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml"))
 TINY = "vit_tiny_patch16_224"
@@ -261,26 +261,24 @@ def training_step(model: nn.Module, images: Tensor) -> Tensor:
 
 def distributed_step(rank: int, folder: str) -> None:
     """Train a method with parameters and one without under DDP and FSDP, and compare with one process."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for method in ("ats", "token_learner"):
-        reference: Any = fewtokens.reduce(timm_model().train(), method)
-        parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(reference))
-        sharded: Any = copy.deepcopy(reference)
-        for block in sharded.blocks:
-            fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
-        fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
-        halves = IMAGES[:2].chunk(2)
-        losses = [training_step(reference, half) for half in halves]
-        torch.testing.assert_close(training_step(parallel, halves[rank]), losses[rank])
-        torch.testing.assert_close(training_step(sharded, halves[rank]), losses[rank])
-        for name, parameter in reference.named_parameters():
-            expected = parameter.grad / 2
-            for found in (parallel.module.get_parameter(name).grad, sharded.get_parameter(name).grad.full_tensor()):
-                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=f"{method}: {name}")
-        assert fewtokens.cost(parallel, IMAGES[:1]).gmacs < fewtokens.cost(parallel, IMAGES[:1]).gmacs_dense
-        print(f"rank {rank}: {method}", flush=True)
-    torch.distributed.destroy_process_group()
+    with process_group(rank, folder):
+        for method in ("ats", "token_learner"):
+            reference: Any = fewtokens.reduce(timm_model().train(), method)
+            parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(reference))
+            sharded: Any = copy.deepcopy(reference)
+            for block in sharded.blocks:
+                fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+            fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+            halves = IMAGES[:2].chunk(2)
+            losses = [training_step(reference, half) for half in halves]
+            torch.testing.assert_close(training_step(parallel, halves[rank]), losses[rank])
+            torch.testing.assert_close(training_step(sharded, halves[rank]), losses[rank])
+            for name, parameter in reference.named_parameters():
+                expected = parameter.grad / 2
+                for found in (parallel.module.get_parameter(name).grad, sharded.get_parameter(name).grad.full_tensor()):
+                    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=f"{method}: {name}")
+            assert fewtokens.cost(parallel, IMAGES[:1]).gmacs < fewtokens.cost(parallel, IMAGES[:1]).gmacs_dense
+            print(f"rank {rank}: {method}", flush=True)
 
 
 @pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see the last test of this part")

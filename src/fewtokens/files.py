@@ -1,4 +1,4 @@
-"""Where the configs are, atomic writing of files, and the checkpoint in a directory of a run."""
+"""The path of the configs, atomic writing of files, and the checkpoint in a directory of a run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the demo computes, without its page: methods, budgets, pictures, limits."""
+"""The answers of the demo, without its page: methods, budgets, pictures, limits."""
 
 import threading
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewtokens.data.image import folders
 from fewtokens.demo import images
 from fewtokens.demo.inference import WIDTH
 from fewtokens.demo.methods import OWN, Methods
@@ -77,7 +78,7 @@ def test_the_models_own_method_needs_no_budget_and_stays(predictor, picture) -> 
     assert len(own.stages) == 5, "the picture and four tokens"
     trained.predict(picture, "tome", 0.3)
     assert trained.model.encoder.tokenizers == before
-    image = trained.pipeline(images.fit(picture, (3, 16, 16))[None], torch.Generator())
+    image = trained.pipeline(folders.fit(picture, (3, 16, 16))[None], torch.Generator())
     shares = trained.model(image).softmax(dim=1)[0].sort(descending=True).values
     assert list(own.reduced.top.values()) == pytest.approx(shares.tolist(), abs=1e-5)
 

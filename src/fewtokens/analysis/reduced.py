@@ -1,4 +1,4 @@
-"""What a reduced model computes, and what became of every patch: `fewtokens.cost` and `fewtokens.trace`."""
+"""The cost of a reduced model and the fate of every patch in it: `fewtokens.cost` and `fewtokens.trace`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +50,7 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a method did up to one of its blocks.
+    """The result of a method after one of its blocks.
 
     A patch is kept if a token holds nothing else, merged if it is a part of a token with others, and dropped if it is
     part of no token. What is dropped may live on in the class token and in other patches, through attention.

@@ -33,7 +33,7 @@ CHUNKS = "__msgpack_chunked_array__"
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of our parameters comes from.
+    """The origin of one of our parameters in a file.
 
     Args:
         names: Names in the file.

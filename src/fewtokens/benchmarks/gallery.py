@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sklearn.datasets
 import torch
 from hydra.core.hydra_config import HydraConfig
 from jaxtyping import Float, UInt8
 from omegaconf import DictConfig, ListConfig
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from fewtokens.analysis.cost import macs
@@ -38,7 +37,7 @@ from fewtokens.backbones.encoder import block_indices
 from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.variants import backbone_name, compose_with
 from fewtokens.data import seeding
-from fewtokens.data.image.folders import read_pil
+from fewtokens.data.image.folders import fit, read_pil
 from fewtokens.data.transforms.normalize import Pipeline
 from fewtokens.errors import FewtokensError, check
 from fewtokens.files import write_json
@@ -49,14 +48,14 @@ from fewtokens.runs.config import instantiate, save
 from fewtokens.runs.job import start
 
 log = logging.getLogger(__name__)
-SAMPLES = Path(sklearn.datasets.__file__).parent / "images"
+PHOTOGRAPHS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
 BETWEEN = 18  # pixels between the photographs
 TEXT = 17  # size of the text in pixels
 
 
 @dataclass
 class Row:
-    """What one method has left of every photograph at every stage.
+    """The tokens that one method has left of every photograph at every stage.
 
     Args:
         label: Name, settings and cost of the method.
@@ -159,10 +158,7 @@ def load_photographs(paths: Sequence[Path], model: ViT) -> UInt8[Tensor, "b c h 
     shape = model.sample_shape
     check(len(shape) == 3, "backbone", "a model of images", f"one of clips {shape}")
     check(shape[0] in (1, 3), "data.channels", "1 or 3", shape[0])
-    size, mode = (shape[2], shape[1]), "RGB" if shape[0] == 3 else "L"
-    fitted = [ImageOps.fit(read_pil(path).convert(mode), size, Image.Resampling.BICUBIC) for path in paths]
-    arrays = [np.array(picture).reshape(shape[1], shape[2], shape[0]) for picture in fitted]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return torch.stack([fit(read_pil(path), shape) for path in paths])
 
 
 def with_method(model: ViT, entry: str) -> tuple[ViT | None, str]:
@@ -278,7 +274,7 @@ def _blocks(entries: Iterable[Any], depth: int) -> list[int]:
 
 def _paths(images: Any) -> list[Path]:
     if images is None:
-        return [SAMPLES / "china.jpg", SAMPLES / "flower.jpg"]
+        return PHOTOGRAPHS
     check(isinstance(images, ListConfig) and len(images) > 0, "images", "a list of paths, as in [a.jpg,b.png]", images)
     return [Path(str(path)) for path in images]
 

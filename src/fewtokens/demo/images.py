@@ -3,22 +3,17 @@
 import logging
 from pathlib import Path
 
-import numpy as np
-import sklearn.datasets
-import torch
-from jaxtyping import UInt8
 from lightning.pytorch import LightningDataModule, LightningModule
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from fewtokens.analysis.evaluation import load_test_images
+from fewtokens.benchmarks.gallery import PHOTOGRAPHS
 from fewtokens.data.transforms.normalize import Pipeline
 from fewtokens.errors import FewtokensError
 
 log = logging.getLogger(__name__)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no others, since each is a decoder that strangers can feed
 NUM_EXAMPLES = 12
-SAMPLES = Path(sklearn.datasets.__file__).parent / "images"
 
 
 def read_picture(path: Path, megapixels: float | int) -> Image.Image:
@@ -50,24 +45,9 @@ def read_picture(path: Path, megapixels: float | int) -> Image.Image:
         raise FewtokensError(f"The picture is damaged and cannot be read. Use another file: {known}.") from error
 
 
-def fit(picture: Image.Image, shape: tuple[int, ...]) -> UInt8[Tensor, "c h w"]:
-    """Cut the largest window of the model's shape out of the middle of a picture, and scale it to its size.
-
-    Args:
-        picture: A picture of any size.
-        shape: Channels (1 or 3), height and width.
-    """
-    channels, height, width = shape
-    picture = picture.convert("RGB" if channels == 3 else "L")
-    if picture.size != (width, height):
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
-    array = np.array(picture).reshape(height, width, channels)
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
-
-
 def photographs() -> list[Image.Image]:
     """Return scikit-learn's two sample photographs, see docs/pictures/README.md for their license."""
-    return [read_picture(SAMPLES / name, megapixels=1) for name in ("china.jpg", "flower.jpg")]
+    return [read_picture(path, megapixels=1) for path in PHOTOGRAPHS]
 
 
 def examples(task: LightningModule, data: LightningDataModule, pipeline: Pipeline) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""What the demo computes for a picture: predictions, token pictures, cost and time, with a method and without."""
+"""The demo's answer to a picture: predictions, token pictures, cost and time, with a method and without."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from statistics import median
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -16,12 +15,13 @@ from torch import Tensor
 
 from fewtokens.analysis.evaluation import evaluating_eagerly
 from fewtokens.analysis.flops import GIGA, count
+from fewtokens.analysis.pictures.sheet import as_image
 from fewtokens.analysis.pictures.token_maps import token_picture
 from fewtokens.analysis.throughput import seconds_on, time_in_turns
 from fewtokens.backbones.vit import ViT
 from fewtokens.data import seeding
+from fewtokens.data.image.folders import fit
 from fewtokens.data.transforms.normalize import Pipeline
-from fewtokens.demo.images import fit
 from fewtokens.demo.methods import Methods
 from fewtokens.errors import check, check_choice
 from fewtokens.tokenizers.base import Tokenizer
@@ -33,7 +33,7 @@ MAX_STAGES = 16
 
 @dataclass(frozen=True)
 class Side:
-    """What the model makes of a picture, with a method or without.
+    """The output of the model for a picture, with a method or without.
 
     Args:
         top: The five most probable classes and their probabilities; none if the head is not trained.
@@ -158,8 +158,8 @@ class Predictor:
         if found is None:
             return {"stages": [], "legend": [("With this budget, all tokens are kept.", None)]}
         captions = ["as the model sees it", *(_one_line(column.title) for column in found.columns[1:])]
-        pictures = [_pil(column.pictures[0]) for column in found.columns]
-        marks = [(key.text, None if key.swatch is None else _pil(key.swatch)) for key in found.marks]
+        pictures = [as_image(column.pictures[0]) for column in found.columns]
+        marks = [(key.text, None if key.swatch is None else as_image(key.swatch)) for key in found.marks]
         content = found.content.replace("A column", "A picture")
         return {"stages": list(zip(pictures, captions, strict=True)), "legend": [(content, None), *marks]}
 
@@ -172,7 +172,3 @@ def _distinct(names: Sequence[str]) -> list[str]:
 def _one_line(title: str) -> str:
     block, _, rest = title.partition("\n")
     return f"{block}: {rest}" if rest else block
-
-
-def _pil(picture: Float[Tensor, "3 h w"]) -> Image.Image:
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy().astype(np.uint8))

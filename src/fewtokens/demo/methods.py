@@ -1,14 +1,14 @@
 """The methods that the demo offers for a model, and what a budget means for each of them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from fewtokens.backbones.encoder import block_indices
+from fewtokens.backbones.encoder import block_indices, build_tokenizers
 from fewtokens.backbones.vit import ViT
 from fewtokens.errors import FewtokensError
 from fewtokens.runs.config import CONFIGS, instantiate
@@ -75,7 +75,7 @@ class Methods:
             stages = len(block_indices(cfg["at"], len(self.own)))
             cfg["build"][argument] = BUDGETS[argument](budget, stages, prod(self.grid))
             settings.append(f"tokenizer.build.{argument}={cfg['build'][argument]}")
-        return self._tokenizers(cfg), " ".join(settings)
+        return build_tokenizers(instantiate(cfg["build"]), cfg["at"], self.own[0].context), " ".join(settings)
 
     def _add(self, path: Path) -> None:
         """Add a method, or the reason why it is left out."""
@@ -94,15 +94,6 @@ class Methods:
         if reason:
             self.left_out[path.stem] = reason
             del self.found[path.stem]
-
-    def _tokenizers(self, cfg: Mapping[str, Any]) -> list[Tokenizer]:
-        build = instantiate(cfg["build"])
-        blocks = block_indices(cfg["at"], len(self.own))
-        contexts = [
-            replace(each.context, stage=blocks.index(i) if i in blocks else 0, stages=len(blocks))
-            for i, each in enumerate(self.own)
-        ]
-        return [build(context) if i in blocks else Tokenizer(context) for i, context in enumerate(contexts)]
 
 
 def _parameters(tokenizers: list[Tokenizer]) -> list[int]:

@@ -66,8 +66,7 @@ class Sheet:
 
     def place(self, picture: Float[Tensor, "3 h w"], x: int, y: int) -> None:
         """Place a picture with its upper left corner at a point."""
-        values = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-        self.image.paste(Image.fromarray(values.numpy()), (x, y))
+        self.image.paste(as_image(picture), (x, y))
 
     def write(self, text: str, x: float | int, y: float | int, anchor: str = "lt", color: Color = INK) -> None:
         """Write lines of text at a point.
@@ -95,6 +94,11 @@ class Sheet:
                 self.place(swatch, x, y + (line_height(self.size) - self.size) // 2)
             self.write("\n".join(lines), x + indent, y, color=MUTED)
             y += len(lines) * line_height(self.size)
+
+
+def as_image(picture: Float[Tensor, "3 h w"]) -> Image.Image:
+    """Return a picture from 0 to 1 as Pillow has it."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def draw(columns: Sequence[Column], labels: Sequence[str] = (), legend: Sequence[Key] = ()) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Files in class folders, `<part>/<class>/<file>`: listing them, and reading pictures."""
+"""Files in class folders, `<part>/<class>/<file>`: listing them, and reading and fitting pictures."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2 import functional
@@ -96,6 +96,21 @@ def read_pil(path: Path) -> Image.Image:
         raise FewtokensError(
             f"Cannot read the picture {path}: {error}. Replace the file with an intact copy, or remove it."
         ) from error
+
+
+def fit(picture: Image.Image, shape: tuple[int, ...]) -> UInt8[Tensor, "c h w"]:
+    """Cut the largest window of the model's shape out of the middle of a picture, and scale it to its size.
+
+    Args:
+        picture: A picture of any size.
+        shape: Channels (1 or 3), height and width.
+    """
+    channels, height, width = shape
+    picture = picture.convert("RGB" if channels == 3 else "L")
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+    array = np.array(picture).reshape(height, width, channels)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 def read_tensor(path: Path) -> UInt8[Tensor, "3 h w"]:
