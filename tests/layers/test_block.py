@@ -183,6 +183,17 @@ def test_padding_never_changes_real_tokens(garbage: float, sized: bool) -> None:
 
 
 @torch.no_grad()
+def test_evaluation_spends_no_feed_forward_on_padding() -> None:
+    layer = block().train()
+    tokens = Tokens(randn(2, 5, 24), mask=torch.tensor([[True] * 5, [True, True, False, True, False]]))
+    everywhere, rows = layer.feed_forward(tokens).x, []
+    layer.mlp.register_forward_hook(lambda module, args, output: rows.append(args[0].shape))
+    found = layer.eval().feed_forward(tokens)
+    assert rows == [(8, 24)]
+    torch.testing.assert_close(found.x[tokens.mask], everywhere[tokens.mask])
+    assert torch.equal(found.x[~tokens.mask], tokens.x[~tokens.mask])  # finite: attention multiplies it by 0
+
+
 def test_a_token_of_size_three_acts_as_three_equal_tokens() -> None:
     """This holds for proportional attention (ToMe, section 3) and for the mean."""
     layer, x = block(), randn(2, 5, 24)

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from jaxtyping import Bool, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor
 
@@ -47,10 +48,23 @@ class Block(TimmBlock):
 
     def feed_forward(self, tokens: Tokens) -> Tokens:
         """Compute x + mlp(norm(x)). Append the result to the trace, if there is one."""
-        tokens = tokens.update(tokens.x + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens.x)))))
+        if tokens.mask is not None and self._skips_padding(tokens.x):
+            flat, rows = tokens.x.flatten(0, 1), tokens.mask.flatten().nonzero()[:, 0]
+            tokens = tokens.update(flat.index_copy(0, rows, self._feed_forward(flat[rows])).view_as(tokens.x))
+        else:
+            tokens = tokens.update(self._feed_forward(tokens.x))
         if tokens.trace is not None:
             tokens.trace.append(tokens)
         return tokens
+
+    def _feed_forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _skips_padding(self, x: Tensor) -> bool:
+        # With ATS a tenth of the tokens of a batch of 16 photographs is padding: without it, the forward pass is 4 %
+        # faster on a CPU. On a GPU, finding the tokens waits for the device. In training, drop path acts on samples,
+        # which these rows are not.
+        return x.device.type == "cpu" and not self.training and not torch.compiler.is_compiling()
 
     def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]  # timm's takes a tensor
         """Compute both halves."""
