@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import asdict
 from functools import partial
 from ipaddress import ip_address
@@ -19,7 +19,7 @@ from PIL import Image
 
 from fewtokens.demo.images import read_picture
 from fewtokens.demo.inference import TOP, Predictor, Result, Side
-from fewtokens.demo.methods import DEFAULT_BUDGET
+from fewtokens.demo.methods import DEFAULT_BUDGET, Method
 from fewtokens.errors import FewtokensError
 
 # Gradio reads these when it is imported: no usage statistics, no questions to other servers.
@@ -64,6 +64,8 @@ PIXELATED = """
 #picture img {width: 100% !important; height: 100% !important; object-fit: contain !important}
 """
 Messages = MutableMapping[str, Any]
+# Of events that only change the page: they need no model, and no place in its queue.
+QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
 
 class Guard:
@@ -186,89 +188,23 @@ def build(
         max_waiting: Largest number of waiting calls. One runs at a time.
     """
     found, small = predictor.methods.found, max(predictor.model.sample_shape[1:]) <= SMALL
-    first = next(iter(found))
     with gr.Blocks(title="fewtokens", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# fewtokens\nWhich tokens does a vision transformer need? {about}.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                picture = gr.Image(
-                    pictures[0] if pictures else None,
-                    label="Picture",
-                    format="png",
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    height=260,
-                    buttons=[],
-                    elem_id="picture",
-                )
-                # Gradio would decode it before its size is known to be acceptable.
-                setattr(picture, "preprocess", partial(_uploaded, max_megapixels))  # noqa: B010
-                examples = gr.Gallery(
-                    pictures,
-                    label="Examples",
-                    show_label=False,
-                    format="png",
-                    columns=6,
-                    height="auto",
-                    allow_preview=False,
-                    interactive=False,
-                    buttons=[],
-                    object_fit="cover",
-                    elem_id="examples",
-                )
-                method = gr.Dropdown(list(found), value=first, label="Method", filterable=False)
-                title = gr.Markdown(found[first].title)
-                budget = gr.Slider(
-                    0.05,
-                    1.0,
-                    value=DEFAULT_BUDGET,
-                    step=0.05,
-                    label="Budget",
-                    info="Share of the patches that is left after the last block",
-                    buttons=[],
-                    interactive=found[first].argument is not None,
-                )
+                picture = _picture_input(pictures, max_megapixels)
+                method, budget = _method_inputs(found)
             with gr.Column(scale=3, min_width=320):
-                setting = gr.Markdown()
-                with gr.Row(visible=predictor.names is not None):
-                    top = gr.Label(label="With the method", num_top_classes=TOP, min_width=200)
-                    dense = gr.Label(label="With all tokens", num_top_classes=TOP, min_width=200)
-                numbers = gr.HTML(elem_id="numbers")
-        stages = gr.Gallery(
-            label="Tokens",
-            format="png",
-            columns=5,
-            height="auto",
-            object_fit="contain",
-            interactive=False,
-            buttons=["fullscreen"],
-            elem_id="stages",
-        )
-        legend = gr.HTML(elem_id="legend")
-        with gr.Accordion("The numbers as data", open=False):
-            record = gr.JSON(show_label=False)
+                prediction = _prediction_outputs(predictor.names is not None)
+        stages = _stage_outputs()
         if predictor.methods.left_out:
             with gr.Accordion("Methods that this model cannot show", open=False):
                 gr.Markdown("\n".join(f"- `{name}`: {why}" for name, why in predictor.methods.left_out.items()))
-
-        def chosen(event: gr.SelectData) -> Image.Image:  # Gradio finds the event by its type, but not in a partial
-            return pictures[event.index]
-
-        examples.select(chosen, outputs=picture, show_progress="hidden", queue=False, api_visibility="private")
-        method.change(
-            lambda name: (found[name].title, gr.update(interactive=found[name].argument is not None)),
-            inputs=method,
-            outputs=[title, budget],
-            show_progress="hidden",
-            queue=False,
-            api_visibility="private",
-        )
         gr.on(
             [page.load, picture.change, method.change, budget.release],
             partial(_answer, predictor),
             inputs=[picture, method, budget],
-            outputs=[setting, top, dense, numbers, stages, legend, record],
+            outputs=[*prediction, *stages],
             api_name="predict",
             concurrency_limit=1,
             trigger_mode="always_last",
@@ -277,6 +213,92 @@ def build(
     page.queue(max_size=max_waiting, api_open=False)
     page.fewtokens_css = CSS + (PIXELATED if small else "")
     return page
+
+
+def _picture_input(pictures: list[Image.Image], max_megapixels: float | int) -> gr.Image:
+    """Add the picture, and the examples that can be put in its place."""
+    picture = gr.Image(
+        pictures[0] if pictures else None,
+        label="Picture",
+        format="png",
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        height=260,
+        buttons=[],
+        elem_id="picture",
+    )
+    # Gradio would decode it before its size is known to be acceptable.
+    setattr(picture, "preprocess", partial(_uploaded, max_megapixels))  # noqa: B010
+    examples = gr.Gallery(
+        pictures,
+        label="Examples",
+        show_label=False,
+        format="png",
+        columns=6,
+        height="auto",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        object_fit="cover",
+        elem_id="examples",
+    )
+
+    def chosen(event: gr.SelectData) -> Image.Image:  # Gradio finds the event by its type, but not in a partial
+        return pictures[event.index]
+
+    examples.select(chosen, outputs=picture, **QUIET)
+    return picture
+
+
+def _method_inputs(found: Mapping[str, Method]) -> tuple[gr.Dropdown, gr.Slider]:
+    """Add the choice of the method, and its budget, which methods without one ignore."""
+    first = next(iter(found))
+    method = gr.Dropdown(list(found), value=first, label="Method", filterable=False)
+    title = gr.Markdown(found[first].title)
+    budget = gr.Slider(
+        0.05,
+        1.0,
+        value=DEFAULT_BUDGET,
+        step=0.05,
+        label="Budget",
+        info="Share of the patches that is left after the last block",
+        buttons=[],
+        interactive=found[first].argument is not None,
+    )
+
+    def describe(name: str) -> tuple[str, Any]:
+        return found[name].title, gr.update(interactive=found[name].argument is not None)
+
+    method.change(describe, inputs=method, outputs=[title, budget], **QUIET)
+    return method, budget
+
+
+def _prediction_outputs(has_classes: bool) -> list[gr.components.Component]:
+    """Add the setting, both predictions, and the numbers."""
+    setting = gr.Markdown()
+    with gr.Row(visible=has_classes):
+        top = gr.Label(label="With the method", num_top_classes=TOP, min_width=200)
+        dense = gr.Label(label="With all tokens", num_top_classes=TOP, min_width=200)
+    return [setting, top, dense, gr.HTML(elem_id="numbers")]
+
+
+def _stage_outputs() -> list[gr.components.Component]:
+    """Add the pictures of the tokens at every stage, their legend, and the numbers as data."""
+    stages = gr.Gallery(
+        label="Tokens",
+        format="png",
+        columns=5,
+        height="auto",
+        object_fit="contain",
+        interactive=False,
+        buttons=["fullscreen"],
+        elem_id="stages",
+    )
+    legend = gr.HTML(elem_id="legend")
+    with gr.Accordion("The numbers as data", open=False):
+        record = gr.JSON(show_label=False)
+    return [stages, legend, record]
 
 
 def numbers_table(result: Result) -> str:
