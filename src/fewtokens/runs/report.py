@@ -5,7 +5,6 @@ import platform
 import subprocess
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fewtokens.files import write_json
+from fewtokens.versions import version_of
 
 PACKAGES = (
     "fewtokens",
@@ -146,11 +146,3 @@ def environment(device: torch.device, packages: Iterable[str]) -> dict[str, Any]
 def versions() -> dict[str, str | None]:
     """Return the versions of the packages on which results depend."""
     return {name: version_of(name) for name in PACKAGES}
-
-
-def version_of(name: str) -> str | None:
-    """Return the version of an installed package, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

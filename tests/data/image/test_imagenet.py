@@ -1,6 +1,7 @@
 """ImageNet: class indices, timm's preprocessing in evaluation, draws independent of workers, and unreadable files."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ def test_folders_of_some_classes_get_their_true_indices(root: Path) -> None:
     found = data(root)
     found.setup()
     assert found.dataset("train").targets.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_the_folders_of_train_number_the_classes_of_both_parts(make_folders) -> None:
+    root = make_folders(parts=("train", "val"), classes=WNIDS, count=1, size=(80, 80), suffix="JPEG")
+    shutil.rmtree(root / "val" / WNIDS[0])
+    found = data(root)
+    found.setup("test")
+    assert found.dataset("test").targets.tolist() == [1, 2]
+    (root / "val" / WNIDS[1]).rename(root / "val" / "n00000001")
+    with pytest.raises(FewtokensError, match=r"contains class folders that .*/train lacks: n00000001"):
+        data(root).setup("test")
 
 
 @pytest.mark.parametrize("preset", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_base_patch16_clip_224"])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_rows_have_the_order_of_the_list_and_skipped_videos_a_reason(root: Path)
     assert summary["hours"] == pytest.approx((20 / 10 + 12 / 30) / 3600)
     assert summary["bytes_before"] == summary["bytes_after"] == good.bytes + other.bytes
     assert stamps(root) == before
+
+
+def test_a_package_that_is_not_installed_has_no_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)  # of fewtokens with PYTHONPATH=src, as `make test-oldest` has it
+
+    monkeypatch.setattr("fewtokens.versions.version", absent)
+    rows(LISTED[:1], root, PrepareSettings())
+    summary = json.loads((root.parent / "out" / "list.summary.json").read_text())
+    assert summary["versions"]["fewtokens"] is None
 
 
 def test_sections_of_one_file_have_their_own_rows_and_it_is_examined_once(root: Path, seen: list[str]) -> None:

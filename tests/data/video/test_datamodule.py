@@ -1,5 +1,6 @@
 """The video datamodule on small generated files. Every frame shows its number, so that a wrong clip is noticed."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -230,6 +231,54 @@ def test_clips_are_the_same_with_and_without_a_manifest(root: Path, tmp_path: Pa
         module.setup("fit")
         found += batches(module, module.train_dataloader())
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def write_manifest(file: Path, root: Path, labels: dict[str, int], classes: list[str] | None) -> None:
+    """Write a manifest of some videos with its summary, as `prepare` does."""
+    rows = []
+    for name, label in labels.items():
+        info, size = video_info(str(root / name)), (root / name).stat().st_size
+        rows.append(manifest.ManifestRow(Video(str(root / name), (label,)), info, 0, info.frames, size, "", None))
+    manifest.write(file, rows)
+    if classes is not None:
+        manifest.summary_file(file).write_text(json.dumps({"classes": classes}))
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (["b"], r"val\.csv of the test part numbers 1 classes differently from the 2 .*: it lacks a\. .*--classes"),
+        (["b", "c"], "it lacks a and has c, which the others lack"),
+        (["b", "a"], "it has another order"),
+        (["a", "b"], None),
+        ([], None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("train", ["train.csv", "folder"])
+def test_manifests_with_other_class_names_are_refused(root: Path, tmp_path, train: str, classes, said) -> None:
+    write_manifest(tmp_path / "train.csv", root, {"train/a/0.mp4": 0, "train/b/0.mp4": 1}, ["a", "b"])
+    write_manifest(tmp_path / "val.csv", root, {"val/b/1.mp4": 0}, classes)
+    parts = {"train": str(root / "train") if train == "folder" else "train.csv", "test": "val.csv"}
+    module = data(tmp_path, parts=parts)
+    if said is None:
+        module.setup("test")
+        return
+    with pytest.raises(FewtokensError, match=said):
+        module.setup("test")
+    with pytest.raises(FewtokensError, match=said):
+        data(tmp_path, parts=parts).setup("fit")  # training ends before hours of it, not at the test
+
+
+def test_a_list_without_all_classes_is_numbered_as_the_training_part(root: Path, tmp_path: Path) -> None:
+    write_manifest(tmp_path / "train.csv", root, {"train/a/0.mp4": 0, "train/b/0.mp4": 1}, ["a", "b"])
+    (tmp_path / "val" / "b").mkdir(parents=True)
+    (tmp_path / "val" / "b" / "0.mp4").symlink_to(root / "val" / "b" / "1.mp4")
+    for train in (str(root / "train"), "train.csv"):
+        module = data(tmp_path, parts={"train": train, "val": "val", "test": "val"})
+        module.setup("test")
+        ((_, targets),) = batches(module, module.test_dataloader())
+        assert targets.tolist() == [1]
 
 
 def test_frames_that_are_too_small_are_named_with_their_file(root: Path) -> None:

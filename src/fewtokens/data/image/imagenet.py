@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from fewtokens.data import seeding
 from fewtokens.data.datamodule import Common, DataModule, Part
 from fewtokens.data.image import folders
-from fewtokens.errors import FewtokensError, check, check_choice
+from fewtokens.errors import FewtokensError, check, check_choice, listed
 
 _ILSVRC_CLASSES = 1000
 _BACKENDS = {"pil": folders.read_pil, "torchvision": folders.read_tensor}
@@ -75,7 +75,8 @@ class ImageNet(DataModule):
     Training uses torchvision's decoder, and a random resized crop and flip in the worker. Evaluation uses timm's
     preprocessing: scale the shorter side to `image_size / crop_pct`, crop the center. `val` is enough to evaluate.
     With `num_classes=1000`, folders of some of the ILSVRC classes get their true indices, so that pretrained heads fit.
-    With as many classes as folders, the folders are numbered in sorted order.
+    With as many classes as folders, the folders are numbered in sorted order: those of `train`, if it is there, for
+    both parts.
 
     Args:
         root: Folder that contains `train` and `val`.
@@ -148,18 +149,28 @@ class ImageNet(DataModule):
         return FolderDataset(files, self._labels(files), read, crop, self.seed)
 
     def _labels(self, files: folders.ClassFolders) -> Int64[Tensor, " k"]:
-        found, info = len(files.classes), ImageNetInfo()
+        info = ImageNetInfo()
         indices = {wnid: index for index, wnid in enumerate(info.label_names())}
+        train = self.root / "train"
+        names, folder = (folders.class_names(train) if train.is_dir() else []), train
+        if not names:
+            names, folder = files.classes, files.root
+        found = len(names)
         if found == self.num_classes:
-            self.class_names = [info.label_name_to_description(x) if x in indices else x for x in files.classes]
-            return torch.arange(found)
+            if other := sorted(set(files.classes) - set(names)):
+                raise FewtokensError(
+                    f"{files.root} contains class folders that {train} lacks: {listed(other)}. The folders of train "
+                    "number the classes of both parts. Rename or remove folders."
+                )
+            self.class_names = [info.label_name_to_description(x) if x in indices else x for x in names]
+            return torch.tensor([names.index(name) for name in files.classes])
         unknown = [name for name in files.classes if name not in indices]
         if self.num_classes == _ILSVRC_CLASSES and not unknown:
             self.class_names = [info.index_to_description(index) for index in range(_ILSVRC_CLASSES)]
             return torch.tensor([indices[name] for name in files.classes])
         hint = f" ({unknown[0]} is no class of ILSVRC)" if unknown else ""
         raise FewtokensError(
-            f"`data.num_classes` must be the number of class folders in {files.root}, or 1000 if all of them are "
+            f"`data.num_classes` must be the number of class folders in {folder}, or 1000 if all of them are "
             f"classes of ILSVRC; got {self.num_classes} with {found} folders{hint}. Set data.num_classes={found}, or "
             "complete the folders."
         )

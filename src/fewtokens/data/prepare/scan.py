@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,6 +18,7 @@ from fewtokens.data.video.reader import PARTIAL_SUFFIX
 from fewtokens.data.video.records import Video
 from fewtokens.errors import FewtokensError
 from fewtokens.files import write_json
+from fewtokens.versions import version_of
 
 Progress = Callable[[int, int, int], None]  # called with the numbers of good, skipped and all files
 
@@ -61,7 +61,7 @@ def prepare(
         manifest.write(file, rows)
         summary = _summary(rows, [journal.results[path] for path in tasks])
         summary |= {"settings": settings.recorded() | {"limit": settings.limit}, **(extra or {}), **_versions()}
-        write_json(summary, file.with_suffix(".summary.json"))  # .json is the suffix of official annotations
+        write_json(summary, manifest.summary_file(file))
     return summary
 
 
@@ -162,5 +162,5 @@ def _summary(rows: list[ManifestRow], results: list[FileResult]) -> dict[str, An
 
 
 def _versions() -> dict[str, Any]:
-    packages = {name: version(name) for name in ("fewtokens", "av")}
+    packages = {name: version_of(name) for name in ("fewtokens", "av")}
     return {"versions": {"python": platform.python_version()} | packages, "date": f"{datetime.now(UTC):%Y-%m-%d}"}

@@ -15,7 +15,7 @@ from fewtokens.data.datamodule import Common, DataModule, Loader, Part
 from fewtokens.data.transforms.normalize import Pipeline
 from fewtokens.data.video.dataset import Clips, VideoDataset
 from fewtokens.data.video.manifest import ManifestRow
-from fewtokens.data.video.parts import ordered_class_names, read_part
+from fewtokens.data.video.parts import check_same_classes, ordered_class_names, read_part
 from fewtokens.data.video.reader import Reader
 from fewtokens.data.video.records import Skipped, Video
 from fewtokens.data.video.sampling import FixedViews, RandomClip, Sampling
@@ -147,6 +147,7 @@ class Videos(DataModule):
     def _read_list(self, part: Part, source: str) -> tuple[Sequence[Video | ManifestRow], list[Skipped]]:
         order = [self.parts.get("train"), source]
         names = ordered_class_names(self.root, self.classes, order, self.num_classes, self.multilabel)
+        check_same_classes(self.root, self.parts | {part: source}, names)
         self.class_names = names
         return read_part(self.root, source, part, self.num_classes, multilabel=self.multilabel, classes=names or None)
 

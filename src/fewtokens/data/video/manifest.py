@@ -6,6 +6,7 @@ file again.
 
 import csv
 import io
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
@@ -84,6 +85,24 @@ def write(file: Path, rows: Iterable[ManifestRow]) -> None:
             # takes it for the end of the line.
             returns = "\r" in row.video.path or "\r" in (row.reason or "")
             (quoting if returns else writer).writerow(_cells(row))
+
+
+def summary_file(file: Path) -> Path:
+    """Return the summary of a manifest: `<its name without .csv>.summary.json`, beside it."""
+    return file.with_suffix(".summary.json")  # .json alone is the suffix of official annotations
+
+
+def class_names(file: Path) -> list[str]:
+    """Return the class names of a manifest in the order of their numbers, from its summary.
+
+    The list is empty if there is no summary, or if the classes had no names.
+    """
+    try:
+        content = json.loads(summary_file(file).read_bytes())
+    except (OSError, ValueError):
+        return []
+    names = content.get("classes") if isinstance(content, dict) else None
+    return list(map(str, names)) if isinstance(names, list) else []
 
 
 def _cells(row: ManifestRow) -> list[object]:

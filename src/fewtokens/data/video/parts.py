@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fewtokens.data.image import folders
@@ -10,7 +10,7 @@ from fewtokens.data.video import annotations, manifest
 from fewtokens.data.video.annotations import SOURCES_HELP, VIDEO_SUFFIXES
 from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.records import Skipped, Video
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, listed
 
 
 def read_part(
@@ -89,10 +89,15 @@ def list_videos(
 
 
 def class_names(root: Path, source: str, multilabel: bool) -> list[str]:
-    """Return the sorted class names of a list; of class folders without opening them; empty if classes are numbers."""
+    """Return the class names of a list in the order of their numbers; an empty list if classes are numbers.
+
+    Those of class folders are found without opening the folders, and those of a manifest stand in its summary.
+    """
     path = root / source
     if path.is_dir():
         return sorted(map(_normalized, folders.class_names(path)))
+    if is_manifest(path):
+        return manifest.class_names(path)
     return _names(annotations.parse(path, root, multilabel)[0])
 
 
@@ -103,8 +108,8 @@ def ordered_class_names(
 
     Args:
         root: Folder that contains the videos.
-        file: File of class names (`data.classes`). None: the names of the first of `sources` that exists and is not a
-            manifest, sorted.
+        file: File of class names (`data.classes`). None: the names of the first of `sources` that exists, sorted; those
+            of a manifest stand in its summary.
         sources: Lists of videos, relative to the root or absolute.
         num_classes: Number of classes that is expected.
         multilabel: Whether a video may have any number of classes.
@@ -112,7 +117,8 @@ def ordered_class_names(
     Raises:
         FewtokensError: The number of names differs from `num_classes`.
     """
-    named = [s for s in sources if s is not None and (root / s).exists() and not is_manifest(root / s)]
+    named = [s for s in sources if s is not None and (root / s).exists()]
+    named = [s for s in named if not is_manifest(root / s) or manifest.class_names(root / s)]
     if file is not None:
         names, origin = read_classes(root / file), root / file
     elif named:
@@ -125,6 +131,36 @@ def ordered_class_names(
             f"data.num_classes={len(names)}, or list all names in their order in a file: data.classes=<file>."
         )
     return names
+
+
+def check_same_classes(root: Path, sources: Mapping[str, str | None], names: Sequence[str]) -> None:
+    """Raise an error if a manifest was written with other class names, since its labels would be wrong.
+
+    A manifest contains class numbers, in the order of the names that `prepare` knew, which its summary lists. If there
+    is no summary, or if the list had numbers, there is nothing to compare.
+
+    Args:
+        root: Folder that contains the videos.
+        sources: The list of each part, relative to the root or absolute.
+        names: All class names in the order of their numbers.
+
+    Raises:
+        FewtokensError: The names of a manifest differ.
+    """
+    expected = [*map(_normalized, names)]
+    for part, source in sources.items():
+        path = root / (source or "")
+        found = [*map(_normalized, manifest.class_names(path))] if source is not None and is_manifest(path) else []
+        if found and expected and found != expected:
+            missing, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+            lacks = [f"lacks {listed(missing)}"] if missing else []
+            lacks += [f"has {listed(more)}, which the others lack"] if more else []
+            raise FewtokensError(
+                f"The manifest {path} of the {part} part numbers {len(found)} classes differently from the "
+                f"{len(expected)} classes of this data set: it {' and '.join(lacks) or 'has another order'}. Write the "
+                "manifests of all parts again with the same `python -m fewtokens.data.prepare --classes <file>`, where "
+                "the file names all classes."
+            )
 
 
 def read_classes(path: Path) -> list[str]:
