@@ -58,9 +58,27 @@ def test_a_run_says_what_it_could_not_read_and_how_it_counted(composed, tmp_path
     assert any("over the 2 videos that were read, without the 1 skipped" in record.message for record in caplog.records)
 
 
+def test_a_run_that_ends_for_its_broken_videos_names_them(composed, tmp_path: Path) -> None:
+    root = videos.write_folders(tmp_path / "set")
+    with pytest.raises(FewtokensError, match=r"more than data\.max_broken=0 allows"):
+        training.run(composed(*TINY, f"data.root={root}", "trainer=cpu", "data.max_broken=0.0"))
+    with open(tmp_path / "run" / "skipped.csv") as file:
+        assert [(row["part"], row["path"]) for row in csv.DictReader(file)] == [("train", "train/b/1.mp4")]
+
+
+def test_a_run_without_a_readable_video_names_all(composed, tmp_path: Path) -> None:
+    root = videos.write_folders(tmp_path / "set")
+    for file in (root / "train").rglob("*.mp4"):
+        file.write_bytes(b"no video")
+    with pytest.raises(FewtokensError, match="4 training videos in a row cannot be read"):
+        training.run(composed(*TINY, f"data.root={root}", "trainer=cpu", "data.max_broken=1.0"))
+    with open(tmp_path / "run" / "skipped.csv") as file:
+        assert len(list(csv.DictReader(file))) == 4
+
+
 def test_skipped_csv_holds_file_names_of_any_kind(tmp_path: Path) -> None:
     skipped = [Skipped("test", name, "there is no such file") for name in ("a\r.mp4", "a,\n.mp4", "\udcff.mp4")]
-    skipped_videos._write(tmp_path, skipped)
+    skipped_videos._write(tmp_path / "skipped.csv", skipped)
     with open(tmp_path / "skipped.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
         assert [Skipped(*row) for row in csv.reader(file)][1:] == skipped
 

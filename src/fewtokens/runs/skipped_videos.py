@@ -2,17 +2,41 @@
 
 import csv
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
 from fewtokens.data.video.datamodule import Videos
-from fewtokens.data.video.records import Skipped
+from fewtokens.data.video.records import Skipped, UnreadableInARowError
 from fewtokens.errors import FewtokensError
 from fewtokens.files import replace_file
 from fewtokens.runs.job import Job
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def written_on_failure(job: Job) -> Iterator[None]:
+    """Return a context for training and test, at whose failure or stop the skipped videos are written nevertheless.
+
+    The processes cannot gather them then, since the others may have ended: process 0 writes its own to `skipped.csv`,
+    and process r to `skipped.<r>.csv`.
+
+    Args:
+        job: The run.
+    """
+    try:
+        yield
+    except BaseException as error:
+        last = error.skipped if isinstance(error, UnreadableInARowError) else []
+        skipped = sorted({*job.data.skipped, *last}) if isinstance(job.data, Videos) else []
+        rank = job.trainer.global_rank
+        if skipped:
+            with suppress(FewtokensError):  # the error that ended the run is the one to report
+                _write(job.directory / (f"skipped.{rank}.csv" if rank else "skipped.csv"), skipped)
+        raise
 
 
 def summarize(job: Job, numbers: dict[str, float]) -> dict[str, float]:
@@ -44,7 +68,7 @@ def summarize(job: Job, numbers: dict[str, float]) -> dict[str, float]:
     if replaced:
         counts["data/train_replaced"] = replaced
     if skipped and job.trainer.is_global_zero:
-        _write(job.directory, skipped)
+        _write(job.directory / "skipped.csv", skipped)
     if any(name.startswith("test/") for name in numbers):
         counts |= _test_numbers(tested, untested + job.data.skipped_at_setup("test"), numbers)
     return counts
@@ -69,8 +93,7 @@ def _test_numbers(read: float, skipped: float, numbers: dict[str, float]) -> dic
     return found
 
 
-def _write(directory: Path, skipped: list[Skipped]) -> None:
-    path = directory / "skipped.csv"
+def _write(path: Path, skipped: list[Skipped]) -> None:
     with replace_file(path, newline="", errors="surrogateescape") as file:
         # All fields are quoted, since csv.writer does not quote a carriage return in a file name by itself.
         writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)

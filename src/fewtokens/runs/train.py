@@ -1,5 +1,6 @@
 """A training run: build, load the weights to start from, fit, test the best checkpoint, measure, report."""
 
+import logging
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -10,6 +11,8 @@ from fewtokens.runs.compose import checkpoint_of, run_to_resume
 from fewtokens.runs.config import instantiate
 from fewtokens.runs.distributed import child_processes_run_this_job
 from fewtokens.runs.job import Job
+
+log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -28,9 +31,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
         check(isinstance(cfg.test, bool), "test", "true or false", cfg.test)
         checkpoint = load_start_weights(parts)
         with child_processes_run_this_job(parts.directory):
-            numbers = fit(parts, checkpoint)
-            if cfg.test:
-                numbers |= test(parts)
+            with skipped_videos.written_on_failure(parts):
+                numbers = fit(parts, checkpoint)
+                if cfg.test:
+                    numbers |= test(parts)
             numbers |= skipped_videos.summarize(parts, numbers)
             measured, pictures = job.measure(parts)
             numbers |= measured
@@ -101,6 +105,13 @@ def fit(parts: Job, checkpoint: Path | None) -> dict[str, float]:
             f"{checkpoint} cannot be resumed with these settings: {type(error).__name__}: {first_line(error)}. Remove "
             "overrides that change the optimizer or the trainer, or start from its weights with init_from."
         ) from error
+    if checkpoint is not None and not parts.record.has_begun:
+        log.warning(
+            "Nothing is left to train: the run has reached trainer.max_epochs=%s or trainer.max_steps=%s. It is tested "
+            "again; to train on, raise trainer.max_epochs.",
+            parts.cfg.trainer.max_epochs,
+            parts.cfg.trainer.max_steps,
+        )
     parts.run.begin()  # unless training did it: a finished run that is resumed has nothing to train
     return parts.record.numbers | {"train/epochs": float(parts.trainer.current_epoch)}
 

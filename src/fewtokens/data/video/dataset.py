@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from fewtokens.data import seeding
 from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.reader import Reader
-from fewtokens.data.video.records import Skipped, UnreadableError, Video, VideoInfo
+from fewtokens.data.video.records import Skipped, UnreadableError, UnreadableInARowError, Video, VideoInfo
 from fewtokens.data.video.sampling import Sampling
 from fewtokens.errors import FewtokensError
 
@@ -124,7 +124,7 @@ class VideoDataset(Dataset):
                 skipped.append(Skipped(self.part, self.path(candidate), reason))
             else:
                 if self.part == "train":
-                    raise _too_many(skipped[-_MAX_TRIES:])
+                    raise UnreadableInARowError(skipped[-_MAX_TRIES:])
         return Clips(views[: len(indices)].permute(0, 1, 2, 5, 3, 4), self._targets(indices), skipped)
 
     def _candidates(self, epoch: int, index: int) -> Iterable[int]:
@@ -181,10 +181,3 @@ class VideoDataset(Dataset):
         for row, index in zip(targets, indices, strict=True):
             row[torch.from_numpy(self.labels(index))] = 1
         return targets
-
-
-def _too_many(skipped: list[Skipped]) -> FewtokensError:
-    return FewtokensError(
-        f"{len(skipped)} training videos in a row cannot be read; the last is {skipped[-1].path}: "
-        f"{skipped[-1].reason}. Find all unreadable files with `python -m fewtokens.data.prepare`."
-    )

@@ -92,6 +92,20 @@ class UnreadableError(FewtokensError):
         return UnreadableError, (self.path, self.reason)
 
 
+class UnreadableInARowError(FewtokensError):
+    """A training video and all that were tried in its place cannot be read. `skipped` lists them."""
+
+    def __init__(self, skipped: list[Skipped]) -> None:
+        super().__init__(
+            f"{len(skipped)} training videos in a row cannot be read; the last is {skipped[-1].path}: "
+            f"{skipped[-1].reason}. Find all unreadable files with `python -m fewtokens.data.prepare`."
+        )
+        self.skipped = skipped
+
+    def __reduce__(self) -> tuple:
+        return UnreadableInARowError, (self.skipped,)
+
+
 def require_decoder(name: str) -> None:
     """Check that a decoder exists and is installed, and PyAV as well, which counts the frames for all decoders.
 
