@@ -196,6 +196,11 @@ def test_no_weight_decay_names_positions_class_and_register_tokens() -> None:
             {"options": {"class_token": False}},
             r"`backbone\.options` must be arguments of timm's .*'class_token': False",
         ),
+        ({"options": {"qk_norm": "abc"}}, r"`backbone\.options\.qk_norm` must be true or false, got 'abc'"),
+        ({"options": {"reg_tokens": 1.5}}, r"`backbone\.options\.reg_tokens` must be an int, got 1\.5"),
+        ({"options": {"init_values": "x"}}, r"`backbone\.options\.init_values` must be a number or null, got 'x'"),
+        ({"options": {"mlp_ratio": 0}}, r"`backbone\.options\.mlp_ratio` must be a number > 0, got 0"),
+        ({"options": {"drop_path_rate": 1}}, r"`backbone\.options\.drop_path_rate` must be a share in \[0, 1\), got 1"),
         ({"options": {"norm_layer": "nonorm"}}, r"`backbone\.options` must be arguments of timm's .*nonorm"),
     ],
 )

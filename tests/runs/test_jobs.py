@@ -215,6 +215,9 @@ def test_an_offline_wandb_run_is_recorded_and_closed(composed, tmp_path: Path, m
         ("name=../x", "`name` must be the name of a folder below outputs/, got '../x'"),
         ("paths.outputs=null", "`paths.outputs` must be a folder, got None"),
         ("test=7", "`test` must be true or false, got 7"),
+        ("+backbone.options.qk_norm=abc", "`backbone.options.qk_norm` must be true or false, got 'abc'"),
+        ("callbacks.best.filename=last", r"Two callbacks would write .*/checkpoints/last\.ckpt"),
+        ("+callbacks.best.save_last=true", r"Two callbacks would write .*/checkpoints/last\.ckpt"),
     ],
 )
 def test_mistakes_are_answered_with_a_sentence(composed, override: str, words: str) -> None:
@@ -241,6 +244,16 @@ def test_mistakes_are_answered_with_a_sentence(composed, override: str, words: s
 def test_settings_of_the_trainer_that_lightning_accepts_in_silence(composed, override: str, words: str) -> None:
     with pytest.raises(FewtokensError, match=f"`trainer.{override.partition('=')[0]}` must be {words}"):
         training.check_length(composed(f"trainer.{override}").trainer)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_a_machine_without_a_gpu_is_named(composed, monkeypatch: pytest.MonkeyPatch, accelerator: str) -> None:
+    for kind in ("CUDA", "MPS"):
+        monkeypatch.setattr(f"lightning.pytorch.accelerators.{kind}Accelerator.is_available", lambda: False)
+    with pytest.raises(
+        FewtokensError, match=f"accelerator={accelerator} needs a GPU, but torch finds none.*trainer=cpu"
+    ):
+        build_trainer(composed("trainer=gpu", f"trainer.accelerator={accelerator}").trainer)
 
 
 def test_a_run_without_a_progress_bar(composed, tmp_path: Path) -> None:
@@ -328,12 +341,14 @@ def test_a_run_that_cannot_be_resumed_stays_as_it_was(composed, tmp_path: Path, 
     assert yaml.safe_load((run / "config.0.yaml").read_text())["trainer"]["max_epochs"] == 3
 
 
-def test_a_finished_run_that_is_resumed_keeps_its_report(composed, tmp_path: Path) -> None:
+def test_a_finished_run_that_is_resumed_keeps_its_report(composed, tmp_path: Path, caplog) -> None:
     training.run(composed(*TINY, "tokenizer=none", "tokenizer.at=[]", directory="dense"))
     first = training.run(composed(*TINY, f"init_from={tmp_path / 'dense'}"))
     rows = (tmp_path / "run" / "metrics.csv").read_text()
     (tmp_path / "run" / "report.json").unlink()
+    assert "Nothing is left to train" not in caplog.text
     again = training.run(composed(f"resume={tmp_path / 'run'}"))
+    assert "Nothing is left to train: the run has reached trainer.max_epochs=1" in caplog.text
     assert {"val/top1", "val/loss", "init/loaded", "train/epochs", "test/top1"} <= first.keys()
     assert {k: v for k, v in again.items() if k != "train/seconds"} == {
         k: v for k, v in first.items() if k != "train/seconds"

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from fewtokens.backbones.vit import TokenizerRecipe, ViT, check_sizes
+from fewtokens.backbones.vit import TokenizerRecipe, ViT, check_options, check_sizes
 from fewtokens.errors import FewtokensError, first_line, listed
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
@@ -57,6 +57,7 @@ def timm_vit(
             fit the model.
     """
     _check_family(name)
+    check_options(options or {})
     settings = dict(img_size=image_size, num_classes=num_classes, in_chans=channels, **(options or {}))
     try:
         with _offline_without_network() if pretrained else nullcontext():

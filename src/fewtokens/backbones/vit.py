@@ -10,6 +10,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from fewtokens.arguments import argument_types, described, fits
 from fewtokens.backbones.encoder import At, Build, Encoder
 from fewtokens.errors import FewtokensError, check
 from fewtokens.layers.attention import Attention
@@ -251,8 +252,9 @@ def pool_settings(pool: str, norm: str | None, options: Mapping[str, Any]) -> di
     """Return the options with timm's arguments for the pooling and for the position of the final norm.
 
     Raises:
-        FewtokensError: There is no such position, or it is given twice.
+        FewtokensError: There is no such position, or it is given twice; or an option has a wrong value.
     """
+    check_options(options)
     check(norm in (None, *get_args(Norm)), "backbone.norm", "'before_pool', 'after_pool' or null", norm)
     if norm is not None and "fc_norm" in options:
         raise FewtokensError(
@@ -272,10 +274,6 @@ def build_timm(options: Mapping[str, Any], **settings: Any) -> VisionTransformer
     Raises:
         FewtokensError: timm does not accept the options.
     """
-    ratio, rates = options.get("mlp_ratio", 4.0), {k: v for k, v in options.items() if k.endswith("_rate")}
-    check(isinstance(ratio, int | float) and ratio > 0, "backbone.options.mlp_ratio", "a number > 0", ratio)
-    for name, rate in rates.items():
-        check(isinstance(rate, int | float) and 0 <= rate < 1, f"backbone.options.{name}", "a share in [0, 1)", rate)
     try:
         return VisionTransformer(**{"block_fn": Block, "attn_layer": Attention} | settings, **options)
     except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:  # timm has no exception of its own
@@ -285,6 +283,24 @@ def build_timm(options: Mapping[str, Any], **settings: Any) -> VisionTransformer
             f"`backbone.options` must be arguments of timm's VisionTransformer, got {dict(options)}: {error}. "
             "See help(timm.models.vision_transformer.VisionTransformer)."
         ) from error
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise an error for options of timm's VisionTransformer with values of another type or out of range.
+
+    timm checks neither: it takes any text for true.
+
+    Raises:
+        FewtokensError: A value is wrong. Names that timm does not know are left to timm.
+    """
+    types, _ = argument_types(VisionTransformer)
+    for name in types.keys() & options.keys():
+        key, value = f"backbone.options.{name}", options[name]
+        # Hydra passes a class or a function as an object, which no plain type describes.
+        check(callable(value) or fits(value, types[name]), key, described(types[name]), value)
+        if name.endswith("_rate"):
+            check(0 <= value < 1, key, "a share in [0, 1)", value)
+    check(options.get("mlp_ratio", 4.0) > 0, "backbone.options.mlp_ratio", "a number > 0", options.get("mlp_ratio"))
 
 
 def check_sizes(image_size: Size, patch_size: Size, dim: int, heads: int, depth: int) -> None:

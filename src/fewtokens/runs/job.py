@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, open_dict
 from PIL import Image
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from fewtokens.analysis.evaluation import load_test_images, measured_on, random_images, unwrap_compiled
 from fewtokens.backbones.vit import ViT
+from fewtokens.callbacks.last_checkpoint import LastCheckpoint
 from fewtokens.callbacks.pictures import log_picture, log_video
-from fewtokens.errors import check, check_choice
+from fewtokens.errors import FewtokensError, check, check_choice
 from fewtokens.runs import config, report
 from fewtokens.runs.checkpoints import AtomicCheckpointIO
 from fewtokens.runs.config import instantiate
@@ -128,6 +130,7 @@ def build(cfg: DictConfig, run: RunDirectory) -> Job:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     if not loggers:  # Lightning refuses to monitor the learning rate without a logger
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    _check_checkpoint_files(callbacks)
     trainer = build_trainer(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
     resolved = config.plain(cfg, resolve=True)
     for logger in loggers:
@@ -146,6 +149,12 @@ def build_trainer(node: DictConfig, **parts: Any) -> Trainer:
     with open_dict(settings):
         precision = settings.pop("float32_matmul_precision", "highest")
     check_choice("trainer.float32_matmul_precision", precision, ("highest", "high", "medium"))
+    kinds = {"cuda": (CUDAAccelerator,), "gpu": (CUDAAccelerator, MPSAccelerator)}.get(settings.get("accelerator"))
+    if kinds is not None and not any(kind.is_available() for kind in kinds):
+        raise FewtokensError(
+            f"trainer.accelerator={settings.accelerator} needs a GPU, but torch finds none on this machine. Use "
+            "trainer=cpu, or check the driver with: python -c 'import torch; torch.zeros(1).cuda()'"
+        )
     torch.set_float32_matmul_precision(precision)
     return instantiate(settings, **parts)
 
@@ -156,6 +165,23 @@ def _objects(cfg: DictConfig, group: str) -> list[Any]:
         valid = node is None or (isinstance(node, DictConfig) and (not node or "_target_" in node))
         check(valid, f"{group}.{name}", "null, or values with a _target_", node)
     return [instantiate(node) for node in cfg[group].values() if node]
+
+
+def _check_checkpoint_files(callbacks: list[Any]) -> None:
+    """Raise an error if two callbacks would write the same checkpoint."""
+    files: list[Path] = [callback.path for callback in callbacks if isinstance(callback, LastCheckpoint)]
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            names = [callback.filename] if callback.filename else []
+            names += [callback.CHECKPOINT_NAME_LAST] if callback.save_last else []
+            files += [Path(callback.dirpath, name).with_name(f"{Path(name).name}.ckpt") for name in names]
+    resolved = [file.resolve() for file in files]
+    if twice := [str(file) for file in files if resolved.count(file.resolve()) > 1]:
+        raise FewtokensError(
+            f"Two callbacks would write {twice[0]}, and one would overwrite what the other saves. Give the checkpoints "
+            "different names: callbacks.best.filename is the one with the best validation loss, callbacks.last.path "
+            "the one to resume from."
+        )
 
 
 def load_images(cfg: DictConfig, task: LightningModule, source: str, count: int) -> Float[Tensor, "b c *t h w"]:
