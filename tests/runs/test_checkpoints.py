@@ -69,6 +69,37 @@ def test_the_weights_of_a_dense_run_fit_every_method_without_parameters(
         assert all(map(torch.equal, task.parameters(), dense.parameters()))
 
 
+def test_only_the_tokenizer_is_named_if_only_its_parameters_differ(composed, tmp_path: Path) -> None:
+    task, dense = (instantiate(composed(*TINY, *more).task) for more in ([], ["tokenizer=none", "tokenizer.at=[]"]))
+    torch.save({"state_dict": task.state_dict()}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": dense.state_dict()}, tmp_path / "dense.ckpt")
+    said = r"trained with another tokenizer than the configured one.*tokenizer=run.*dense run.*init_from"
+    for model, file in ((dense, "a.ckpt"), (task, "dense.ckpt")):
+        with pytest.raises(FewtokensError, match=said):
+            checkpoints.load_model(model, tmp_path / file)
+    other = instantiate(composed(*TINY, "backbone.depth=3", "tokenizer=none", "tokenizer.at=[]").task)
+    with pytest.raises(FewtokensError, match="Remove overrides that change the parameters"):
+        checkpoints.load_model(other, tmp_path / "a.ckpt")
+
+
+def test_as_many_patches_in_another_grid_are_refused(composed, tmp_path: Path) -> None:
+    cfg = composed(*TINY, "backbone.image_size=[4,16]")
+    task = instantiate(cfg.task)
+    torch.save({"state_dict": task.state_dict(), "config": OmegaConf.to_yaml(cfg)}, tmp_path / "a.ckpt")
+    checkpoints.load_model(task, tmp_path / "a.ckpt")
+    with pytest.raises(FewtokensError, match=r"belong to 2x8 patches, and the configured model has 4x4\. .*init_from="):
+        checkpoints.load_model(instantiate(composed(*TINY).task), tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("state", [5, [1], {"model.a": "text"}])
+def test_a_state_that_is_no_mapping_of_tensors_is_refused(composed, tmp_path: Path, state: object) -> None:
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    task = instantiate(composed(*TINY).task)
+    for load in (checkpoints.load_model, checkpoints.start_from):
+        with pytest.raises(FewtokensError, match="its `state_dict` does not map names to tensors"):
+            load(task, tmp_path / "a.ckpt")
+
+
 def test_weights_that_do_not_fit_are_named(composed, tmp_path: Path) -> None:
     task = instantiate(composed(*TINY).task)
     torch.save({"state_dict": task.state_dict()}, tmp_path / "a.ckpt")

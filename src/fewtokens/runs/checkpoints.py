@@ -59,16 +59,25 @@ def load_model(task: nn.Module, path: Path) -> None:
     """Load the model of a checkpoint into a task. The task's metrics and other state stay.
 
     Raises:
-        FewtokensError: Names or shapes of parameters differ.
+        FewtokensError: Names or shapes of parameters differ, or the positions belong to another grid of patches.
     """
     state, own = _models(task, path)
     missing, unexpected, mismatched = _differences(state, own)
-    if missing or unexpected or mismatched:
+    differing = [*missing, *unexpected, *mismatched]
+    details = f"missing {listed(missing)}, unexpected {listed(unexpected)}, of another shape {listed(mismatched)}"
+    if differing and all(".tokenizer." in name for name in differing):
         raise FewtokensError(
-            f"{path} does not fit the {len(own)} parameters and buffers of the configured model: missing "
-            f"{listed(missing)}, unexpected {listed(unexpected)}, of another shape {listed(mismatched)}. Remove "
+            f"{path} was trained with another tokenizer than the configured one, and the parameters of the two differ: "
+            f"{details}. Use the tokenizer of the run (tokenizer=run, or no override of it), or the checkpoint of a "
+            "dense run (tokenizer=none) for a method without parameters. A tokenizer with parameters must be trained "
+            "first: train.py init_from=<run>."
+        )
+    if differing:
+        raise FewtokensError(
+            f"{path} does not fit the {len(own)} parameters and buffers of the configured model: {details}. Remove "
             "overrides that change the parameters. A tokenizer with parameters must be trained first."
         )
+    _check_grid(state, unwrap_compiled(task.model), path)
     task.load_state_dict(state, strict=False)  # names of the model were just checked; the state has no others
 
 
@@ -115,6 +124,12 @@ def start_from(task: nn.Module, path: Path) -> dict[str, float]:
 def _models(task: nn.Module, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the state of the checkpoint's model, and that of the task's model."""
     state = read(path).get("state_dict", {})
+    valid = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not valid or not all(isinstance(state[name], Tensor) for name in state if name.startswith(MODEL)):
+        raise FewtokensError(
+            f"{path} is not a checkpoint of train.py: its `state_dict` does not map names to tensors. Use a checkpoint "
+            "of a run, or load the weights of another tool with backbone.weights=<file>."
+        )
     # Other tools' compiled modules write this prefix. Ours are compiled in place.
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name.startswith(MODEL)}
     return state, {name: value for name, value in task.state_dict().items() if name.startswith(MODEL)}
@@ -140,6 +155,24 @@ def _resample_positions(state: dict[str, Tensor], own: dict[str, Tensor], model:
         patches, kernel = table.shape[1] - count, state.get(f"{prefix}vit.patch_embed.proj.weight")
         old = _layout(patches, new, kernel, path) if vit is model else (patches, 1, 1)
         state[name] = resample_positions(table, count, old, new)
+
+
+def _check_grid(state: dict[str, Tensor], model: Any, path: Path) -> None:
+    """Raise an error if the positions in `state` belong to as many patches in another grid.
+
+    Raises:
+        FewtokensError: The image size in the config of the run gives other rows and columns.
+    """
+    kernel, sides = state.get(f"{MODEL}vit.patch_embed.proj.weight"), _image_size(path)
+    if kernel is None or sides is None or f"{MODEL}vit.pos_embed" not in state:
+        return
+    old, new = (sides[0] // kernel.shape[-2], sides[1] // kernel.shape[-1]), model.encoder.tokenizers[0].context.grid
+    if old != new:
+        raise FewtokensError(
+            f"The positions in {path} belong to {old[0]}x{old[1]} patches, and the configured model has "
+            f"{new[0]}x{new[1]}. Use data.image_size={list(sides)} as in the run, or start a training with "
+            f"init_from={path}, which resamples the positions."
+        )
 
 
 def _layout(patches: int, new: tuple[int, int, int], kernel: Tensor | None, path: Path) -> tuple[int, int, int]:
