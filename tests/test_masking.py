@@ -32,6 +32,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("python train.py +api_key=k seed=1", "python train.py +api_key=*** seed=1"),
         ("'+x.password=a b' seed=1", "'+x.password=*** b' seed=1"),
         ("x.hf_token='a b' y=1", "x.hf_token=*** y=1"),
+        ("logger:\n  api_key: k\n  hf_token: 'a b'\n", "logger:\n  api_key: ***\n  hf_token: ***\n"),
+        ("num_tokens: 8\nkey_dim: 16\nclass_token: true", None),
         ("num_tokens=8 key_dim=16 pool=token backbone.options.class_token=true", None),
         ("true, /home/me/key.pem, outputs_of_mine, false but longer", None),
     ],

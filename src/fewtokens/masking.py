@@ -13,7 +13,7 @@ _NAME = (
     r"|(?:api|access|private|secret|auth)_?key|(?:hf|hub|api|access|auth|bearer|refresh|wandb|secret)_?token)"
 )
 _KEY = re.compile(_NAME, re.IGNORECASE)
-_SETTING = re.compile(rf"(?<!\w)({_NAME}=)('[^']*'|\"[^\"]*\"|[^\s'\"]+)", re.IGNORECASE)
+_SETTING = re.compile(rf"(?<!\w)({_NAME}(?:=|: +))('[^']*'|\"[^\"]*\"|[^\s'\"]+)", re.IGNORECASE)
 _VARIABLE = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _HARMLESS = re.compile(r"FEWTOKENS_|TOKENIZERS_", re.IGNORECASE)  # prefixes that contain "TOKEN"
 
@@ -22,7 +22,7 @@ def mask(text: str) -> str:
     """Return a text with secrets replaced by asterisks.
 
     Secrets are the values of environment variables such as WANDB_API_KEY and HF_TOKEN, and those of keys such as
-    `api_key` on the command line, wherever they stand; and what follows `api_key=`.
+    `api_key` on the command line, wherever they stand; and what follows `api_key=` or `api_key: `.
     """
     return _replaced(text, _known())
 

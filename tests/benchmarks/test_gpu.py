@@ -44,6 +44,11 @@ def test_a_failed_or_slow_command_is_recorded_and_time_that_is_used_up_starts_no
     assert gpu.run_command(["-c", "raise SystemExit(3)"], 0.0)["status"] == "no time left"
 
 
+def test_secrets_are_masked_in_recorded_commands() -> None:
+    record = gpu.run_command(["train.py", "+api_key=0123456789", "logger=wandb"], 0.0)
+    assert record["command"] == "python train.py '+api_key=***' logger=wandb"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

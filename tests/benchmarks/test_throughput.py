@@ -43,7 +43,9 @@ def records(tmp_path: Path) -> list[dict]:
 def test_every_combination_is_a_record_per_tokenizer(command, tmp_path: Path) -> None:
     tokenizers = "tokenizers=[ats,'tome build.r=2','token_fuser at=0.5 tokenizer@tokenizer.inner=pool']"
     lists = ["batch=[1,2]", "mode=[inference,training]", "precision=[32-true,bf16-mixed]"]
-    done = command(COMMAND, *SMALL, tokenizers, *lists, "seconds=0.05", "sharpen=[20.0,10.0]")
+    done = command(COMMAND, *SMALL, tokenizers, *lists, "seconds=0.05", "sharpen=[20.0,10.0]", "+api_key=0123456789")
+    [path] = (tmp_path / "outputs").rglob("throughput.json")
+    assert "0123456789" not in path.read_text()
     found = records(tmp_path)
     names = ["none", "timm", "ats", "tome build.r=2", "token_fuser at=0.5 tokenizer@tokenizer.inner=pool"]
     assert [record["tokenizer"] for record in found] == names * 8

@@ -158,3 +158,16 @@ def test_outputs_that_cannot_be_written_are_named(command, tmp_path) -> None:
     done = command("train.py", "paths.outputs=file", code=1)
     assert "Not a directory. Check that the path exists, is writable" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", [["--cfg", "job"], ["--cfg", "all"], ["--info", "config"]])
+def test_secrets_are_masked_in_a_printed_config(monkeypatch, capsys, tmp_path, option: list[str]) -> None:
+    monkeypatch.setenv("MY_TOKEN", "value-of-my-token")
+    secrets = ["+logger.csv.api_key=abc", "+hf_token=hf_0123456789", "+note=value-of-my-token"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *option, *secrets])
+    module.command("train", lambda cfg: None)
+    printed = "".join(capsys.readouterr())
+    assert "hf_token: ***" in printed
+    assert "num_tokens: 8" in printed or option[0] == "--info"
+    assert not any(secret in printed for secret in ("abc\n", "hf_0123456789", "value-of-my-token"))

@@ -41,6 +41,7 @@ from fewtokens.data.image.folders import fit, read_pil
 from fewtokens.data.transforms.normalize import Pipeline
 from fewtokens.errors import FewtokensError, check
 from fewtokens.files import write_json
+from fewtokens.masking import mask
 from fewtokens.runs import eval as evaluation
 from fewtokens.runs import report
 from fewtokens.runs.cli import command
@@ -292,7 +293,7 @@ def _origin(cfg: DictConfig, paths: Sequence[Path]) -> dict[str, Any]:
         "images": {path.name: _sha256(path) for path in paths},
         "weights": None if weights is None else {Path(weights).name: _sha256(Path(weights))},
         "checkpoint": cfg.checkpoint,
-        "command": shlex.join(["python", "-m", "fewtokens.benchmarks.gallery", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "fewtokens.benchmarks.gallery", *map(mask, sys.argv[1:])]),
         **report.environment(torch.device("cpu"), ("torch", "timm", "scikit-learn", "fewtokens")),
     }
 

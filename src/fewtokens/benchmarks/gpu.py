@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fewtokens.errors import FewtokensError, check
 from fewtokens.files import write_json
+from fewtokens.masking import mask
 from fewtokens.runs import report
 
 HOME = Path(__file__).parents[3]
@@ -176,7 +177,7 @@ def affordable_epochs(seconds: float, step: Record) -> int:
 
 def run_command(command: Sequence[str], limit: float) -> Record:
     """Run a Python command with a time limit in seconds, and return its command line, status and duration."""
-    shown = shlex.join(["python", *(part.replace(f"{HOME}/", "") for part in command)])
+    shown = shlex.join(["python", *(mask(part.replace(f"{HOME}/", "")) for part in command)])
     if limit <= 0:
         return {"command": shown, "status": "no time left", "seconds": 0.0}
     started = time.monotonic()

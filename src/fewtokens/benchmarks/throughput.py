@@ -23,6 +23,7 @@ from fewtokens.benchmarks.timing import DENSE, Setting, time_models, timm_refere
 from fewtokens.benchmarks.variants import backbone_name, compose_with
 from fewtokens.errors import check, check_choice
 from fewtokens.files import write_json
+from fewtokens.masking import mask
 from fewtokens.runs import checkpoints, report
 from fewtokens.runs.cli import command
 from fewtokens.runs.compose import checkpoint_of
@@ -140,7 +141,7 @@ def _origin(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
         "images": cfg.images,
         "sharpen": None if cfg.sharpen is None else list(cfg.sharpen),
         "checkpoint": cfg.checkpoint,
-        "command": shlex.join(["python", "-m", "fewtokens.benchmarks.throughput", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "fewtokens.benchmarks.throughput", *map(mask, sys.argv[1:])]),
         **report.environment(device, ("torch", "timm", "fewtokens")),
     }
 

@@ -40,6 +40,7 @@ from fewtokens.data.video.reader import Reader
 from fewtokens.data.video.records import DECODERS, UnreadableError, Video, VideoInfo, require_decoder
 from fewtokens.data.video.sampling import Plan, RandomClip
 from fewtokens.errors import FewtokensError
+from fewtokens.masking import mask
 
 Variant = Callable[[int, int], object]  # reads the clip of video `index` that is sampled in epoch `epoch`
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     if args.write is not None:
-        words = [Path(word).name if "/" in word else word for word in arguments or sys.argv[1:]]
+        words = [Path(word).name if "/" in word else mask(word) for word in arguments or sys.argv[1:]]
         figures = {"command": " ".join(["python -m fewtokens.benchmarks.video_input", *words]), **figures}
         args.write.write_text(json.dumps(figures, indent=2) + "\n")
     return 0

@@ -1,7 +1,9 @@
 """The command line: compose the config, run the job, and answer errors with a sentence."""
 
+import contextlib
 import difflib
 import functools
+import io
 import os
 import re
 import sys
@@ -58,9 +60,10 @@ def command(name: str, job: Callable[[DictConfig], Any]) -> None:
         mask_logs()
         share_timestamp()
         compose_on_saved_runs()
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(
-            _describing_errors(job, name, failed)
-        )()
+        with _masked_config():
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(
+                _describing_errors(job, name, failed)
+            )()
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
@@ -72,6 +75,21 @@ def command(name: str, job: Callable[[DictConfig], Any]) -> None:
         sys.exit(1)
     if failed:
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _masked_config() -> Iterator[None]:
+    """Mask the secrets in what Hydra prints of the config with --cfg or --info. A job prints as usual."""
+    options = get_args_parser().parse_args()
+    if options.cfg is None and options.info is None:
+        yield
+        return
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        sys.stdout.write(mask(printed.getvalue()))
 
 
 def _describing_errors(
