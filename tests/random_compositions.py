@@ -79,7 +79,119 @@ SPARED = (
     "trainer.max_epochs", "trainer.max_steps", "data.video_frames", "data.copies", "data.decode_limit", "data.views",
     "logger.csv.directory", "callbacks.best.dirpath", "callbacks.last.dirpath", "callbacks.stop.path",
 )  # fmt: skip
-VALUES = {
+# Values of which most work, by the key or by the end of it: the ordinary overrides of ordinary users.
+USUAL: dict[str, list[str]] = {
+    "seed": ["7"],
+    "trainer.precision": ["bf16-mixed", "32-true"],
+    "trainer.accumulate_grad_batches": ["2"],
+    "trainer.gradient_clip_val": ["null", "0.5"],
+    "trainer.limit_train_batches": ["2"],
+    "trainer.log_every_n_steps": ["1"],
+    "trainer.num_sanity_val_steps": ["1"],
+    "trainer.val_check_interval": ["1.0"],
+    "trainer.enable_progress_bar": ["false"],
+    "trainer.enable_model_summary": ["true"],
+    "trainer.deterministic": ["true"],
+    "trainer.profiler": ["simple"],
+    "task.decay": ["all"],
+    "task.layer_decay": ["0.75"],
+    "task.label_smoothing": ["0.1"],
+    "task.mix.mixup": ["0.4"],
+    "task.mix.cutmix": ["1.0"],
+    "task.mix.probability": ["0.5", "0.0"],
+    "optimizer.lr": ["1.0e-3", "1.0"],
+    "optimizer.weight_decay": ["0.0", "0.3"],
+    "optimizer.momentum": ["0.8"],
+    "optimizer.betas": ["[0.8,0.9]"],
+    "optimizer.eps": ["1.0e-6"],
+    "optimizer.nesterov": ["false"],
+    "schedule.warmup": ["0.2", "3", "0.0"],
+    "schedule.final": ["0.1"],
+    "data.batch_size": ["3", "5"],
+    "data.eval_batch_size": ["2", "7"],
+    "data.drop_last": ["false"],
+    "data.split_seed": ["5"],
+    "data.train_transforms": ["[]"],
+    "data.image_backend": ["torchvision"],
+    "data.interpolation": ["bilinear"],
+    "data.crop_pct": ["0.9", "1.0"],
+    "data.min_scale": ["0.5"],
+    "data.flip": ["0.0"],
+    "data.val_images": ["6"],
+    "data.stride": ["2"],
+    "data.resize": ["24"],
+    "data.scale_jitter": ["[1.0,1.0]"],
+    "data.decoder": ["pyav", "decord"],
+    "data.max_broken": ["0.5"],
+    "backbone.depth": ["1", "2", "6"],
+    "backbone.heads": ["1", "4"],
+    "backbone.dim": ["32"],
+    "backbone.norm": ["before_pool", "after_pool"],
+    "backbone.grad_checkpointing": ["true"],
+    "backbone.dropout": ["0.0"],
+    "backbone.key_dim": ["8"],
+    "backbone.temporal_depth": ["0", "1"],
+    "backbone.model": [
+        "factorised_encoder",
+        "factorised_self_attention",
+        "factorised_self_attention_time_space",
+        "factorised_dot_product",
+    ],
+    "backbone.tubelets.frames": ["1", "4"],
+    "backbone.tubelets.sampled_frames": ["2"],
+    "backbone.name": ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"],
+    "backbone.options.mlp_ratio": ["2.0"],
+    "backbone.options.drop_path_rate": ["0.1"],
+    "backbone.options.proj_drop_rate": ["0.1"],
+    "backbone.options.act_layer": ["gelu_tanh", "silu"],
+    "tokenizer.at": ["0.5", "1", "[0,1]", "'0.5:'", "[0.25,0.5,0.75]", "[]"],
+    "build.keep_rate": ["0.25", "0.9", "1.0"],
+    "build.num_tokens": ["1", "3", "0.25"],
+    "build.r": ["1", "2"],
+    "build.inflection": ["1.0", "-1.0"],
+    "build.proportional": ["false"],
+    "build.rule": ["inverse_transform"],
+    "build.budget": ["4", "0.5", "all"],
+    "build.static": ["true"],
+    "build.sizes": ["false"],
+    "build.neighbors": ["2"],
+    "build.iterations": ["1"],
+    "build.significance": ["all"],
+    "build.fuse": ["false"],
+    "build.normalize": ["true", "false"],
+    "build.distance": ["l1", "linf"],
+    "build.epsilon": ["0.1"],
+    "build.scale": ["false"],
+    "build.pooling": ["sum"],
+    "build.gelu": ["none"],
+    "build.hidden": ["8"],
+    "build.groups": ["4"],
+    "build.dropout": ["0.1"],
+    "build.init": ["official"],
+    "build.ratio_weight": ["1.0"],
+    "build.seed": ["3"],
+    "callbacks.last.every_n_train_steps": ["1"],
+    "callbacks.ema.decay": ["0.9"],
+    "callbacks.pictures.every_n_epochs": ["1"],
+    "max_columns": ["2"],
+    "num_images": ["1", "3"],
+}
+# Keys of the backbone that the config does not list.
+ADDED = {
+    "qk_norm": "true",
+    "reg_tokens": "2",
+    "init_values": "0.1",
+    "qkv_bias": "false",
+    "pos_embed": "none",
+    "pre_norm": "true",
+    "patch_drop_rate": "0.2",
+    "drop_rate": "0.1",
+    "attn_drop_rate": "0.1",
+    "class_token": "true",
+}
+NEED_CLASS_TOKEN = ("ats", "top_k")
+KEEP_FRAMES = ("none", "token_learner", "token_learner_v11", "patch_merger", "sinkhorn", "sit", "pool", "fixed_pattern")
+HOSTILE = {  # values of every type, of which few work
     bool: ["true", "false", "null", "1", "maybe"],
     int: ["0", "1", "2", "3", "4", "7", "-1", "0.5", "1.5", "null", "many", "[1,2]", "true"],
     float: ["0", "0.0", "0.25", "0.5", "0.99", "1", "1.0", "2.5", "-0.5", "nan", "inf", "null", "much", "[0.5]"],
@@ -95,49 +207,89 @@ def options(group: str) -> list[str]:
 
 
 def overrides_of(number: int) -> list[str]:
-    """Return the overrides of composition `number`, the same in every process."""
+    """Return the overrides of composition `number`, the same in every process.
+
+    Two of three are ordinary: the parts fit together, and the values are usual. The others are anything.
+    """
     rng = random.Random(number)
+    ordinary = rng.random() < 0.67
     data = rng.choice(list(DATA))
+    clips = data in ("moving_digits", "kinetics400", "charades")
     backbone = rng.choice(options("backbone"))
-    if rng.random() < 0.85:  # mostly one that takes these data
-        clips = data in ("moving_digits", "kinetics400", "charades")
-        fitting = {True: "vivit_mini", False: rng.choice(["vit_mini", "vit_mini", "keras_mini_vit", "timm"])}
-        backbone = fitting[clips]
-    chosen = [f"data={data}", f"backbone={backbone}", f"tokenizer={rng.choice(options('tokenizer'))}"]
-    sizes = ["+backbone.options.depth=4", "backbone.name=vit_tiny_patch16_224"] if backbone == "timm" else SMALL
-    sizes = [*sizes, *([] if backbone == "timm" else ["++backbone.patch_size=4"] if "vivit" not in backbone else
-             ["backbone.tubelets.height=8", "backbone.tubelets.width=8"])]  # fmt: skip
-    if backbone != "keras_mini_vit" and rng.random() < 0.6:  # many methods need a class token
-        sizes += [] if backbone == "timm" else ["backbone.pool=token"]
-    for group in ("optimizer", "schedule", "task", "callbacks", "logger", "measure"):
-        if rng.random() < (0.05 if group == "task" else 0.25) or (group == "task" and data == "charades"):
-            named = [name for name in options(group) if name not in ("wandb",)]
-            chosen.append(
-                f"{group}={rng.choice(named)}" if data != "charades" or group != "task" else "task=multilabel"
-            )
-    if rng.random() < 0.05:
-        chosen.append(f"init_image={rng.choice(options('init_image'))}")
-    measure = next((choice for choice in chosen if choice.startswith("measure=")), None)
-    if measure is None:
+    if ordinary or rng.random() < 0.85:  # one that takes these data
+        backbone = "vivit_mini" if clips else rng.choice(["vit_mini", "vit_mini", "keras_mini_vit", "timm"])
+    tokenizer = rng.choice(options("tokenizer"))
+    if ordinary and backbone == "keras_mini_vit" and tokenizer in NEED_CLASS_TOKEN:
+        backbone = "vit_mini"
+    chosen = [f"data={data}", f"backbone={backbone}", f"tokenizer={tokenizer}"]
+    sizes = _sizes(backbone, data)
+    if backbone not in ("keras_mini_vit", "timm") and (rng.random() < 0.6 or (ordinary and tokenizer == "ats")):
+        sizes.append("backbone.pool=token")  # many methods need a class token
+    elif ordinary and tokenizer in NEED_CLASS_TOKEN and backbone != "timm":
+        sizes.append("backbone.pool=token")
+    chosen += _other_groups(rng, data, ordinary)
+    sizes += MEASURE[:1] if "measure=cost" in chosen else MEASURE if "measure=default" in chosen else []
+    given = [*chosen, *DATA[data], *sizes, *SHORT]
+    return [*given, *(_usual_changes(rng, given, tokenizer) if ordinary else _hostile_changes(rng, given))]
+
+
+def _sizes(backbone: str, data: str) -> list[str]:
+    if backbone == "timm":
+        patch = 4 if data == "cifar10" else 16
+        sizes = ["depth=2", "embed_dim=48", f"patch_size={patch}"]
+        return [*(f"+backbone.options.{size}" for size in sizes), "backbone.name=vit_tiny_patch16_224"]
+    patches = ["backbone.tubelets.height=8", "backbone.tubelets.width=8"]
+    return [*SMALL, *(patches if backbone.startswith("vivit") else ["++backbone.patch_size=4"])]
+
+
+def _other_groups(rng: random.Random, data: str, ordinary: bool) -> list[str]:
+    """Return options of the groups that each composition sets or leaves as they are."""
+    chosen = []
+    for group in ("optimizer", "schedule", "callbacks", "logger", "measure"):
+        if rng.random() < 0.3:
+            chosen.append(f"{group}={rng.choice([name for name in options(group) if name != 'wandb'])}")
+    if not any(choice.startswith("measure=") for choice in chosen):
         chosen.append("measure=none")
-    sizes += MEASURE[:1] if measure == "measure=cost" else MEASURE if measure == "measure=default" else []
-    return [*chosen, *DATA[data], *sizes, *SHORT, *_changes(rng, [*chosen, *sizes])]
+    if data == "charades" and (ordinary or rng.random() < 0.9):
+        chosen.append("task=multilabel")
+    elif not ordinary and rng.random() < 0.1:
+        chosen.append(f"task={rng.choice(options('task'))}")
+    if not ordinary and rng.random() < 0.1:
+        chosen.append(f"init_image={rng.choice(options('init_image'))}")
+    return chosen
 
 
-def _changes(rng: random.Random, chosen: list[str]) -> list[str]:
-    """Return up to four overrides of random keys by random values, mostly of the right type."""
+def _usual_changes(rng: random.Random, given: list[str], tokenizer: str) -> list[str]:
+    """Return up to six overrides of `USUAL` and `ADDED`, which mostly work together."""
+    keys = [key for key, _ in _leaves(composed(given, Path("unused")))]
+    found = {}
+    for name in rng.sample(sorted(USUAL), 24):
+        matching = [key for key in keys if key == name or key.endswith(f".{name}")]
+        if len(found) < 6 and matching:
+            found[rng.choice(matching)] = rng.choice(USUAL[name])
+    over_time = found.get("backbone.model", "").startswith(("factorised_self", "factorised_dot"))
+    if over_time and (tokenizer not in KEEP_FRAMES or "backbone.pool=token" in given):
+        del found["backbone.model"]
+    if "backbone.options" in keys and rng.random() < 0.3:
+        name = rng.choice(list(ADDED))
+        found[f"+backbone.options.{name}"] = ADDED[name]
+    return [f"{key}={value}" for key, value in found.items()][: rng.randrange(7)]
+
+
+def _hostile_changes(rng: random.Random, given: list[str]) -> list[str]:
+    """Return up to three overrides of random keys by random values, mostly of the right type."""
     try:
-        cfg = composed(chosen, Path("unused"))
+        cfg = composed(given, Path("unused"))
     except Exception:  # the composition itself says it
         return []
     keys = [(key, kind) for key, kind in _leaves(cfg) if not key.startswith(SPARED)]
     found = []
-    for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
+    for _ in range(rng.choice([0, 1, 1, 2, 3])):
         group = rng.choice(["tokenizer", "backbone", "data", "task", "trainer", "optimizer", "schedule", ""])
         own = [entry for entry in keys if entry[0].startswith(f"{group}.")] or keys
         key, kind = rng.choice(own)
-        other = rng.choice(list(VALUES)) if rng.random() < 0.1 else kind
-        found.append(f"{key}={rng.choice(VALUES.get(other, VALUES[str]))}")
+        other = rng.choice(list(HOSTILE)) if rng.random() < 0.1 else kind
+        found.append(f"{key}={rng.choice(HOSTILE.get(other, HOSTILE[str]))}")
     return found
 
 
