@@ -1,9 +1,10 @@
 """K-medoids: cluster the patches, and keep the patch that represents each cluster best.
 
 Marin et al., "Token Pooling in Vision Transformers", 2021 (arXiv 2110.03860; WACV 2023), weighted K-medoids; also in
-Haurum et al., "Which Tokens to Use?", 2023 (arXiv 2308.04657). The paper's objective and weights are from memory and
-from a summary, since no code of its authors was found. The code of Haurum et al., JoakimHaurum/TokenReduction, was
-read; `KMedoids` lists the differences.
+Haurum et al., "Which Tokens to Use?", 2023 (arXiv 2308.04657). The aim is that of the first paper's abstract: few
+tokens from which all can be approximated with the smallest error, found by clustering. `KMedoids` says what exactly is
+minimized here; this was not compared with the paper's equations, and no code of its authors was found. The code of
+Haurum et al., JoakimHaurum/TokenReduction, was read; `KMedoids` lists the differences.
 """
 
 from typing import Literal

@@ -48,6 +48,9 @@ class ToMe(Tokenizer):
     for MAE. The method has no parameters and works in pretrained models. Class, distillation and register tokens are
     never merged.
 
+    The pairs are found here, by `match`. `Tokens.merge` replaces them by their means and adds up their sizes,
+    `Tokens.bias` turns sizes into the bias of attention (log(size)), and `Tokens.mean` weighs the pooling by them.
+
     Args:
         context: The place in the encoder; the official code uses every block.
         r: Number of tokens that each block merges away (at most half of the patches), or a list with one number for
