@@ -1,6 +1,7 @@
 """Helpers of all measures: the model in evaluation mode and on the right device, and samples of the test set."""
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import lightning as L
@@ -111,3 +112,12 @@ def class_names(datamodule: L.LightningDataModule | None, num_classes: int) -> l
     """Return the names of the classes. A class without a known name is named by its number."""
     names = getattr(datamodule, "class_names", None) or []
     return [str(name) for name in names] if len(names) == num_classes else [str(i) for i in range(num_classes)]
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Return half the width of the 95 % confidence interval of the mean (Student's t), or None for a single value."""
+    from scipy.stats import t as student  # scipy takes a second to import
+
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5

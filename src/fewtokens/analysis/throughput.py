@@ -64,7 +64,8 @@ class Throughput:
 
         candidates = {"tokenizer": partial(forward, reducing), "dense": partial(forward, dense)}
         try:
-            with evaluating(model), torch.inference_mode(), self._autocast(task):
+            precision = self.precision or trainer_precision(task)
+            with evaluating(model), torch.inference_mode(), autocast(task.device, precision):
                 times = time_in_turns(candidates, self.seconds, partial(seconds_on, device=images.device))
         finally:
             encoder.replace_tokenizers(reducing)
@@ -77,9 +78,11 @@ class Throughput:
             "throughput/batch_size": float(len(images)),
         }
 
-    def _autocast(self, task: L.LightningModule) -> AbstractContextManager:
-        trainer = getattr(task, "_trainer", None)  # the public property raises an error if there is none
-        return autocast(task.device, self.precision or (trainer.precision if trainer is not None else "32-true"))
+
+def trainer_precision(task: L.LightningModule) -> str:
+    """Return the precision of the task's trainer, or "32-true" without one."""
+    trainer = getattr(task, "_trainer", None)  # the public property raises an error if there is none
+    return "32-true" if trainer is None else str(trainer.precision)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -18,8 +18,9 @@ from statistics import mean
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from fewtokens.analysis.evaluation import interval
 from fewtokens.benchmarks import tradeoff
-from fewtokens.benchmarks.tradeoff import Point, frontier, interval
+from fewtokens.benchmarks.tradeoff import Point, frontier
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import report
 from fewtokens.runs.pages import page, run_page

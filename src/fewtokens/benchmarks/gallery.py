@@ -1,7 +1,6 @@
 """Draw what methods keep, drop or merge in photographs: python -m fewtokens.benchmarks.gallery [key=value ...]."""
 
 import hashlib
-import logging
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -35,7 +34,7 @@ from fewtokens.analysis.pictures.sheet import (
 from fewtokens.analysis.pictures.token_maps import Kind, count_tokens, kind_of, marks, origin_by_step, stage
 from fewtokens.backbones.encoder import block_indices
 from fewtokens.backbones.vit import ViT
-from fewtokens.benchmarks.variants import backbone_name, compose_with
+from fewtokens.benchmarks.variants import backbone_name, with_method
 from fewtokens.data import seeding
 from fewtokens.data.image.folders import fit, read_pil
 from fewtokens.data.transforms.normalize import Pipeline
@@ -48,7 +47,6 @@ from fewtokens.runs.cli import command
 from fewtokens.runs.config import instantiate, save
 from fewtokens.runs.job import start
 
-log = logging.getLogger(__name__)
 PHOTOGRAPHS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
 BETWEEN = 18  # pixels between the photographs
 TEXT = 17  # size of the text in pixels
@@ -160,31 +158,6 @@ def load_photographs(paths: Sequence[Path], model: ViT) -> UInt8[Tensor, "b c h 
     check(len(shape) == 3, "backbone", "a model of images", f"one of clips {shape}")
     check(shape[0] in (1, 3), "data.channels", "1 or 3", shape[0])
     return torch.stack([fit(read_pil(path), shape) for path in paths])
-
-
-def with_method(model: ViT, entry: str) -> tuple[ViT | None, str]:
-    """Return the model with a method at work and the same weights, and the name of the method's class.
-
-    The model is None, with a warning, if the method has parameters that the weights lack.
-    """
-    cfg = compose_with(entry, "methods")
-    for key, none in (("weights", None), ("pretrained", False)):  # those of the model are copied below
-        if key in cfg.backbone:
-            cfg.backbone[key] = none
-    name = str(cfg.tokenizer.build._target_).rpartition(".")[2]
-    variant, state = unwrap_compiled(instantiate(cfg.backbone)), model.state_dict()
-    own = variant.state_dict()
-    lacking = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
-    if lacking:
-        log.warning(
-            "%s is left out: the weights lack %d of its parameters. Give checkpoint=<run> of a model that was trained "
-            "with it, and name it 'run'",
-            entry,
-            len(lacking),
-        )
-        return None, name
-    variant.load_state_dict({key: state[key] for key in own})
-    return variant.eval(), name
 
 
 def reduced(

@@ -3,14 +3,11 @@
 import csv
 import re
 import shlex
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from scipy.stats import t as student
 
 from fewtokens.errors import FewtokensError
 from fewtokens.files import replace_file
@@ -158,13 +155,6 @@ def overrides(run: RunRecord) -> list[str]:
         return shlex.split(run.about.get("command", ""))
     except ValueError:  # a quote that is not closed, which no command line can contain
         return []
-
-
-def interval(values: Sequence[float]) -> float | None:
-    """Return half the width of the 95 % confidence interval of the mean (Student's t), or None for a single value."""
-    if len(values) < 2:
-        return None
-    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def _read_csv(path: Path) -> list[Point]:

@@ -1,14 +1,21 @@
 """The tokenizers that a benchmark compares, as configs: its own config with another tokenizer."""
 
 import difflib
+import logging
 import shlex
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from fewtokens.analysis.evaluation import unwrap_compiled
+from fewtokens.backbones.vit import ViT
 from fewtokens.errors import FewtokensError
+from fewtokens.runs.config import instantiate
+
+log = logging.getLogger(__name__)
 
 
 def compose_with(entry: str, key: str = "tokenizers") -> DictConfig:
@@ -23,7 +30,8 @@ def compose_with(entry: str, key: str = "tokenizers") -> DictConfig:
     """
     option, *settings = shlex.split(entry)
     job = HydraConfig.get()
-    overrides = [part for part in job.overrides.task if not part.startswith(("tokenizer=", "tokenizer."))]
+    given: Any = OmegaConf.to_container(job.overrides.task)  # with interpolations as they were given
+    overrides = [part for part in given if not part.startswith(("tokenizer=", "tokenizer."))]
     overrides.append(f"tokenizer={option}")
     try:
         return hydra.compose(
@@ -46,3 +54,28 @@ def backbone_name(cfg: DictConfig) -> str:
     if choice == "run":  # the config of a checkpoint does not know which option it was
         choice = cfg.backbone._target_.rpartition(".")[2]
     return str(cfg.backbone.get("name") or choice)
+
+
+def with_method(model: ViT, entry: str) -> tuple[ViT | None, str]:
+    """Return the model with a method at work and the same weights, and the name of the method's class.
+
+    The model is None, with a warning, if the method has parameters that the weights lack.
+    """
+    cfg = compose_with(entry, "methods")
+    for key, none in (("weights", None), ("pretrained", False)):  # those of the model are copied below
+        if key in cfg.backbone:
+            cfg.backbone[key] = none
+    name = str(cfg.tokenizer.build._target_).rpartition(".")[2]
+    variant, state = unwrap_compiled(instantiate(cfg.backbone)), model.state_dict()
+    own = variant.state_dict()
+    lacking = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
+    if lacking:
+        log.warning(
+            "%s is left out: the weights lack %d of its parameters. Give checkpoint=<run> of a model that was trained "
+            "with it, and name it 'run'",
+            entry,
+            len(lacking),
+        )
+        return None, name
+    variant.load_state_dict({key: state[key] for key in own})
+    return variant.eval(), name

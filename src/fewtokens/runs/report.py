@@ -33,6 +33,7 @@ TABLE = (
     ("test/map", "test mean average precision", "{:.2%}"),
     ("test/skipped", "test videos that were skipped", "{:,.0f}"),
     ("test/top1_of_listed", "test accuracy, with those counted as wrong", "{:.2%}"),
+    ("fewshot/10shot", "10-shot accuracy, mean of the draws", "{:.2%}"),
     ("cost/gmacs", "GMACs per *", "{:.4f}"),
     ("cost/gmacs_all_views", "GMACs of all views", "{:.4f}"),
     ("throughput/images_per_s", "*s per second", "{:,.0f}"),

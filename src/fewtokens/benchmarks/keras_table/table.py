@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from fewtokens.analysis.cost import macs
+from fewtokens.analysis.evaluation import interval
 from fewtokens.benchmarks.keras_table.profiler_count import keras_flops
-from fewtokens.benchmarks.tradeoff import interval
 from fewtokens.data.image.cifar10 import find_source
 from fewtokens.errors import FewtokensError
 from fewtokens.files import replace_file

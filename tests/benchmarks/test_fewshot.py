@@ -1,0 +1,97 @@
+"""The command that compares methods by few-shot transfer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import initialize_config_dir
+
+from conftest import CONFIGS
+from fewtokens.analysis import fewshot as measure
+from fewtokens.benchmarks import fewshot
+from fewtokens.errors import FewtokensError
+from small_models import small
+
+SMALL = [
+    "data=digits",
+    "data.image_size=16",
+    "backbone=vit_mini",
+    "backbone.patch_size=2",
+    "backbone.dim=16",
+    "backbone.heads=2",
+    "backbone.pool=token",
+    "trainer=cpu",
+    "counted_images=10",
+    "measure.fewshot.shots=[1,3]",
+    "measure.fewshot.draws=2",
+    "measure.fewshot.test_per_class=3",
+]
+
+
+@pytest.fixture
+def compare(composed, tmp_path: Path):
+    def run(*overrides: str) -> dict:
+        cfg = composed(*SMALL, f"features={tmp_path / 'features'}", *overrides, base="fewshot")
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):  # it composes one config more for every method
+            return fewshot.run(cfg)
+
+    return run
+
+
+def test_methods_are_compared_at_equal_cost_and_features_are_kept(compare, tmp_path: Path, monkeypatch) -> None:
+    methods, out = "methods=[tome,'top_k build.keep_rate=0.5',sit]", tmp_path / "out" / "digits"
+    found = compare(methods, "shares=[0.75,0.5]", f"output={out}", "title=Digits")
+    assert json.loads(out.with_name("digits.json").read_text()) == found
+    names = [record["name"] for record in found["methods"]]
+    assert names == ["dense", "tome", "tome", "top_k"], "SiT has parameters"
+    assert found["methods"][3]["method"] == "top_k build.keep_rate=0.5"
+    for record, share in zip(found["methods"], [1, 0.75, 0.5, 0.5], strict=True):
+        assert record["share"] == pytest.approx(share, abs=0.15 if record["name"] == "top_k" else 0.01)
+        assert record["gmacs"] == pytest.approx(record["share"] * found["gmacs_dense"])
+    for record in found["methods"]:
+        assert {probe: len(values) for probe, values in record["draws"].items()} == {"1shot": 2, "3shot": 2, "knn": 2}
+        assert record["3shot"] == pytest.approx(sum(record["draws"]["3shot"]) / 2)
+    page = out.with_name("digits.md").read_text()
+    assert page.startswith("# Digits\n")
+    assert page.count("\n| ") == 2 + 4
+    assert out.with_name("digits.png").is_file()
+
+    monkeypatch.setattr(measure.Images, "features", None)  # a later run reads them
+    again = compare("methods=['top_k build.keep_rate=0.5']", "title=Digits")
+    assert again["methods"] == [found["methods"][0], found["methods"][3]]
+
+
+def test_features_of_other_images_are_not_reused(compare, monkeypatch) -> None:
+    transforms = "[{_target_: fewtokens.data.transforms.geometric.CenterCrop, size: 16}]"
+    same = [f"data.eval_transforms={transforms}", "data.train_transforms=${data.eval_transforms}", "data.side=20"]
+    assert compare("methods=[]", "shares=[]", *same)["train_images"] > 40
+    monkeypatch.setattr(measure.Images, "features", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        compare("methods=[]", "shares=[]", *same, "measure.fewshot.seed=1")
+
+
+def test_a_model_with_another_budget_is_another_model() -> None:
+    model, images = small(), torch.randn(2, 3, 8, 12)
+    values = fewshot.budgets("r", 3, 24)
+    assert values[0] == [8, 8, 7]
+    assert values[-1] == [0, 0, 0]
+    assert fewshot.nearest([1, 4, 9, 16], float, 8.0) == 9
+    assert fewshot.nearest([1, 4, 9, 16], float, 99.0) == 16
+    assert fewshot.nearest([1, 4, 9, 16], float, -1.0) == 1
+    assert model(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("methods=ats", "`methods` must be a list"),
+        ("methods=['tome build.rr=3']", "Did you mean build.r?"),
+        ("shares=[75]", "`shares` must be a list of shares between 0 and 1"),
+        ("counted_images=0", "`counted_images` must be an int >= 1"),
+        ("measure.fewshot=null", "`measure` must be fewshot"),
+    ],
+)
+def test_errors_are_sentences(compare, wrong: str, says: str) -> None:
+    with pytest.raises(FewtokensError, match=says.replace("?", r"\?")):
+        compare(wrong)
