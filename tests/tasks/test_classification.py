@@ -57,6 +57,25 @@ def test_targets_are_indices_or_probabilities(smoothing: float) -> None:
     torch.testing.assert_close(by_index, task._loss(logits, F.one_hot(index, 7).float()))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_every_class_of_a_mixed_image_is_a_label_of_binary_cross_entropy(smoothing: float) -> None:
+    logits, mixed = torch.randn(2, 7), torch.zeros(2, 7)
+    mixed[0, [1, 4]], mixed[1, 6] = torch.tensor([0.3, 0.7]), 1.0
+    labels = (mixed > 0).float() * (1 - smoothing) + smoothing / 7
+    p = logits.sigmoid()
+    each = -(labels * p.log() + (1 - labels) * (1 - p).log())
+    losses = {
+        loss: classifier(loss=loss, label_smoothing=smoothing)._loss(logits, mixed) for loss in ("bce", "bce_sum")
+    }
+    torch.testing.assert_close(losses["bce"], each.mean())
+    torch.testing.assert_close(losses["bce_sum"], each.sum(dim=1).mean())
+    index = torch.tensor([3, 6])
+    task = classifier(loss="bce", label_smoothing=smoothing)
+    torch.testing.assert_close(task._loss(logits, index), task._loss(logits, F.one_hot(index, 7).float()))
+    with pytest.raises(FewtokensError, match=r"`task.loss` must be"):
+        classifier(loss="bec")
+
+
 def test_training_takes_every_view_as_a_sample() -> None:
     task = classifier()
     task.log = lambda *a, **k: None  # outside a trainer there is nowhere to log

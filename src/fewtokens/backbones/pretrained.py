@@ -59,20 +59,7 @@ def timm_vit(
     _check_family(name)
     check_options(options or {})
     settings = dict(img_size=image_size, num_classes=num_classes, in_chans=channels, **(options or {}))
-    try:
-        with _offline_without_network() if pretrained else nullcontext():
-            vit: Any = timm.create_model(name, pretrained=pretrained, block_fn=Block, attn_layer=Attention, **settings)
-    except Exception as error:
-        if not pretrained:
-            raise FewtokensError(
-                f"timm cannot build {name} with {settings}: {error}. "
-                "Check data.image_size, data.channels and backbone.options."
-            ) from error
-        reason = f"{type(error).__name__}: {error}".rstrip(".")
-        raise FewtokensError(
-            f"timm could not download the weights of {name}: {reason}. Check the pretrained tag and the network, or "
-            "download the file elsewhere and set backbone.weights=<file> backbone.pretrained=false."
-        ) from error
+    vit: Any = create(name, pretrained, block_fn=Block, attn_layer=Attention, **settings)
     # timm would ignore the pixels at the edge of an image that the patch size does not divide.
     patch_size, heads = tuple(vit.patch_embed.patch_size), vit.blocks[0].attn.num_heads
     check_sizes(image_size, patch_size, vit.embed_dim, heads, len(vit.blocks))
@@ -81,6 +68,34 @@ def timm_vit(
     model = ViT(vit, tokenizer)
     model.set_grad_checkpointing(grad_checkpointing)
     return model
+
+
+def create(name: str, pretrained: bool, **settings: Any) -> nn.Module:
+    """Return timm's model of a name, of any family.
+
+    Args:
+        name: timm's name, with or without its pretrained tag.
+        pretrained: Download timm's weights of that name.
+        settings: Arguments of the model.
+
+    Raises:
+        FewtokensError: timm cannot build it, or there is no network.
+    """
+    try:
+        with _offline_without_network() if pretrained else nullcontext():
+            return timm.create_model(name, pretrained=pretrained, **settings)
+    except Exception as error:
+        if not pretrained:
+            own = {key: value for key, value in settings.items() if key not in ("block_fn", "attn_layer")}
+            raise FewtokensError(
+                f"timm cannot build {name} with {own}: {error}. "
+                "Check data.image_size, data.channels and backbone.options."
+            ) from error
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        raise FewtokensError(
+            f"timm could not download the weights of {name}: {reason}. Check the pretrained tag and the network, or "
+            "download the file elsewhere and set backbone.weights=<file> backbone.pretrained=false."
+        ) from error
 
 
 @contextmanager

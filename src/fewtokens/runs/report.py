@@ -37,6 +37,7 @@ TABLE = (
     ("cost/gmacs", "GMACs per *", "{:.4f}"),
     ("cost/gmacs_all_views", "GMACs of all views", "{:.4f}"),
     ("throughput/images_per_s", "*s per second", "{:,.0f}"),
+    ("teacher/gmacs", "GMACs of the teacher per *", "{:.4f}"),
     ("train/seconds", "training time (s)", "{:,.0f}"),
 )
 

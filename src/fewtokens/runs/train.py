@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from fewtokens.errors import FewtokensError, check, first_line
-from fewtokens.runs import checkpoints, job, skipped_videos
+from fewtokens.runs import checkpoints, job, skipped_videos, teacher
 from fewtokens.runs.compose import checkpoint_of, run_to_resume
 from fewtokens.runs.config import instantiate
 from fewtokens.runs.distributed import child_processes_run_this_job
@@ -30,6 +30,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         check_length(cfg.trainer)
         check(isinstance(cfg.test, bool), "test", "true or false", cfg.test)
         checkpoint = load_start_weights(parts)
+        parts.record.numbers |= teacher.connect(parts)
         with child_processes_run_this_job(parts.directory):
             with skipped_videos.written_on_failure(parts):
                 numbers = fit(parts, checkpoint)

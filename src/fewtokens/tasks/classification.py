@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,24 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from fewtokens.backbones.encoder import EncoderLayer
 from fewtokens.errors import FewtokensError, check, check_choice
+from fewtokens.tasks.distillation import Distillation
 from fewtokens.tasks.mixup import Mix
 from fewtokens.tasks.optim import Schedule, by_step, constant, parameter_groups, scale_learning_rates
 from fewtokens.tokenizers.base import Tokenizer
 
 Batch = tuple[Tensor, Tensor]
 RECOMPILE_LIMIT = 64
+LOSSES = ("cross_entropy", "bce", "bce_sum")
+
+
+class Losses(TypedDict):
+    """Settings of the training loss; `Classifier` explains them."""
+
+    label_smoothing: NotRequired[float]
+    mix: NotRequired[Mix | None]
+    loss: NotRequired[str]
+    teacher: NotRequired[str | None]
+    distillation: NotRequired[Distillation | None]
 
 
 class Classifier(LightningModule):
@@ -38,9 +51,12 @@ class Classifier(LightningModule):
         weight_decay: Weight decay of the parameters that have one.
         decay: Which parameters have one: "matrices" or "all", see `parameter_groups`.
         layer_decay: Factor on the learning rate from each layer to the one before it, or None.
-        label_smoothing: Label smoothing of the training loss, in [0, 1).
-        mix: Mixup and CutMix, or None.
         compile: "none", "layers" or "model", see `compile_model`.
+        **losses: `loss` of training: "cross_entropy", or binary cross-entropy, for which every class in a mixed image
+            is a label, averaged over classes ("bce", DeiT III) or added up ("bce_sum", scenic). Validation and test
+            report the cross-entropy. `label_smoothing` of the training loss, in [0, 1). `mix`: mixup and CutMix, or
+            None. `teacher`: name of the model to distill from, which `fewtokens.runs.teacher` loads for training, or
+            None; `distillation`: the losses with it.
     """
 
     def __init__(
@@ -52,23 +68,31 @@ class Classifier(LightningModule):
         weight_decay: float = 0.0,
         decay: str = "matrices",
         layer_decay: float | None = None,
-        label_smoothing: float = 0.0,
-        mix: Mix | None = None,
         compile: str = "none",
+        **losses: Unpack[Losses],
     ) -> None:
         super().__init__()
-        check(0 <= label_smoothing < 1, "task.label_smoothing", "a number in [0, 1)", label_smoothing)
+        self.label_smoothing, mix = losses.get("label_smoothing", 0.0), losses.get("mix")
+        check(0 <= self.label_smoothing < 1, "task.label_smoothing", "a number in [0, 1)", self.label_smoothing)
+        self.loss, self.teacher = losses.get("loss", "cross_entropy"), losses.get("teacher")
+        check_choice("task.loss", self.loss, LOSSES)
+        self.distillation = losses.get("distillation")
+        self._check_losses(compile)
         if mix is not None:
             mixed = mix.num_classes
             check(mixed == num_classes, "task.mix.num_classes", f"data.num_classes, which is {num_classes}", mixed)
         self.model, self.optimizer, self.schedule, self.mix = model, optimizer, schedule, mix
         self.weight_decay, self.decay, self.layer_decay = weight_decay, decay, layer_decay
-        self.label_smoothing, self.num_classes = label_smoothing, num_classes
+        self.num_classes = num_classes
         compile_model(model, compile)
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_loss.persistent(True)  # a run that resumes in the middle of an epoch keeps the sum of its first part
         self.val_metrics, self.test_metrics = self._metrics(num_classes), self._metrics(num_classes)
         self.counts, self.confusion = self._counts(num_classes), None
+
+    def _check_losses(self, compile: str) -> None:
+        tokens = self.teacher is not None and self.distillation is not None and self.distillation.tokens > 0
+        check(not tokens or compile == "none", "task.compile", "none with task.distillation.tokens", compile)
 
     def forward(self, views: Float[Tensor, "b v *sample"]) -> Float[Tensor, "b classes"]:
         """Return the logits (B, classes) in float32, averaged over the views."""
@@ -88,7 +112,11 @@ class Classifier(LightningModule):
         samples, target = views.flatten(0, 1), target.repeat_interleave(views.shape[1], dim=0)
         if self.mix is not None:
             samples, target = self.mix(samples, target)
-        loss = self._loss(self._logits(samples), target)
+        label_loss = partial(self._loss, target=target)
+        if self.distillation is None or self.distillation.teacher is None:
+            loss = label_loss(self._logits(samples))
+        else:
+            loss = self.distillation(self.model, self._logits, samples, label_loss)
         tokenizer_losses = [module.loss() for module in self.model.modules() if isinstance(module, Tokenizer)]
         loss = sum((part for part in tokenizer_losses if part is not None), start=loss)
         self.train_loss.update(loss.detach().expand(len(target)))
@@ -122,6 +150,8 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule."""
         groups = parameter_groups(self.model, self.weight_decay, self.decay, self.layer_decay)
+        if self.distillation is not None:
+            groups += self.distillation.parameter_groups(self.weight_decay)
         try:
             optimizer = self.optimizer(groups)
         except (TypeError, ValueError) as error:
@@ -151,7 +181,13 @@ class Classifier(LightningModule):
             )
 
     def _loss(self, logits: Float[Tensor, "b k"], target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Tensor:
-        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
+        if self.loss == "cross_entropy":
+            return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
+        classes, smoothing = logits.shape[1], self.label_smoothing
+        labels = (F.one_hot(target, classes) if target.ndim == 1 else target > 0).float()
+        labels = labels * (1 - smoothing) + smoothing / classes
+        loss = F.binary_cross_entropy_with_logits(logits.float(), labels)
+        return loss * classes if self.loss == "bce_sum" else loss
 
     def _losses(self, logits: Float[Tensor, "b k"], target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Tensor:
         """Return the loss of every sample (B,), without label smoothing, which belongs to training."""

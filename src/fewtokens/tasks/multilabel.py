@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MultilabelAveragePrecision
 from torchmetrics.utilities.data import dim_zero_cat
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check, check_choice
 from fewtokens.tasks.classification import Classifier
 
 
@@ -43,8 +43,15 @@ class MultilabelClassifier(Classifier):
     Targets are (B, classes), 1 for the classes of a sample and 0 for the others. The loss is the binary cross-entropy,
     averaged over classes; label smoothing moves targets towards 1/2. The metric `map` is the mean average precision
     over the whole set and all ranks, see `MeanAveragePrecision`. Logits are averaged over views.
-    The arguments are those of `Classifier`.
+    The arguments are those of `Classifier`; there is no other loss, and no teacher.
+
+    Raises:
+        FewtokensError: A teacher or another loss is given.
     """
+
+    def _check_losses(self, compile: str) -> None:
+        check(self.teacher is None, "task.teacher", "null with task=multilabel", self.teacher)
+        check_choice("task.loss", self.loss, ("cross_entropy",))
 
     def _check_target(self, target: Tensor) -> None:
         pass  # `_checked` compares it with the logits

@@ -39,8 +39,8 @@ class DynamicViT(Tokenizer):
     Memory: in training, the attention matrix of every head (B, heads, N, N) is built, since an additive mask, as fused
     kernels take it, passes no gradient to the decision on a dropped patch. Evaluation uses the fused kernels.
 
-    The paper's two distillation losses towards the dense model are not implemented. To fine-tune a dense model as in
-    the paper, start from its run (init_from=<dense run>).
+    The paper's accuracies are with two losses towards the dense model, see `fewtokens.tasks.distillation`. To fine-tune
+    a dense model as in the paper, start from its run and let it teach (init_from=<dense run> task.teacher=<dense run>).
 
     Args:
         context: The place in the encoder (paper: blocks 3, 6 and 9 of 12).

@@ -18,8 +18,8 @@ class SiT(Pooler):
     LN(x) -> Linear to C/2 -> GELU -> Linear to S -> times `scale`, the inverse of the paper's temperature -> softmax
     over N; tokens = weights @ x. A patch of size s (ToMe) counts s times, and padding does not count.
 
-    The paper's Feature Recalibration Distillation, which adds a reversed module and a dense teacher to training, is not
-    implemented. The paper's accuracies are with it.
+    The paper's accuracies are with its Feature Recalibration Distillation, which adds a reversed module and a dense
+    teacher to training: `task.distillation.match=recalibrated`, see `fewtokens.tasks.distillation`.
 
     Args:
         context: The place in the encoder (official code: three places, each of which leaves half).
