@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -230,3 +231,20 @@ def test_a_dynamic_image_size_still_needs_complete_patches_and_the_right_channel
     )
     with pytest.raises(FewtokensError, match=said):
         build(options={"dynamic_img_size": True}).embed(images(*shape))
+
+
+def test_fixed_positions_are_sines_and_cosines_of_column_and_row() -> None:
+    """The values are those of big_vision's posemb_sincos_2d: sin(x), cos(x), sin(y), cos(y) for every frequency."""
+    model = build(pool="avg", positions="sincos2d")
+    table = model.vit.pos_embed
+    frequencies = 10_000.0 ** -(np.arange(4) / 3)
+    for row, column in np.ndindex(2, 4):
+        x, y = column * frequencies, row * frequencies
+        expected = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)])
+        np.testing.assert_allclose(table[0, 4 * row + column].numpy(), expected, atol=1e-6)
+    assert not table.requires_grad
+    assert build(pool="avg").vit.pos_embed.requires_grad
+    with pytest.raises(FewtokensError, match=r"`backbone\.pool` must be avg, max or map with fixed positions"):
+        build(pool="token", positions="sincos2d")
+    with pytest.raises(FewtokensError, match=r"a multiple of 4 above 4"):
+        build(pool="avg", positions="sincos2d", dim=18)

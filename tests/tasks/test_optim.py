@@ -5,7 +5,7 @@ import torch
 
 from fewtokens.backbones.vit import vit
 from fewtokens.errors import FewtokensError
-from fewtokens.tasks.optim import parameter_groups, scale_learning_rates, warmup_cosine
+from fewtokens.tasks.optim import parameter_groups, scale_learning_rates, warmup_cosine, warmup_linear
 from fewtokens.tokenizers.token_learner import TokenLearner
 
 
@@ -78,3 +78,9 @@ def test_warmup_then_half_a_cosine(warmup: float, rise: int) -> None:
         assert values[0] == pytest.approx(1 / rise)
     middle = rise + (100 - rise) // 2
     assert values[middle] == pytest.approx(0.55, abs=0.02)
+
+
+def test_warmup_then_a_line() -> None:
+    values = [warmup_linear(step, 110, warmup=10, final=0.2) for step in range(111)]
+    assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert values[10:] == pytest.approx([1 - 0.8 * step / 100 for step in range(101)])

@@ -363,6 +363,8 @@ def test_stages_keep_fewer_and_fewer_within_the_budget(rule: str) -> None:
     assert counts[1][1:] == [1, 1, 1]
     static = model_with(rule=rule, budget=6, static=True).trace(images(6))
     assert [tokens.num_patches for tokens in static] == [36, 6, 6, 6]
+    stages = model_with(rule=rule, budget=[6, 0.1, 2], static=True).trace(images(6))
+    assert [tokens.num_patches for tokens in stages] == [36, 6, 4, 2]
 
 
 @torch.no_grad()

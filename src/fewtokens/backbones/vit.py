@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from fewtokens.arguments import argument_types, described, fits
 from fewtokens.backbones.encoder import At, Build, Encoder
-from fewtokens.errors import FewtokensError, check
+from fewtokens.errors import FewtokensError, check, check_choice
 from fewtokens.layers.attention import Attention
 from fewtokens.layers.block import Block
-from fewtokens.layers.embedding import Size, pair
+from fewtokens.layers.embedding import Size, pair, sincos_positions
 from fewtokens.tokenizers.base import LayerContext, Tokenizer
 from fewtokens.tokens import Tokens
 
 Pool = Literal["token", "avg", "max", "avgmax", "map"]
 Norm = Literal["before_pool", "after_pool"]
+Positions = Literal["learned", "sincos2d"]
 
 
 class TokenizerRecipe(TypedDict):
@@ -197,6 +198,7 @@ def vit(
     channels: int = 3,
     pool: Pool = "token",
     norm: Norm | None = None,
+    positions: Positions = "learned",
     weights: str | None = None,
     grad_checkpointing: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -216,6 +218,7 @@ def vit(
             latter there is no class token.
         norm: Position of the final norm, "before_pool" or "after_pool". None is timm's default: after the pooling for
             "avg", "max" and "avgmax", before it for "token" and "map".
+        positions: "learned", or "sincos2d" for fixed sines and cosines, which need a model without a class token.
         weights: "scenic:<file>" to start from a checkpoint of scenic, see `fewtokens.backbones.converters`.
         grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
         options: Further arguments of timm's VisionTransformer: mlp_ratio, drop_path_rate, init_values, class_token ...
@@ -234,6 +237,11 @@ def vit(
         depth=depth,
         num_heads=heads,
     )
+    check_choice("backbone.positions", positions, get_args(Positions))
+    if positions == "sincos2d":
+        check(not timm_model.num_prefix_tokens, "backbone.pool", "avg, max or map with fixed positions", pool)
+        table = sincos_positions(tuple(timm_model.patch_embed.grid_size), dim)
+        timm_model.pos_embed = nn.Parameter(table.to(timm_model.patch_embed.proj.weight.device), requires_grad=False)
     model = ViT(timm_model, tokenizer)
     model.set_grad_checkpointing(grad_checkpointing)
     load_weights(model, weights)

@@ -198,6 +198,21 @@ def resample_positions(
     return torch.cat([first, patches.flatten(1, 2)], dim=1)
 
 
+def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 n c"]:
+    """Return fixed positions of a grid (H, W): sines and cosines of column and row, with frequencies from 1 to 1e-4.
+
+    MoCo v3, and "Better plain ViT baselines for ImageNet-1k" (Beyer et al. 2022), as in google-research/big_vision.
+
+    Raises:
+        FewtokensError: The width is no multiple of 4, or only 4.
+    """
+    check(dim % 4 == 0 and dim > 4, "backbone.dim", "a multiple of 4 above 4 with backbone.positions=sincos2d", dim)
+    frequencies = 10_000.0 ** -(torch.arange(dim // 4) / (dim // 4 - 1))
+    rows, columns = torch.meshgrid(*(torch.arange(side).float() for side in grid), indexing="ij")
+    angles = [part.flatten()[:, None] * frequencies for part in (columns, rows)]
+    return torch.cat([wave for part in angles for wave in (part.sin(), part.cos())], dim=1)[None]
+
+
 def pair(size: Size) -> tuple[int, int]:
     """Return (height, width) of a size given as one number or two."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

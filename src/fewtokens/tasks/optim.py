@@ -63,13 +63,24 @@ def warmup_cosine(step: int, steps: int, *, warmup: int | float = 0.05, final: f
     Raises:
         FewtokensError: A setting is out of range.
     """
+    return _after_warmup(step, steps, warmup, final, lambda progress: 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def warmup_linear(step: int, steps: int, *, warmup: int | float = 0.05, final: float = 0.0) -> float:
+    """Return the factor on the learning rate: a linear warm-up from 0, then a linear decay to `final`.
+
+    The arguments are those of `warmup_cosine`.
+    """
+    return _after_warmup(step, steps, warmup, final, lambda progress: 1 - progress)
+
+
+def _after_warmup(step: int, steps: int, warmup: int | float, final: float, decay: Callable[[float], float]) -> float:
     check(warmup >= 0, "schedule.warmup", "a number of steps >= 0 or a share in [0, 1)", warmup)
     check(0 <= final <= 1, "schedule.final", "a share in [0, 1]", final)
     rise = int(warmup * steps) if isinstance(warmup, float) and warmup < 1 else int(warmup)
     if step < rise:
         return (step + 1) / rise
-    progress = min(1.0, (step - rise) / max(1, steps - rise))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    return final + (1 - final) * decay(min(1.0, (step - rise) / max(1, steps - rise)))
 
 
 def by_step(optimizer: Optimizer, schedule: Schedule, steps: int) -> dict[str, Any]:

@@ -4,8 +4,9 @@ Fayyaz et al., "Adaptive Token Sampling for Efficient Vision Transformers", ECCV
 official code, github.com/adaptivetokensampling/ATS. It has no parameters and works in pretrained models.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +15,7 @@ from torch import Tensor
 from fewtokens.errors import check, check_choice
 from fewtokens.layers.attention import AttentionState
 from fewtokens.layers.block import Block, Choice
-from fewtokens.tokenizers.base import LayerContext, Tokenizer, check_class_token, valid_patches
+from fewtokens.tokenizers.base import LayerContext, Tokenizer, check_class_token, one_per_stage, valid_patches
 from fewtokens.tokens import Tokens
 
 Sample = tuple[Int[Tensor, "b m"], Bool[Tensor, "b m"]]
@@ -59,7 +60,8 @@ class ATS(Tokenizer):
             picks the nearest level. "inverse_transform" is described in `inverse_transform`.
         budget: Number K of probes, which is also the largest number of patches that can stay (besides class and
             register tokens): an int; a float in (0, 1], as a share of the embedded patches; None for as many as those
-            (official); or "all" to drop nothing, which gives the plain transformer.
+            (official); or "all" to drop nothing, which gives the plain transformer. A list has one of the first three
+            for each block in `tokenizer.at`.
         static: Keep min(K, patches) slots, including padding, so that shapes do not depend on values. This costs the
             computation on the padding. torch.compile and torch.export always do so.
 
@@ -73,13 +75,16 @@ class ATS(Tokenizer):
         self,
         context: LayerContext,
         rule: Literal["nearest", "inverse_transform"] = "nearest",
-        budget: Budget = None,
+        budget: Budget | Sequence[int | float | None] = None,
         static: bool = False,
     ) -> None:
         super().__init__(context)
         check_class_token(self)
         check_choice("tokenizer.build.rule", rule, RULES)
         self.sample, self.static = RULES[rule], static
+        if isinstance(budget, Sequence) and not isinstance(budget, str):
+            listed: Any = budget
+            budget = one_per_stage("budget", listed, context)[context.stage]
         self.probes = _num_probes(budget, context.frames * context.grid[0] * context.grid[1])
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
