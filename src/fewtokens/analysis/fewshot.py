@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -179,12 +180,14 @@ class Images:
         self, samples: Dataset, positions: Int[Tensor, " n"], device: torch.device
     ) -> Iterator[Float[Tensor, "b c *t h w"]]:
         """Yield the images at some positions of `train_set` or `test_set`, preprocessed, on a device."""
+        receive = getattr(self.datamodule, "receive", None)
         loader = Loader(
             samples,
             batch_size=self.batch_size,
             sampler=positions.tolist(),
             num_workers=min(getattr(self.datamodule, "num_workers", 0), available_cores()),
             collate_fn=identity_collate,
+            receive=None if receive is None else partial(receive, None),
         )
         for stored, targets in loader:
             yield self.datamodule.on_after_batch_transfer((stored.to(device), targets), 0)[0][:, 0]

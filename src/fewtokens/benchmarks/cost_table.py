@@ -202,7 +202,8 @@ def page(models: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]], 
             "",
             f"Written by `python -m fewtokens.benchmarks.cost_table` at commit {origin['commit']}. GMACs: 1e9 "
             "multiply-adds of matrix products and convolutions for one image, as in "
-            "[Measuring](../measuring.md#cost); published GFLOPs count a multiply-add as one.",
+            "[Measuring](../measuring.md#cost); published GFLOPs count a multiply-add as one. A number agrees if it is "
+            "within 1 % of the published one, or equal to it in all digits that were printed.",
             "",
             "## Published numbers",
             "",
