@@ -1,17 +1,13 @@
 """Properties of the encoder layer with every method: hooks, pytrees, activation checkpointing, FSDP and compilation."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree
 
 from fewtokens.analysis.memory import peak_bytes
@@ -25,15 +21,7 @@ from fewtokens.tasks.classification import compile_model
 from fewtokens.tokenizers.base import Tokenizer
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 from fewtokens.tokens import Tokens
-from test_methods import (
-    HOOKED,
-    IMAGES,
-    METHODS,
-    both_ranks,
-    model_with,
-    process_group,
-    random_parameters,
-)
+from test_methods import HOOKED, IMAGES, METHODS, model_with, random_parameters
 
 PLAIN = {"at": [], "build": Tokenizer}
 LEARNER = {"at": 1, "build": partial(TokenLearnerV11, num_tokens=4)}
@@ -150,35 +138,6 @@ def test_activation_checkpointing_saves_memory_in_every_backbone(name: str) -> N
     for gradient_name, gradient in gradients(model).items():
         torch.testing.assert_close(saved[gradient_name], gradient, rtol=1e-4, atol=1e-5)
     assert checkpointed < 0.8 * peak_bytes(step, torch.device("cpu"))
-
-
-# --- FSDP: two processes, one step of every method
-
-
-def sharded_step(rank: int, folder: str) -> None:
-    """Compare loss and gradients of FSDP on two processes with those of one process, for every method."""
-    with process_group(rank, folder):
-        mesh = init_device_mesh("cpu", (2,))
-        for method in METHODS:
-            model = random_parameters(model_with(method)).train()
-            reference = copy.deepcopy(model)
-            losses = [training_step(reference, half, seed) for seed, half in enumerate(IMAGES.chunk(2))]
-            for layer in model.encoder.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            loss = training_step(model, IMAGES.chunk(2)[rank], rank)
-            torch.testing.assert_close(loss, losses[rank], msg=f"{method}: the losses differ")
-            for name, parameter in model.named_parameters():
-                gradient = parameter.grad.full_tensor()
-                expected = dict(reference.named_parameters())[name].grad / 2  # FSDP averages over the processes
-                torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5, msg=f"{method}: {name}")
-            torch.optim.SGD(model.parameters(), lr=0.1).step()
-            print(f"rank {rank}: {method}.", flush=True)
-
-
-@pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see tests/backbones/test_without_type_checks.py")
-def test_a_sharded_step_of_every_method(tmp_path: Path) -> None:
-    both_ranks(sharded_step, tmp_path)
 
 
 # --- compilation layer by layer

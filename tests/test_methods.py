@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from conftest import CONFIGS
 from fewtokens.analysis.cost import macs
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.runs.config import instantiate
+from fewtokens.runs.fsdp import FullySharded
 from fewtokens.tasks.classification import Classifier
 
 METHODS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml"))
@@ -22,10 +25,12 @@ REDUCING = [name for name in METHODS if name != "none"]
 NOTHING_DROPPED = {"budget": "all", "r": 0, "keep_rate": 1.0}
 # In evaluation, random numbers depend on the position in the batch.
 RANDOM_BY_POSITION = {"random_drop"}
+RANDOM_IN_TRAINING = {"random_drop", "dynamic_vit"}
 HOOKED = hasattr(vit, "__wrapped__")  # pytest's jaxtyping hook, whose checks torch.compile cannot trace
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+@cache
 def recipe(method: str) -> dict:
     """Return `at` and `build` of a method from its yaml file."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -123,30 +128,78 @@ def process_group(rank: int, folder: str) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def one_step(rank: int, folder: str) -> None:
-    """Train every method for two steps on other images on each rank, and check that the parameters agree afterwards."""
+def training_steps(step: nn.Module, parts: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Train for two steps on the mean loss of some batches, each with a seed.
+
+    Returns:
+        The loss of the second step, and the gradients of both steps and the parameters after them, by name.
+    """
+    optimizer, found = torch.optim.SGD(step.parameters(), lr=0.1), {}
+    for number in range(2):  # DistributedDataParallel raises in the second one if a parameter got no gradient
+        optimizer.zero_grad()
+        losses = []
+        for images, target, seed in parts:
+            torch.manual_seed(seed)
+            loss = step(images[:, None], target) / len(parts)
+            loss.backward()
+            losses.append(loss.detach())
+        found |= {f"{name}, step {number}": whole(p.grad).clone() for name, p in step.named_parameters()}
+        optimizer.step()
+    after = {name: whole(p).detach().clone() for name, p in step.named_parameters()}
+    return torch.stack(losses).sum(), {name.removeprefix("module."): value for name, value in (found | after).items()}
+
+
+def whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def trained_model(method: str) -> ViT:
+    """Return a model with random parameters, and attention that is concentrated so that ATS keeps different numbers."""
+    model = random_parameters(model_with(method))
+    for block in model.encoder.blocks:
+        block.attn.qkv.weight.data[:32] *= 4
+    return model.train()
+
+
+def task_with(method: str) -> "Step":
+    task = Classifier(trained_model(method), 5, optimizer=partial(torch.optim.SGD, lr=0.1))
+    task.log = lambda *a, **k: None  # type: ignore[method-assign]  # There is no trainer to log to.
+    return Step(task)
+
+
+def steps_of_every_method(rank: int, folder: str) -> None:
+    """Compare training steps on two processes, with DDP and FSDP, with those of one process and the same batch."""
+    target = torch.arange(4)
+    halves = [(IMAGES[i : i + 2], target[i : i + 2], i) for i in (0, 2)]
     with process_group(rank, folder):
+        strategy = FullySharded()
+        strategy._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
         for method in METHODS:
-            task = Classifier(random_parameters(model_with(method)), 5, optimizer=partial(torch.optim.SGD, lr=0.1))
-            task.log = lambda *a, **k: None  # type: ignore[method-assign]  # There is no trainer to log to.
-            step = Step(task)
-            parallel = nn.parallel.DistributedDataParallel(step)
-            before = [p.clone() for p in task.model.parameters()]
-            torch.manual_seed(rank)
-            optimizer = task.optimizer(parallel.parameters())
-            for images in IMAGES.chunk(2)[rank].split(
-                1
-            ):  # A parameter without gradient would be an error in the second step.
-                optimizer.zero_grad()
-                parallel(images[:, None], torch.tensor([rank])).backward()
-                optimizer.step()
-            after = torch.cat([p.detach().flatten() for p in task.model.parameters()])
-            other = [torch.empty_like(after) for _ in range(2)]
-            torch.distributed.all_gather(other, after)
-            assert torch.equal(other[0], other[1]), f"{method}: ranks differ"
-            assert after.isfinite().all(), method
-            assert not torch.equal(after, torch.cat([p.flatten() for p in before])), method
+            # In training, some methods draw random numbers for every position in the batch. Then one process draws what
+            # the two draw, and accumulates the gradients.
+            batches = halves if method in RANDOM_IN_TRAINING else [(IMAGES, target, 0)]
+            loss, expected = training_steps(task_with(method), batches)
+            for way in ("ddp", "fsdp"):
+                step = task_with(method)
+                if way == "fsdp":
+                    strategy.shard_layers(step.task.model)
+                else:
+                    step = nn.parallel.DistributedDataParallel(step)
+                part, found = training_steps(step, halves[rank : rank + 1])
+                torch.distributed.all_reduce(part)
+                torch.testing.assert_close(part / 2, loss, msg=f"{method}, {way}: the loss differs")
+                assert found.keys() == expected.keys()
+                for name, value in expected.items():
+                    message = f"{method}, {way}: {name} differs"
+                    torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=message)
             print(f"rank {rank}: {method}.", flush=True)
+
+
+@torch.no_grad()
+def test_the_halves_of_the_batch_have_other_numbers_of_tokens_with_ats() -> None:
+    model = trained_model("ats").eval()
+    counts = [model.trace(half)[-1].num_patches for half in IMAGES.chunk(2)]
+    assert counts[0] != counts[1], "or the test below would not show that padding changes nothing"
 
 
 class Step(nn.Module):
@@ -165,5 +218,5 @@ def both_ranks(step: Callable[[int, str], None], folder: Path) -> None:
 
 
 @pytest.mark.skipif(HOOKED, reason="runs in a process of its own, see tests/backbones/test_without_type_checks.py")
-def test_a_distributed_step_of_every_method(tmp_path: Path) -> None:
-    both_ranks(one_step, tmp_path)
+def test_two_processes_equal_one_with_every_method(tmp_path: Path) -> None:
+    both_ranks(steps_of_every_method, tmp_path)

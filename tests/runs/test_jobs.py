@@ -142,8 +142,10 @@ def test_the_options_of_training_run(composed, tmp_path: Path, options: list[str
 
 
 def test_float32_products_are_tf32_on_gpus_alone(composed) -> None:
-    settings = {name: composed(f"trainer={name}").trainer for name in ("default", "cpu", "ddp_cpu", "gpu", "ddp")}
-    assert [node.float32_matmul_precision for node in settings.values()] == ["highest"] * 3 + ["high"] * 2
+    settings = {
+        name: composed(f"trainer={name}").trainer for name in ("default", "cpu", "ddp_cpu", "mps", "gpu", "ddp", "fsdp")
+    }
+    assert [node.float32_matmul_precision for node in settings.values()] == ["highest"] * 4 + ["high"] * 3
     try:
         build_trainer(composed("trainer=cpu", "trainer.float32_matmul_precision=medium").trainer)
         assert torch.get_float32_matmul_precision() == "medium"

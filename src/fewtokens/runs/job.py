@@ -26,7 +26,7 @@ from fewtokens.backbones.vit import ViT
 from fewtokens.callbacks.last_checkpoint import LastCheckpoint
 from fewtokens.callbacks.pictures import log_picture, log_video
 from fewtokens.errors import FewtokensError, check, check_choice
-from fewtokens.runs import config, report
+from fewtokens.runs import config, fsdp, report
 from fewtokens.runs.checkpoints import AtomicCheckpointIO
 from fewtokens.runs.config import instantiate
 from fewtokens.runs.directory import RunDirectory, TrainingRecord
@@ -126,6 +126,7 @@ def build(cfg: DictConfig, run: RunDirectory) -> Job:
     data, task = instantiate(cfg.data), instantiate(cfg.task)
     record = TrainingRecord(run)
     callbacks, loggers = [*_objects(cfg, "callbacks"), record], _objects(cfg, "logger")
+    fsdp.check_settings(cfg.trainer, callbacks)
     if cfg.trainer.enable_progress_bar is False:  # Lightning refuses one that is configured
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     if not loggers:  # Lightning refuses to monitor the learning rate without a logger
@@ -268,6 +269,8 @@ def _quiet() -> None:
         ".*does not have many workers.*",  # data in memory needs none
         ".*recommended to use .*sync_dist.*",  # torchmetrics has synchronized the value already
         ".*smaller than the logging interval.*",
+        ".*`srun` command is available on your system but is not used.*",  # as on the login node of a cluster
+        ".*WeightAveraging callback with a model that overrides.*",  # only FSDP shards, which refuses the callback
         ".*Checkpoint directory .* exists and is not empty.*",  # it is not when a run resumes
     ):
         warnings.filterwarnings("ignore", message=message)

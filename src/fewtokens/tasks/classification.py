@@ -147,6 +147,12 @@ class Classifier(LightningModule):
         """Update the test metrics."""
         self._evaluate(self.test_metrics, batch, "test")
 
+    def configure_model(self) -> None:
+        """Let a strategy that shards models, as `fewtokens.runs.fsdp` has one, shard this one."""
+        shard = getattr(self.trainer.strategy, "shard", None)
+        if shard is not None:
+            shard(self.model)
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule."""
         groups = parameter_groups(self.model, self.weight_decay, self.decay, self.layer_decay)
