@@ -141,6 +141,22 @@ def test_the_options_of_training_run(composed, tmp_path: Path, options: list[str
     assert ("test/top1" in numbers) == (options != ["test=false"])
 
 
+def test_the_global_batch_decides_the_accumulation(composed, tmp_path: Path, capsys) -> None:
+    sizes = ["data.batch_size=16", "trainer.limit_train_batches=4", "test=false", "data.train_transforms=[]"]
+    training.run(composed(*TINY, *sizes, "trainer.global_batch_size=32"))
+    line = "1 process(es) x 16 samples x 2 batch(es) = 32 samples per optimizer step, learning rate 0.003"
+    assert line in capsys.readouterr().out
+    one = ["data.batch_size=32", "trainer.limit_train_batches=2"]
+    training.run(composed(*TINY, *sizes[2:], *one, directory="one"))
+    found, expected = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "one")
+    )
+    assert found["global_step"] == expected["global_step"] == 2
+    for name, value in expected["state_dict"].items():
+        if name.startswith("model."):
+            torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_float32_products_are_tf32_on_gpus_alone(composed) -> None:
     settings = {
         name: composed(f"trainer={name}").trainer for name in ("default", "cpu", "ddp_cpu", "mps", "gpu", "ddp", "fsdp")
@@ -215,6 +231,14 @@ def test_an_offline_wandb_run_is_recorded_and_closed(composed, tmp_path: Path, m
         ("init_from=7", "`checkpoint or init_from` must be a run directory or a checkpoint, got 7"),
         ("~task", "`task` must be an option of configs/task"),
         ("name=../x", "`name` must be the name of a folder below outputs/, got '../x'"),
+        (
+            "trainer.global_batch_size=100",
+            r"`trainer\.global_batch_size` must be a multiple of 64 \(1 process\(es\) x data.batch_size=64\), got 100",
+        ),
+        (
+            "trainer.global_batch_size=128 trainer.accumulate_grad_batches=2",
+            r"`trainer\.accumulate_grad_batches` must be 1 with trainer\.global_batch_size, got 2",
+        ),
         ("paths.outputs=null", "`paths.outputs` must be a folder, got None"),
         ("test=7", "`test` must be true or false, got 7"),
         ("+backbone.options.qk_norm=abc", "`backbone.options.qk_norm` must be true or false, got 'abc'"),

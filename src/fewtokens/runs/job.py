@@ -143,12 +143,14 @@ def build_trainer(node: DictConfig, **parts: Any) -> Trainer:
     """Build Lightning's Trainer, after setting the precision of float32 matrix products, which is global in torch.
 
     Args:
-        node: `trainer` of the config. Its `float32_matmul_precision` is no argument of the Trainer.
+        node: `trainer` of the config. Its `float32_matmul_precision` and `global_batch_size` are no arguments of the
+            Trainer.
         parts: Further arguments of the Trainer.
     """
     settings = copy.copy(node)
     with open_dict(settings):
         precision = settings.pop("float32_matmul_precision", "highest")
+        settings.pop("global_batch_size", None)  # depends on the number of processes, see `fewtokens.runs.train`
     check_choice("trainer.float32_matmul_precision", precision, ("highest", "high", "medium"))
     kinds = {"cuda": (CUDAAccelerator,), "gpu": (CUDAAccelerator, MPSAccelerator)}.get(settings.get("accelerator"))
     if kinds is not None and not any(kind.is_available() for kind in kinds):

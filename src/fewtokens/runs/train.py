@@ -28,6 +28,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         checkpoint_of(cfg.init_from)
     with job.running(cfg) as parts:
         check_length(cfg.trainer)
+        set_global_batch(parts)
         check(isinstance(cfg.test, bool), "test", "true or false", cfg.test)
         checkpoint = load_start_weights(parts)
         parts.record.numbers |= teacher.connect(parts)
@@ -61,6 +62,25 @@ def check_length(trainer: DictConfig) -> None:
     check(sanity >= -1, "trainer.num_sanity_val_steps", "an int >= 0, or -1 for all", sanity)
     check(log_every >= 0, "trainer.log_every_n_steps", "an int >= 1, or 0 for never", log_every)
     check(clip is None or clip >= 0, "trainer.gradient_clip_val", "a number >= 0 or null", clip)
+
+
+def set_global_batch(parts: Job) -> None:
+    """Derive the accumulation of gradients from `trainer.global_batch_size`, and print what an optimizer step reads."""
+    cfg, trainer, size = parts.cfg, parts.trainer, parts.cfg.data.batch_size
+    processes, total = trainer.num_nodes * trainer.num_devices, cfg.trainer.get("global_batch_size")
+    if total is not None:
+        multiple = f"a multiple of {processes * size} ({processes} process(es) x data.batch_size={size})"
+        check(isinstance(total, int) and total > 0 and total % (processes * size) == 0,
+              "trainer.global_batch_size", multiple, total)  # fmt: skip
+        accumulated = cfg.trainer.accumulate_grad_batches
+        check(accumulated == 1, "trainer.accumulate_grad_batches", "1 with trainer.global_batch_size", accumulated)
+        trainer.accumulate_grad_batches = total // (processes * size)
+    if trainer.is_global_zero:
+        accumulated = trainer.accumulate_grad_batches
+        print(
+            f"{processes} process(es) x {size} samples x {accumulated} batch(es) = {processes * size * accumulated} "
+            f"samples per optimizer step, learning rate {cfg.optimizer.get('lr')}"
+        )
 
 
 def load_start_weights(parts: Job) -> Path | None:
