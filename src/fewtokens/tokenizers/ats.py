@@ -82,10 +82,10 @@ class ATS(Tokenizer):
         check_class_token(self)
         check_choice("tokenizer.build.rule", rule, RULES)
         self.sample, self.static = RULES[rule], static
-        if isinstance(budget, Sequence) and not isinstance(budget, str):
-            listed: Any = budget
-            budget = one_per_stage("budget", listed, context)[context.stage]
-        self.probes = _num_probes(budget, context.frames * context.grid[0] * context.grid[1])
+        given: Any = budget
+        single = budget is None or isinstance(budget, int | float | str)
+        own = given if single else one_per_stage("budget", given, context)[context.stage]
+        self.probes = _num_probes(own, context.frames * context.grid[0] * context.grid[1])
 
     def forward(self, tokens: Tokens, block: Block) -> Tokens:
         """Return the sampled tokens after the block (B, P + kept, C), with padding and without a grid."""
