@@ -128,6 +128,94 @@ def test_only_the_processes_of_a_step_share_a_directory(no_launcher, variables: 
     no_launcher.delenv(distributed.TIMESTAMP, raising=False)
 
 
+@pytest.mark.parametrize(
+    ("variables", "stamp"),
+    [
+        ({"SLURM_JOB_ID": "7"}, "slurm-7"),  # a single process in a batch script
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_RESTART_COUNT": "1"}, "slurm-7.0"),
+    ],
+)
+def test_a_restarted_slurm_job_finds_its_directory_with_resume_auto(
+    no_launcher, variables: dict[str, str], stamp: str
+) -> None:
+    no_launcher.setattr(sys, "argv", ["train.py", "resume=auto"])
+    for name, value in variables.items():
+        no_launcher.setenv(name, value)
+    distributed.share_timestamp()
+    assert os.environ.get(distributed.TIMESTAMP) == stamp
+    no_launcher.delenv(distributed.TIMESTAMP, raising=False)
+
+
+@pytest.mark.parametrize(("state", "calls"), [("RUNNING", 2), ("CANCELLED", 1)])
+def test_only_a_running_slurm_job_is_requeued(no_launcher, tmp_path: Path, state: str, calls: int) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho "   JobState={state} Reason=None"\n')
+    program.chmod(0o755)
+    no_launcher.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    distributed.requeue()
+    assert not (tmp_path / "calls").exists(), "not in a SLURM job"
+    no_launcher.setenv("SLURM_JOB_ID", "7")
+    distributed.requeue()
+    assert (tmp_path / "calls").read_text().splitlines() == ["show job 7", "requeue 7"][:calls]
+
+
+def test_a_job_that_cannot_be_requeued_ends_with_a_warning(no_launcher, tmp_path: Path, caplog) -> None:
+    no_launcher.setenv("PATH", str(tmp_path))
+    no_launcher.setenv("SLURM_JOB_ID", "7")
+    distributed.requeue()
+    assert "SLURM job 7 cannot be requeued" in caplog.text
+
+
+class Trainer:
+    """What `lost_process` asks of a trainer."""
+
+    def __init__(self, *codes: int | None) -> None:
+        self.world_size, self.global_rank, self.strategy = 3, 0, self
+        self.launcher = self
+        self.procs = [Process(code) for code in codes]
+
+
+class Process:
+    pid = 123
+
+    def __init__(self, code: int | None) -> None:
+        self.returncode = code
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
+@pytest.mark.parametrize(
+    ("codes", "words"),
+    [
+        ((1, -9), "Rank 2 (process 123) was ended by SIGKILL, as by a system that is out of memory, and"),
+        ((None, 1), "Rank 2 (process 123) failed with exit code 1, see above, and the others"),
+        (
+            (),
+            "Rank 0 has lost another process of the job, which torchrun or srun names with its exit code: [gloo] Conn",
+        ),
+    ],
+)
+def test_the_message_names_the_process_that_died(codes: tuple[int | None, ...], words: str) -> None:
+    error = RuntimeError("[gloo] Connection closed by peer")
+    assert (distributed.lost_process(Trainer(*codes), error) or "").startswith(words)  # type: ignore[arg-type]
+    assert distributed.lost_process(Trainer(*codes), RuntimeError("a bug")) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(tmp_path, *TINY, "trainer=ddp_cpu", "trainer.max_epochs=3000", f"hydra.run.dir={run}")
+    _wait(lambda: (run / "checkpoints" / "last.ckpt").is_file(), process)
+    children = [path.read_text().split() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
+    for child in (pid for part in children for pid in part):
+        if b"train.py" in Path("/proc", child, "cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode in (1, -signal.SIGKILL)
+    assert "Rank 1 (process" in output or "[rank: 1] Child process" in output, output
+
+
 def test_child_processes_run_one_job_of_a_sweep(composed, no_launcher, tmp_path: Path) -> None:
     composed("seed=1", "tokenizer=tome", "hydra.sweep.dir=x")
     command = ["train.py", "-m", "seed=0,1", "tokenizer=tome", "--config-dir", "mine"]

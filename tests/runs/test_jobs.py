@@ -2,16 +2,20 @@
 
 import csv
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from conftest import TINY
+from fewtokens.callbacks.signals import Stopped
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import eval as evaluation
 from fewtokens.runs import train as training
@@ -139,6 +143,38 @@ def test_a_video_model_starts_from_a_run_of_an_image_model(composed, tmp_path: P
 def test_the_options_of_training_run(composed, tmp_path: Path, options: list[str]) -> None:
     numbers = training.run(composed(*TINY, *options))
     assert ("test/top1" in numbers) == (options != ["test=false"])
+
+
+def test_auto_starts_a_run_and_continues_it(composed, tmp_path: Path, monkeypatch) -> None:
+    training.run(composed(*TINY, "resume=auto"))
+    training.run(composed(*TINY, "resume=auto", "trainer.max_epochs=2"))
+    content = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 6
+    calls: list[int] = []
+    monkeypatch.setattr(training, "requeue", lambda: calls.append(1))
+    monkeypatch.setattr(Classifier, "on_validation_epoch_start", lambda _: os.kill(os.getpid(), signal.SIGUSR1))
+    for options in (["trainer.max_epochs=4", "resume=auto"], [f"resume={tmp_path / 'run'}", "trainer.max_epochs=5"]):
+        with pytest.raises(Stopped):
+            training.run(composed(*TINY, *options))
+    assert calls == [1], "only with resume=auto would a restarted job continue"
+
+
+def test_auto_continues_the_newest_run_if_it_is_not_finished(composed, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FEWTOKENS_OUTPUTS", str(tmp_path))
+    for name in ("a", "b"):
+        (tmp_path / "digits" / name / "checkpoints").mkdir(parents=True)
+        for file in ("config.yaml", "checkpoints/last.ckpt"):
+            (tmp_path / "digits" / name / file).write_text("")
+    os.utime(tmp_path / "digits" / "a" / "config.yaml", (0, 0))
+
+    def chosen(*overrides: str) -> str:
+        composed("resume=auto", *overrides)
+        return HydraConfig.get().run.dir
+
+    assert chosen() == str(tmp_path / "digits" / "b")
+    assert chosen("hydra.run.dir=mine") == "mine"
+    (tmp_path / "digits" / "b" / "report.json").write_text("")
+    assert chosen() not in (str(tmp_path / "digits" / "a"), str(tmp_path / "digits" / "b"))
 
 
 def test_the_global_batch_decides_the_accumulation(composed, tmp_path: Path, capsys) -> None:

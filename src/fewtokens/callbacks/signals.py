@@ -97,10 +97,9 @@ class StopOnSignal(Checkpoint):
         raise Stopped(self._exit_code(trainer, number), number)
 
     def _exit_code(self, trainer: Trainer, number: int) -> int:
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        started_by_lightning = trainer.global_rank > 0 and environment and not environment.creates_processes_externally
-        # Lightning's launcher kills rank 0 if a child process fails, so only rank 0 exits with a nonzero code.
-        return 0 if started_by_lightning else 128 + number
+        # Lightning's launcher and `srun --kill-on-bad-exit` kill rank 0 if another process fails.
+        quiet = trainer.global_rank > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+        return 0 if quiet else 128 + number
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number

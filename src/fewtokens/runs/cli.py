@@ -28,7 +28,7 @@ from fewtokens.files import replace_file
 from fewtokens.masking import mask, mask_logs, masked
 from fewtokens.runs.compose import compose_on_saved_runs, reference_overrides
 from fewtokens.runs.config import CONFIGS
-from fewtokens.runs.distributed import is_rank_zero, share_timestamp
+from fewtokens.runs.distributed import end_with_parent, is_rank_zero, rank, share_timestamp
 
 TRACEBACK = "FEWTOKENS_TRACEBACK"
 WRONG_KEY = re.compile(
@@ -58,6 +58,7 @@ def command(name: str, job: Callable[[DictConfig], Any]) -> None:
     failed: list[Exception] = []
     try:
         mask_logs()
+        end_with_parent()
         share_timestamp()
         compose_on_saved_runs()
         with _masked_config():
@@ -133,7 +134,8 @@ def _mask_sweep() -> None:
 
 def _print(error: Exception, name: str) -> None:
     lines = traceback.format_exception(error) if os.environ[TRACEBACK] == "1" else []
-    print(mask(f"{''.join(lines)}Error: {describe(error, name)}"), file=sys.stderr, flush=True)
+    where = "" if is_rank_zero() else f" (rank {rank()})"
+    print(mask(f"{''.join(lines)}Error{where}: {describe(error, name)}"), file=sys.stderr, flush=True)
 
 
 def describe(error: Exception, name: str) -> str:
@@ -178,6 +180,8 @@ def _describe_override(text: str, name: str) -> str:
 
 
 def _describe_option(path: str) -> str:
+    if path.startswith("hydra/launcher/submitit"):
+        return "`launcher=slurm` needs hydra-submitit-launcher. Install it with pip install -e '.[slurm]'."
     group, _, option = path.partition("/")
     folder = CONFIGS / group
     options = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))

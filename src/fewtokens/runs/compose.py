@@ -6,6 +6,7 @@ its groups become the default choices in place of the present ones. Experiments 
 """
 
 import copy
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import hydra._internal.hydra
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -24,7 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from fewtokens.errors import FewtokensError, check
 from fewtokens.files import checkpoint_in
 from fewtokens.runs.config import CONFIG, CONFIGS
+from fewtokens.runs.distributed import RUN_DIR, by_slurm
 from fewtokens.runs.saved_config import check_saved
+
+AUTO = "auto"  # value of `resume`
 
 
 def compose_on_saved_runs() -> None:
@@ -65,6 +70,8 @@ class ConfigLoader(ConfigLoaderImpl):
         resume, checkpoint = (OmegaConf.select(first, key) for key in ("resume", "checkpoint"))
         if resume is not None and "checkpoint" in first:
             raise FewtokensError("`resume` continues a training run with train.py. Use checkpoint=<run> here.")
+        automatic = resume == AUTO  # the command composes the run, as it did when the run started
+        resume = None if automatic else resume
         if resume is not None or checkpoint is not None:
             path = run_to_resume(resume) if resume is not None else checkpoint_of(checkpoint)
             search_path.prepend("saved run", f"{SavedRun.scheme()}://{path}?{'&'.join(_keys_of(overrides))}")
@@ -72,6 +79,8 @@ class ConfigLoader(ConfigLoaderImpl):
         cfg = loader.load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
         if resume is not None and run_mode == RunMode.RUN:
             _write_into(Path(resume), cfg)
+        if automatic and run_mode == RunMode.RUN:
+            _write_into_newest(cfg)
         return cfg
 
 
@@ -161,6 +170,21 @@ def _write_into(run: Path, cfg: DictConfig) -> None:
     if any(Path(directory).resolve() != run.resolve() for directory in chosen):
         raise FewtokensError(f"A resumed run stays in its directory, {run}, got hydra.run.dir={chosen[-1]}. Remove it.")
     cfg.hydra.run.dir, cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(run), str(run.parent), run.name
+
+
+def _write_into_newest(cfg: DictConfig) -> None:
+    """Let `resume=auto` continue the newest run of its folder, if that is not finished and no directory is given."""
+    given = any(part.startswith("hydra.run.dir=") for part in cfg.hydra.overrides.hydra)
+    if given or RUN_DIR in os.environ or by_slurm():
+        return
+    config = HydraConfig.instance()
+    before = config.cfg
+    config.set_config(copy.deepcopy(cfg))  # which the name of the folder refers to
+    folder = Path(HydraConfig.get().run.dir).parent
+    config.cfg = before
+    runs = sorted(folder.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
+    if runs and checkpoint_in(runs[-1].parent) and not (runs[-1].parent / "report.json").exists():
+        cfg.hydra.run.dir = str(runs[-1].parent)
 
 
 def _load(name: str) -> Any:

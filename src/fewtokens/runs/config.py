@@ -26,7 +26,7 @@ HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 def check_groups(cfg: DictConfig) -> None:
     """Raise an error if a group of the config was set to null or to a single value."""
     for group in CONFIGS.iterdir():
-        if group.is_dir() and group.name not in ("experiment", "hydra"):
+        if group.is_dir() and group.name not in ("experiment", "hydra", "launcher"):
             options = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
             node = OmegaConf.select(cfg, group.name)
             valid = isinstance(node, DictConfig) and ("_target_" in node or group.name in SEVERAL)

@@ -1,7 +1,12 @@
 """One job in several processes: all use one run directory, and Lightning's child processes run only this job."""
 
+import ctypes
+import logging
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +15,16 @@ from typing import TYPE_CHECKING
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 
+from fewtokens.errors import first_line
+
 if TYPE_CHECKING:  # Lightning takes seconds to import, and the command line imports this module first
     from lightning.pytorch import Trainer
 
+log = logging.getLogger(__name__)
+RESUME_AUTO = "resume=auto"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LOST = ("gloo", "nccl", "connection closed", "connection reset", "tcpstore")  # in errors of collective operations
+SECONDS_TO_DIE = 3.0  # Lightning kills all processes of a job 5 seconds after one of them
 RUN_DIR, TIMESTAMP = "FEWTOKENS_RUN_DIR", "FEWTOKENS_STAMP"  # configs/hydra/default.yaml reads them
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -26,6 +38,12 @@ def is_rank_zero() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
+def rank() -> str:
+    """Return the rank of this process for a message. Of processes that Lightning started, it is the local rank."""
+    variables = [os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ]
+    return next((value for value in variables if value != "0"), "0")
+
+
 def started_by_torchrun() -> bool:
     """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -36,21 +54,50 @@ def share_timestamp() -> None:
 
     Every process composes the config by itself, so that their own clocks would name different run directories.
     """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
-    by_srun = "SLURM_STEP_ID" in os.environ and tasks > 1
-    if not started_by_torchrun() and not by_srun:
+    if not started_by_torchrun() and not by_slurm():
         return
     if TIMESTAMP not in os.environ:
-        os.environ[TIMESTAMP] = _torchrun_timestamp() if started_by_torchrun() else _slurm_name()
+        os.environ[TIMESTAMP] = _slurm_name() if by_slurm() else _torchrun_timestamp()
     if not is_rank_zero():
         sys.argv += ["hydra/job_logging=stdout"]
 
 
+def by_slurm() -> bool:
+    """Return whether the run directory has the number of the SLURM job as its name.
+
+    It has if srun started several processes, and in every SLURM job with `resume=auto`, whose restarts must find it.
+    """
+    if "SLURM_JOB_ID" in os.environ and RESUME_AUTO in sys.argv:
+        return True
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+    return "SLURM_STEP_ID" in os.environ and tasks > 1 and not started_by_torchrun()
+
+
 def _slurm_name() -> str:
-    """Return a name that the processes of a job step share, and no other step or restart has."""
-    name = f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    """Return a name that the processes of a job step share, and no other step has; restarts have it with auto."""
+    names = [os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_STEP_ID")]
+    name = "slurm-" + ".".join(name for name in names if name is not None)
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return name if restarts == "0" else f"{name}-restart{restarts}"
+    return name if restarts == "0" or RESUME_AUTO in sys.argv else f"{name}-restart{restarts}"
+
+
+def requeue() -> None:
+    """Put the running SLURM job of this process, if there is one, back into the queue, from rank 0.
+
+    A job that a user cancels or that SLURM preempts gets the same signals. It is not running any more, and SLURM itself
+    puts it back, or not.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or not is_rank_zero():
+        return
+    try:
+        state = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+        if "JobState=RUNNING" in state:
+            log.warning("SLURM job %s goes back to the queue", job)
+            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        log.warning("SLURM job %s cannot be requeued: %s. Submit it again to continue", job, str(reason).strip())
 
 
 def _torchrun_timestamp() -> str:
@@ -113,6 +160,37 @@ def end_process_group(trainer: "Trainer") -> None:
     """
     trainer.strategy.barrier()
     _destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """On Linux, let a process that Lightning started be killed when rank 0 dies, which cannot end it any more."""
+    if RUN_DIR in os.environ and os.environ.get("LOCAL_RANK", "0") != "0" and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def lost_process(trainer: "Trainer", error: BaseException) -> str | None:
+    """Return a sentence about a process of the job that has died, or None if this is not what an error is about.
+
+    Args:
+        trainer: The trainer of this process.
+        error: What ended this process. If another process dies, collective operations raise an error.
+    """
+    if trainer.world_size == 1 or not any(word in str(error).lower() for word in LOST):
+        return None
+    processes = getattr(trainer.strategy.launcher, "procs", ())
+    until = time.monotonic() + SECONDS_TO_DIE
+    while processes and time.monotonic() < until and not any(process.poll() for process in processes):
+        time.sleep(0.1)
+    codes = {rank: process.returncode for rank, process in enumerate(processes, start=1) if process.returncode}
+    killed = {rank: code for rank, code in codes.items() if code < 0}  # the others may have failed because of these
+    for rank, code in (killed or codes).items():
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}, see above"
+        memory = ", as by a system that is out of memory" if code == -signal.SIGKILL else ""
+        return f"Rank {rank} (process {processes[rank - 1].pid}) {how}{memory}, and the others cannot go on without it."
+    return (
+        f"Rank {trainer.global_rank} has lost another process of the job, which torchrun or srun names with its exit "
+        f"code: {first_line(error)}"
+    )
 
 
 def _destroy_process_group() -> None:

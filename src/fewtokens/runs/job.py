@@ -30,7 +30,7 @@ from fewtokens.runs import config, fsdp, report
 from fewtokens.runs.checkpoints import AtomicCheckpointIO
 from fewtokens.runs.config import instantiate
 from fewtokens.runs.directory import RunDirectory, TrainingRecord
-from fewtokens.runs.distributed import end_process_group
+from fewtokens.runs.distributed import end_process_group, lost_process
 from fewtokens.runs.pages import run_page
 from fewtokens.tokenizers.base import Tokenizer
 
@@ -74,12 +74,17 @@ def running(cfg: DictConfig) -> Iterator[Job]:
     """
     with _page_of_a_failure(RunDirectory(cfg)) as run:
         loggers: list[Logger] = []
-        status = "failed"
+        job, status = None, "failed"
         try:
             job = build(cfg, run)
             loggers = job.trainer.loggers
             yield job
             status = "success"
+        except Exception as error:
+            reason = None if job is None else lost_process(job.trainer, error)
+            if reason is None:
+                raise
+            raise FewtokensError(f"{reason} Continue with resume={run.path}") from error
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit code 1
                 raise KeyboardInterrupt from None
@@ -263,6 +268,8 @@ def _finish_wandb(status: str) -> None:
 
 
 def _quiet() -> None:
+    # It says which process died when Lightning kills the others.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()  # Hydra's handlers print the messages a second time
         logging.getLogger(name).setLevel(logging.WARNING)

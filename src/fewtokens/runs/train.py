@@ -3,13 +3,15 @@
 import logging
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from fewtokens.callbacks.signals import Stopped
 from fewtokens.errors import FewtokensError, check, first_line
 from fewtokens.runs import checkpoints, job, skipped_videos, teacher
-from fewtokens.runs.compose import checkpoint_of, run_to_resume
+from fewtokens.runs.compose import AUTO, checkpoint_of, run_to_resume
 from fewtokens.runs.config import instantiate
-from fewtokens.runs.distributed import child_processes_run_this_job
+from fewtokens.runs.distributed import child_processes_run_this_job, requeue
 from fewtokens.runs.job import Job
 
 log = logging.getLogger(__name__)
@@ -19,11 +21,19 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Train and evaluate a model.
 
     Args:
-        cfg: The composed config. `resume` names a run to continue, `init_from` one whose weights to start from.
+        cfg: The composed config. `resume` names a run to continue, or is "auto": the one in the run directory, if there
+            is one. `init_from` names a run whose weights to start from.
 
     Returns:
         The numbers of report.json (on rank 0).
     """
+    if cfg.resume == AUTO:
+        cfg.resume = run_to_continue(Path(HydraConfig.get().runtime.output_dir))
+        try:
+            return run(cfg)
+        except Stopped:
+            requeue()
+            raise
     if cfg.init_from is not None and cfg.resume is None:  # before data are listed, which can take minutes
         checkpoint_of(cfg.init_from)
     with job.running(cfg) as parts:
@@ -42,6 +52,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
             numbers |= measured
             job.finish(parts, numbers, pictures)
     return numbers
+
+
+def run_to_continue(directory: Path) -> str | None:
+    """Return the run directory if it contains a run with a checkpoint, which `resume=auto` continues, or None."""
+    return str(directory) if (directory / "checkpoints" / "last.ckpt").is_file() else None
 
 
 def check_length(trainer: DictConfig) -> None:
