@@ -1,6 +1,7 @@
 """Files in class folders, `<part>/<class>/<file>`: listing them, and reading and fitting pictures."""
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,20 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2 import functional
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, first_line
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+class UnreadablePictureError(FewtokensError):
+    """A picture that cannot be read or decoded. `path` and `reason` say which one and why."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"Cannot read the picture {path}: {reason}. Replace it with an intact copy, or remove it.")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple:
+        return UnreadablePictureError, (self.path, self.reason)
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,14 @@ class ClassFolders:
     def path(self, index: int) -> Path:
         """Return the path of file `index`."""
         return self.root / os.fsdecode(self.files[index])
+
+    def read(self, index: int) -> UInt8[Tensor, " bytes"]:
+        """Return the content of file `index`.
+
+        Raises:
+            UnreadablePictureError: The file is missing, empty or unreadable.
+        """
+        return read_bytes(self.path(index))
 
     def fingerprint(self) -> str:
         """Hash the names, sizes and modification times of the files, as a cache key."""
@@ -83,19 +103,59 @@ def scan(root: Path, advice: str, suffixes: tuple[str, ...] = PICTURES) -> Class
     return ClassFolders(root, classes, np.array(files), targets)
 
 
-def read_pil(path: Path) -> Image.Image:
-    """Read a picture of any color mode as RGB.
+def read_bytes(path: Path) -> UInt8[Tensor, " bytes"]:
+    """Return the content of a file.
 
     Raises:
-        FewtokensError: The file is not a readable picture.
+        UnreadablePictureError: The file is missing, empty or unreadable.
     """
     try:
-        with Image.open(path) as image:
+        return read_file(str(path))
+    except RuntimeError as error:
+        raise UnreadablePictureError(str(path), first_line(error)) from error
+
+
+def decode_pil(data: UInt8[Tensor, " bytes"], path: Path) -> Image.Image:
+    """Decode a picture of any color mode as RGB.
+
+    Args:
+        data: Content of the file.
+        path: Its name in errors.
+
+    Raises:
+        UnreadablePictureError: It is not a readable picture.
+    """
+    try:
+        with Image.open(io.BytesIO(data.numpy().data)) as image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise FewtokensError(
-            f"Cannot read the picture {path}: {error}. Replace the file with an intact copy, or remove it."
-        ) from error
+        reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise UnreadablePictureError(str(path), reason) from error
+
+
+def decode_tensor(data: UInt8[Tensor, " bytes"], path: Path) -> UInt8[Tensor, "3 h w"]:
+    """Decode a picture as RGB: JPEG with torchvision's decoder, 1.2 times as fast as Pillow, and others with Pillow.
+
+    Pillow also reads what torchvision refuses: ImageNet holds JPEG files in CMYK, and a PNG file with a JPEG name.
+
+    Args:
+        data: Content of the file.
+        path: Its name in errors.
+
+    Raises:
+        UnreadablePictureError: It is not a readable picture.
+    """
+    if data[:2].tolist() == [0xFF, 0xD8]:
+        try:
+            return decode_jpeg(data, mode=ImageReadMode.RGB)
+        except RuntimeError:
+            pass
+    return functional.pil_to_tensor(decode_pil(data, path))
+
+
+def read_pil(path: Path) -> Image.Image:
+    """Read a file with `decode_pil`."""
+    return decode_pil(read_bytes(path), path)
 
 
 def fit(picture: Image.Image, shape: tuple[int, ...]) -> UInt8[Tensor, "c h w"]:
@@ -114,19 +174,8 @@ def fit(picture: Image.Image, shape: tuple[int, ...]) -> UInt8[Tensor, "c h w"]:
 
 
 def read_tensor(path: Path) -> UInt8[Tensor, "3 h w"]:
-    """Read a picture as RGB: JPEG with torchvision's decoder, 1.2 times as fast as Pillow, and others with Pillow.
-
-    Pillow also reads what torchvision refuses: ImageNet holds JPEG files in CMYK, and a PNG file with a JPEG name.
-
-    Raises:
-        FewtokensError: The file is not a readable picture.
-    """
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        try:
-            return decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB)
-        except RuntimeError:
-            pass
-    return functional.pil_to_tensor(read_pil(path))
+    """Read a file with `decode_tensor`."""
+    return decode_tensor(read_bytes(path), path)
 
 
 def decode_all(folders: ClassFolders) -> UInt8[Tensor, "n 3 h w"]:

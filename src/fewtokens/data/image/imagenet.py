@@ -1,76 +1,28 @@
 """ImageNet (ILSVRC 2012), or other pictures of any size, from class folders."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
-from fewtokens.data import seeding
 from fewtokens.data.datamodule import Common, DataModule, Part
-from fewtokens.data.image import folders
+from fewtokens.data.image import folders, shards
+from fewtokens.data.image.dataset import PictureDataset, RandomCropFlip
 from fewtokens.errors import FewtokensError, check, check_choice, listed
 
 _ILSVRC_CLASSES = 1000
-_BACKENDS = {"pil": folders.read_pil, "torchvision": folders.read_tensor}
-Batch = tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, " b"]]
-
-
-class FolderDataset(Dataset):
-    """Pictures on disk, which are decoded and cropped to one size in the worker, as uint8.
-
-    Args:
-        files: The pictures.
-        labels: Class index of each class folder.
-        read: Reads a picture from a path.
-        transform: Returns a uint8 tensor of one size. May draw from torch's global generator, which is seeded here with
-            (seed, epoch, index) and restored afterwards, so that the draws do not depend on the number of workers.
-        seed: The run's seed.
-    """
-
-    def __init__(
-        self,
-        files: folders.ClassFolders,
-        labels: Tensor,
-        read: Callable,
-        transform: Callable[..., Tensor],
-        seed: int = 0,
-    ) -> None:
-        self.files, self.read, self.transform, self.seed = files, read, transform, seed
-        self.targets = labels[files.targets]
-
-    def __len__(self) -> int:
-        return len(self.files.files)
-
-    def __getitem__(self, stamp: int) -> tuple[UInt8[Tensor, "3 h w"], int]:
-        """Return picture `stamp % len(self)` with the augmentation of epoch `stamp // len(self)` (`TrainSampler`)."""
-        epoch, index = divmod(stamp, len(self))
-        picture = self.read(self.files.path(index))
-        before = torch.get_rng_state()
-        try:
-            torch.default_generator.manual_seed(seeding.mix(seeding.IMAGE, self.seed, epoch, index))
-            return self.transform(picture), int(self.targets[index])
-        finally:
-            torch.set_rng_state(before)
-
-    def __getitems__(self, stamps: list[int]) -> Batch | FewtokensError:
-        """Return a batch, or the error for `Loader` to raise."""
-        try:
-            images, targets = zip(*map(self.__getitem__, stamps), strict=True)
-        except FewtokensError as error:
-            return error
-        return torch.stack(images), torch.tensor(targets)
+_BACKENDS = {"pil": folders.decode_pil, "torchvision": folders.decode_tensor}
 
 
 class ImageNet(DataModule):
-    """ImageNet from `train/<wnid>/*` and `val/<wnid>/*`. `val` is both the validation and the test part.
+    """ImageNet from class folders `train/<wnid>/*` and `val/<wnid>/*`, or from tar shards in `train` and `val`.
+
+    `val` is both the validation and the test part. Shards and the folders they were made from give the same batches.
 
     Training uses torchvision's decoder, and a random resized crop and flip in the worker. Evaluation uses timm's
     preprocessing: scale the shorter side to `image_size / crop_pct`, crop the center. `val` is enough to evaluate.
@@ -116,14 +68,12 @@ class ImageNet(DataModule):
         known = preprocessing(preset, crop_pct, interpolation)
         common["mean"], common["std"] = common.get("mean") or known["mean"], common.get("std") or known["std"]
         super().__init__(**common)
-        self.root, self.read = Path(root).expanduser(), _BACKENDS[image_backend]
-        mode = v2.InterpolationMode(known["interpolation"])
-        crop = v2.RandomResizedCrop(self.image_size, (min_scale, 1.0), interpolation=mode, antialias=True)
-        self.train_crop = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
+        self.root, self.decode = Path(root).expanduser(), _BACKENDS[image_backend]
+        self.train_crop = RandomCropFlip(self.image_size, min_scale, known["interpolation"], flip)
         geometry = {name: known[name] for name in ("crop_pct", "interpolation", "crop_mode")}
         self.eval_crop = create_transform((3, self.image_size, self.image_size), normalize=False, **geometry)
         self.description = f"ImageNet (class folders at {self.root})"
-        self._parts: dict[Part, FolderDataset] = {}
+        self._parts: dict[Part, PictureDataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """List the pictures and compare the classes with the settings. Only fitting needs the folder `train`."""
@@ -135,18 +85,20 @@ class ImageNet(DataModule):
                 self.verify(part)
         self._parts["test"] = self._parts["val"]
 
-    def dataset(self, part: Part) -> FolderDataset | None:
+    def dataset(self, part: Part) -> PictureDataset | None:
         """Return the pictures of a part."""
         return self._parts.get(part)
 
-    def _read(self, part: Part) -> FolderDataset:
-        files = folders.scan(
+    def _read(self, part: Part) -> PictureDataset:
+        files = list_pictures(
             self.root / part,
             f"Store the pictures as {self.root}/{part}/n01440764/*.JPEG: get ILSVRC2012_img_{part}.tar from "
             "https://image-net.org (free account) and unpack it, for example with torchvision.datasets.ImageNet",
         )
-        read, crop = (folders.read_tensor, self.train_crop) if part == "train" else (self.read, self.eval_crop)
-        return FolderDataset(files, self._labels(files), read, crop, self.seed)
+        training = part == "train"
+        decode, crop = (folders.decode_tensor, self.train_crop) if training else (self.decode, self.eval_crop)
+        targets = self._labels(files)[files.targets]
+        return PictureDataset(files, targets, decode, crop, self.image_size, self.seed)
 
     def _labels(self, files: folders.ClassFolders) -> Int64[Tensor, " k"]:
         info = ImageNetInfo()
@@ -174,6 +126,21 @@ class ImageNet(DataModule):
             f"classes of ILSVRC; got {self.num_classes} with {found} folders{hint}. Set data.num_classes={found}, or "
             "complete the folders."
         )
+
+
+def list_pictures(root: Path, advice: str) -> folders.ClassFolders:
+    """List the pictures of a part: in tar shards if the folder contains any, else in class folders.
+
+    Args:
+        root: Folder of the part.
+        advice: Sentence without its period for error messages: how the data should be stored, or where to get them.
+
+    Raises:
+        FewtokensError: There are no pictures, or the shards have no index that fits.
+    """
+    if (root / shards.INDEX).exists() or next(root.glob("*.tar"), None) is not None:
+        return shards.load(root)
+    return folders.scan(root, advice)
 
 
 def preprocessing(

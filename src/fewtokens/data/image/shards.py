@@ -1,0 +1,210 @@
+"""Pictures in tar shards of WebDataset's layout, and the index of offsets by which they are read in any order.
+
+A folder of shards holds `*.tar`, whose members are `<key>.<picture suffix>` and `<key>.cls` (the number of the class),
+`classes.txt` with the names of the classes in the order of their numbers, and `index.safetensors`.
+`python -m fewtokens.data.shard` writes all of them, or only the index of shards from elsewhere.
+"""
+
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+from jaxtyping import Int64, UInt8
+from safetensors.numpy import save
+from torch import Tensor
+
+from fewtokens.data.image.folders import PICTURES, ClassFolders, UnreadablePictureError
+from fewtokens.errors import FewtokensError, first_line
+from fewtokens.files import replace_file
+
+INDEX, CLASSES = "index.safetensors", "classes.txt"
+_VERSION = "1"  # increase with every change of the index
+_OPEN_FILES = 256  # per process; the usual limit is 1024
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class Sample(NamedTuple):
+    """A picture in a tar file: its name and class, and where its bytes are."""
+
+    name: str
+    label: int
+    offset: int
+    size: int
+
+
+class Shard(NamedTuple):
+    """A tar file: its name, size in bytes and sha256 (of shards from elsewhere, its modification time instead)."""
+
+    name: str
+    size: int
+    state: str
+
+
+@dataclass(frozen=True)
+class Shards(ClassFolders):
+    """The pictures of one part of a data set in tar files. The order is that of the folders they were made from.
+
+    Attributes:
+        spans: Number of the shard, offset and size in bytes of each picture.
+        shards: The tar files in `root`.
+    """
+
+    spans: Int64[np.ndarray, "n 3"]
+    shards: Sequence[Shard]
+
+    def path(self, index: int) -> Path:
+        """Return the name of picture `index` for messages: the tar file, and the name of the original file."""
+        return self.root / self.shards[self.spans[index, 0]].name / os.fsdecode(self.files[index])
+
+    def read(self, index: int) -> UInt8[Tensor, " bytes"]:
+        """Return the content of picture `index`.
+
+        Raises:
+            UnreadablePictureError: The tar file is missing, unreadable or too short.
+        """
+        number, offset, size = self.spans[index].tolist()
+        try:
+            return torch.from_numpy(_read(self.root / self.shards[number].name, self.shards[number], offset, size))
+        except OSError as error:
+            raise UnreadablePictureError(str(self.path(index)), error.strerror or str(error)) from error
+
+    def take(self, indices: Int64[Tensor, " k"]) -> "Shards":
+        """Return the pictures with these indices."""
+        chosen = indices.numpy()
+        return Shards(
+            self.root, self.classes, self.files[chosen], self.targets[indices], self.spans[chosen], self.shards
+        )
+
+    def check(self) -> None:
+        """Compare the index with the sizes of the tar files and with the first and last header of each.
+
+        Raises:
+            FewtokensError: A tar file is missing, truncated or another one than the index describes.
+        """
+        order = np.lexsort((self.spans[:, 1], self.spans[:, 0]))
+        ends = np.searchsorted(self.spans[order, 0], np.arange(len(self.shards) + 1))
+        for shard, first, end in zip(self.shards, ends, ends[1:], strict=False):
+            path = self.root / shard.name
+            try:
+                found = path.stat().st_size
+                problem = f"has {found} bytes in place of {shard.size}" if found != shard.size else ""
+                for _, offset, size in self.spans[order[[first, end - 1]]].tolist() if first < end else ():
+                    if (
+                        not problem
+                        and tarfile.TarInfo.frombuf(
+                            _read(path, shard, offset - _BLOCK, _BLOCK).tobytes(), "utf-8", "replace"
+                        ).size
+                        != size
+                    ):
+                        problem = f"has no picture of {size} bytes at {offset}"
+            except (OSError, tarfile.HeaderError) as error:
+                problem = f"cannot be used ({getattr(error, 'strerror', None) or error})"
+            if problem:
+                raise FewtokensError(
+                    f"The shard {path} {problem}, so that it does not fit {INDEX} in its folder. Replace it with an "
+                    f"intact copy, or index the folder again: python -m fewtokens.data.shard --index {self.root}"
+                )
+
+
+@lru_cache(_OPEN_FILES)
+def _opened(path: Path, shard: Shard) -> FileIO:  # the state in `shard` tells a file that was written again
+    return FileIO(path)
+
+
+def _read(path: Path, shard: Shard, offset: int, size: int) -> UInt8[np.ndarray, " size"]:
+    buffer = np.empty(size, np.uint8)
+    # Unlike seek and read, this can be used by processes that share the file.
+    if os.preadv(_opened(path, shard).fileno(), [buffer.data], offset) != size:
+        raise OSError("the tar file is truncated")
+    return buffer
+
+
+def load(root: Path) -> Shards:
+    """Read the index of a folder of shards, and check that it fits them.
+
+    Raises:
+        FewtokensError: There is no intact index, or it does not fit.
+    """
+    try:
+        with safetensors.safe_open(root / INDEX, framework="numpy") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("version") != _VERSION:
+            raise ValueError("it was written by another version")
+        names, targets, spans = tensors["names"], tensors["targets"], tensors["spans"]
+        shards = [Shard(*values) for values in json.loads(metadata["shards"])]
+        found = Shards(
+            root,
+            json.loads(metadata["classes"]),
+            names.view(f"S{names.shape[1]}")[:, 0],
+            torch.from_numpy(targets),
+            spans,
+            shards,
+        )
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        missing = not (root / INDEX).exists()
+        problem = "has no index" if missing else f"has an index that cannot be read ({first_line(error)})"
+        raise FewtokensError(
+            f"The folder of shards {root} {problem}. Write it with: python -m fewtokens.data.shard --index {root}"
+        ) from error
+    found.check()
+    return found
+
+
+def save_index(root: Path, classes: Sequence[str], shards: Sequence[tuple[Shard, Sequence[Sample]]]) -> None:
+    """Write the index of a folder of shards, with the pictures sorted by class and name.
+
+    Raises:
+        FewtokensError: There is no picture, or the index cannot be written.
+    """
+    rows = sorted((s.label, s.name, k, s.offset, s.size) for k, (_, samples) in enumerate(shards) for s in samples)
+    if not rows:
+        raise FewtokensError(
+            f"There is no picture in the tar files of {root}; expected members <key>{PICTURES[0]} and <key>.cls."
+        )
+    names = np.array([os.fsencode(name) for _, name, *_ in rows])
+    tensors = {
+        "names": names.view(np.uint8).reshape(len(rows), -1),
+        "targets": np.array([row[0] for row in rows]),
+        "spans": np.array([row[2:] for row in rows]),
+    }
+    lists = {"classes": list(classes), "shards": [shard for shard, _ in shards]}
+    with replace_file(root / INDEX, "wb") as file:
+        file.write(save(tensors, {"version": _VERSION} | {name: json.dumps(x) for name, x in lists.items()}))
+
+
+def scan_tar(path: Path) -> tuple[Shard, list[Sample]]:
+    """Find the pictures of a tar file and their classes.
+
+    Raises:
+        FewtokensError: The file is truncated or no tar file, or a picture has no class.
+    """
+    pictures, labels = dict[str, tuple[str, int, int]](), dict[str, int]()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                key, _, suffix = base.partition(".")  # WebDataset's rule: a key ends at the first dot of the base name
+                key = f"{folder}/{key}"
+                if f".{suffix.lower()}".endswith(PICTURES):
+                    pictures[key] = member.name, member.offset_data, member.size
+                elif suffix == "cls":
+                    content = tar.extractfile(member)
+                    labels[key] = int(content.read()) if content else -1
+        state = path.stat()
+        found = [Sample(name, labels[key], *span) for key, (name, *span) in pictures.items()]
+    except (OSError, tarfile.TarError, ValueError, KeyError) as error:
+        reason = f"{error.args[0]}.cls is missing" if isinstance(error, KeyError) else first_line(error)
+        raise FewtokensError(
+            f"Cannot index {path}: {reason}. Expected a complete tar file with members <key>{PICTURES[0]} and "
+            "<key>.cls, which holds the number of the class. Replace it with an intact copy, or remove it."
+        ) from error
+    return Shard(path.name, state.st_size, str(state.st_mtime_ns)), found
