@@ -26,6 +26,7 @@ from fewtokens.data.transforms.geometric import CenterCrop, PadCrop, RandomCrop,
 from fewtokens.data.transforms.host import cpu_generator, to_device
 from fewtokens.data.transforms.normalize import Pipeline
 from fewtokens.data.transforms.randaugment import RandAugment
+from fewtokens.data.transforms.three_augment import ThreeAugment
 
 CUDA = torch.device("cuda", 0)
 STEPS: list[Callable[[], Any]] = [
@@ -38,6 +39,7 @@ STEPS: list[Callable[[], Any]] = [
     lambda: RandomFlip(),
     lambda: RandAugment(2, 9),
     lambda: ColorJitter(),
+    lambda: ThreeAugment(),
     lambda: RandomErasing(0.5),
     lambda: RandomErasing(0.5, fill="noise"),
 ]
