@@ -60,3 +60,17 @@ def test_stamps_carry_epoch_and_index() -> None:
 def test_fewer_samples_than_processes_are_refused() -> None:
     with pytest.raises(FewtokensError, match="4 processes need at least 4 training samples, got 3"):
         TrainSampler(3, batch_size=1, world=4)
+
+
+@given(sizes, worlds, st.integers(1, 4))
+def test_repeats_follow_each_other_with_epochs_of_their_own(size: int, world: int, repeats: int) -> None:
+    settings = {"batch_size": 4, "world": world, "epoch": 2, "repeats": repeats}
+    ranks = [list(TrainSampler(size, rank=r, stamped=True, **settings)) for r in range(world)]
+    plain = [list(TrainSampler(size, rank=r, **settings)) for r in range(world)]
+    assert [[stamp % size for stamp in rank] for rank in ranks] == plain
+    stamps = [stamp for row in zip(*ranks, strict=True) for stamp in row]
+    assert len(stamps) == len(set(stamps)) == size // world * world
+    for start in range(0, len(stamps), repeats):
+        group = stamps[start : start + repeats]
+        assert len({stamp % size for stamp in group}) == 1
+        assert [stamp // size for stamp in group] == [2 * repeats + copy for copy in range(len(group))]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, NotRequired, Required, TypedDict, Unp
 
 import lightning as L
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,6 +27,7 @@ class Loading(TypedDict):
     num_workers: NotRequired[int]
     seed: NotRequired[int]
     drop_last: NotRequired[bool]
+    repeats: NotRequired[int]
 
 
 class Common(Loading):
@@ -102,7 +103,8 @@ class DataModule(L.LightningDataModule):
         train_transforms: Transforms of a training batch, see `fewtokens.data.transforms.geometric`.
         eval_transforms: Transforms of a validation or test batch.
         **loading: `batch_size` and `eval_batch_size` (per process; None: the same), `num_workers` (at most the number
-            of cores per process), `seed` (of order and augmentation), `drop_last` (in training).
+            of cores per process), `seed` (of order and augmentation), `drop_last` (in training), `repeats` (of each
+            training sample, see `TrainSampler`).
 
     Raises:
         FewtokensError: A setting is out of range or does not fit the data.
@@ -134,7 +136,7 @@ class DataModule(L.LightningDataModule):
         other = loading.get("eval_batch_size")
         self.eval_batch_size = self.batch_size if other is None else other
         self.num_workers, self.seed = loading.get("num_workers", 0), loading.get("seed", 0)
-        self.drop_last = loading.get("drop_last", False)
+        self.drop_last, self.repeats = loading.get("drop_last", False), loading.get("repeats", 1)
         self.mean = [0.0] * channels if mean is None else [float(x) for x in mean]
         self.std = [1.0] * channels if std is None else [float(x) for x in std]
         self._check_settings()
@@ -143,8 +145,8 @@ class DataModule(L.LightningDataModule):
         self._resume: dict[str, Any] | None = None
 
     def _check_settings(self) -> None:
-        least = {"num_classes": 1, "image_size": 1, "channels": 1, "frames": 1, "batch_size": 1, "eval_batch_size": 1}
-        for name, bound in (least | {"num_workers": 0, "seed": 0}).items():
+        ones = ("num_classes", "image_size", "channels", "frames", "batch_size", "eval_batch_size", "repeats")
+        for name, bound in (dict.fromkeys(ones, 1) | {"num_workers": 0, "seed": 0}).items():
             value = getattr(self, name)
             check(isinstance(value, int) and value >= bound, f"data.{name}", f"an int >= {bound}", value)
         check(self.frames == 1 or self.holds_clips, "data.frames", "1, since these data are images", self.frames)
@@ -189,6 +191,7 @@ class DataModule(L.LightningDataModule):
             world=world,
             epoch=epoch,
             stamped=self.stamped,
+            repeats=self.repeats,
         )
         sampler.skip(epoch, batches)
         enough = not self.drop_last or len(sampler) >= self.batch_size
@@ -253,8 +256,8 @@ class DataModule(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def on_after_batch_transfer(
-        self, batch: tuple[Shaped[Tensor, "b *stored"], Int64[Tensor, "b *k"]], dataloader_idx: int
-    ) -> tuple[Float[Tensor, "b v *sample"], Int64[Tensor, "b *k"]]:
+        self, batch: tuple[Shaped[Tensor, "b *stored"], Shaped[Tensor, "b *k"]], dataloader_idx: int
+    ) -> tuple[Float[Tensor, "b v *sample"], Shaped[Tensor, "b *k"]]:
         """Augment (in training) and normalize a batch. The draws depend on (seed, rank, epoch, batch in the epoch)."""
         samples, targets = batch
         training = self.trainer is not None and self.trainer.training
@@ -271,7 +274,7 @@ class DataModule(L.LightningDataModule):
         if self.trainer is None:
             return {}
         epoch, batches = resume_position(self.trainer)
-        order = [self.seed, self.batch_size, self._ranks()[1]]
+        order = [self.seed, self.batch_size, self._ranks()[1], self.repeats]
         return {"epoch": epoch, "batches": batches, "order": order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -283,12 +286,13 @@ class DataModule(L.LightningDataModule):
         state, self._resume = self._resume, None
         if not state:
             return (self.trainer.current_epoch if self.trainer is not None else 0), 0
-        order = [self.seed, self.batch_size, world]
-        if state["batches"] and state["order"] != order:
-            names = "seed {}, batch_size {} and {} process(es)"
+        order = [self.seed, self.batch_size, world, self.repeats]
+        saved = [*state["order"], 1][:4]  # older checkpoints have no repeats
+        if state["batches"] and saved != order:
+            names = "seed {}, batch_size {}, {} process(es) and repeats {}"
             raise FewtokensError(
                 "Cannot resume in the middle of an epoch with another order of samples: the checkpoint was written "
-                f"with {names.format(*state['order'])}, this run has {names.format(*order)}. Use the same values, or a "
+                f"with {names.format(*saved)}, this run has {names.format(*order)}. Use the same values, or a "
                 "checkpoint from the end of an epoch."
             )
         return state["epoch"], state["batches"]

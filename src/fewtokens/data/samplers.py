@@ -24,7 +24,9 @@ class TrainSampler(Sampler[int]):
         world: Number of processes.
         epoch: The first epoch, since Lightning asks for the first iterator before it calls `set_epoch`.
         stamped: Yield `epoch * size + index` instead of `index`, for data sets whose workers augment and therefore need
-            to know the epoch.
+            to know the epoch. With `repeats`, every repetition has an epoch number of its own.
+        repeats: Times that a sample occurs in a row, on other ranks if possible (repeated augmentation, Hoffer et al.,
+            arXiv:1901.09335). An epoch keeps its length, so that it has a random part of the samples.
 
     Raises:
         FewtokensError: There are fewer samples than processes.
@@ -40,13 +42,14 @@ class TrainSampler(Sampler[int]):
         world: int = 1,
         epoch: int = 0,
         stamped: bool = False,
+        repeats: int = 1,
     ) -> None:
         if size < world:
             raise FewtokensError(
                 f"{world} processes need at least {world} training samples, got {size}. Use fewer devices or more data."
             )
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world, self.stamped = rank, world, stamped
+        self.rank, self.world, self.stamped, self.repeats = rank, world, stamped, repeats
         self.epoch = epoch
         self._skipped = (epoch, 0)
 
@@ -63,12 +66,15 @@ class TrainSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self.size, generator=seeding.generator(seeding.ORDER, self.seed, self.epoch))
+        order = order[: -(-self.size // self.repeats)].repeat_interleave(self.repeats)[: self.size]
+        if self.stamped:
+            order += (self.epoch * self.repeats + torch.arange(self.size) % self.repeats) * self.size
         mine = order[self.rank :: self.world][: len(self)]
         epoch, batches = self._skipped
         if epoch == self.epoch:
             mine = mine[batches * self.batch_size :]
         # A list, since worker processes use the epoch at the time of iter(), and without workers it must be the same.
-        return iter((mine + self.epoch * self.size if self.stamped else mine).tolist())
+        return iter(mine.tolist())
 
 
 class EvalSampler(Sampler[int]):
