@@ -229,6 +229,8 @@ def test_experiments_without_public_weights_need_some(composed, experiment: str)
     if cfg.init_from is not None:
         with pytest.raises(FewtokensError, match=r"<run (of vivit_b_m\d_k400|of deit3_[bl]16_800|at 224 pixels)>"):
             checkpoint_of(cfg.init_from)
+    elif experiment == "video/surveillance":
+        assert OmegaConf.is_missing(cfg.init_image, "weights")
     elif experiment.startswith("video/") and "_l10_" in experiment:
         with pytest.raises(FewtokensError, match=r"^`init_image\.weights` must be a string, got None\.$"):
             instantiate(cfg.init_image)

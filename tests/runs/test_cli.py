@@ -38,7 +38,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         ("tokenizer=null", "must be the name of an option, got tokenizer=null"),
         ("callbacks=7", "must be the name of an option, got callbacks=7"),
         ("resume=7", "`resume` must be a run directory, got 7"),
-        ("measure=", "The options are cost, default, none"),
+        ("measure=", "The options are cost, default, fewshot, none"),
     ],
 )
 def test_a_misspelt_override_is_answered_with_the_nearest_name(monkeypatch, capsys, wrong: str, right: str) -> None:
