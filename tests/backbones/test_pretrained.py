@@ -263,11 +263,7 @@ def test_a_name_similar_to_none_is_an_error_with_an_example() -> None:
         ours("q")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"options": {"dept": 2}}, {"options": {"global_pool": "median"}}, {"options": {"num_heads": 7}}],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", [{"options": {"dept": 2}}, {"options": {"num_heads": 7}}], ids=str)
 def test_settings_that_timm_does_not_accept_are_an_error(changes: dict[str, Any]) -> None:
     (name,) = changes["options"]
     said = (
@@ -276,6 +272,12 @@ def test_settings_that_timm_does_not_accept_are_an_error(changes: dict[str, Any]
     )
     with pytest.raises(FewtokensError, match=said):
         ours(**changes)
+
+
+@pytest.mark.parametrize(("name", "value"), [("global_pool", "median"), ("qk_norm", "abc"), ("drop_rate", 1.0)])
+def test_options_of_the_wrong_type_are_an_error(name: str, value: Any) -> None:
+    with pytest.raises(FewtokensError, match=rf"^`backbone\.options\.{name}` must be .*, got {value!r}\.$"):
+        ours(options={name: value})
 
 
 @pytest.mark.parametrize("size", [8, 40])

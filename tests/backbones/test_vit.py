@@ -181,6 +181,7 @@ def test_no_weight_decay_names_positions_class_and_register_tokens() -> None:
         ({"heads": 3}, r"`backbone\.heads` must be a divisor of backbone\.dim=16, got 3\.$"),
         ({"heads": 0}, r"`backbone\.heads` must be a divisor of backbone\.dim=16, got 0\.$"),
         ({"dim": 0}, r"`backbone\.dim` must be an int >= 1, got 0\.$"),
+        ({"channels": -1}, r"`data\.channels` must be an int >= 1, got -1\.$"),
         ({"depth": 0}, r"`backbone\.depth` must be an int >= 1, got 0\.$"),
         (
             {"options": {"mlp_rato": 2}},

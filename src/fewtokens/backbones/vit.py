@@ -282,6 +282,7 @@ def build_timm(options: Mapping[str, Any], **settings: Any) -> VisionTransformer
     Raises:
         FewtokensError: timm does not accept the options.
     """
+    check(settings["in_chans"] >= 1, "data.channels", "an int >= 1", settings["in_chans"])
     try:
         return VisionTransformer(**{"block_fn": Block, "attn_layer": Attention} | settings, **options)
     except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:  # timm has no exception of its own
@@ -302,13 +303,15 @@ def check_options(options: Mapping[str, Any]) -> None:
         FewtokensError: A value is wrong. Names that timm does not know are left to timm.
     """
     types, _ = argument_types(VisionTransformer)
-    for name in types.keys() & options.keys():
+    for name in sorted(types.keys() & options.keys()):
         key, value = f"backbone.options.{name}", options[name]
-        # Hydra passes a class or a function as an object, which no plain type describes.
-        check(callable(value) or fits(value, types[name]), key, described(types[name]), value)
-        if name.endswith("_rate"):
-            check(0 <= value < 1, key, "a share in [0, 1)", value)
-    check(options.get("mlp_ratio", 4.0) > 0, "backbone.options.mlp_ratio", "a number > 0", options.get("mlp_ratio"))
+        number = value if type(value) in (int, float) else -1
+        if name == "mlp_ratio":
+            check(number > 0, key, "a number > 0", value)
+        elif name.endswith("_rate"):
+            check(0 <= number < 1, key, "a share in [0, 1)", value)
+        else:  # Hydra passes a class or a function as an object, which no plain type describes
+            check(callable(value) or fits(value, types[name]), key, described(types[name]), value)
 
 
 def check_sizes(image_size: Size, patch_size: Size, dim: int, heads: int, depth: int) -> None:
