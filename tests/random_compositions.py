@@ -44,7 +44,13 @@ DATA: dict[str, list[str]] = {
     "digits": [],
     "cifar10": ["data.image_size=8", "data.val_images=4", "data.batch_size=8"],
     "imagenet": ["data.image_size=16", "data.num_classes=3", "data.num_workers=0", "data.batch_size=4"],
-    "moving_digits": ["data.image_size=16", "data.num_workers=0", "data.video_frames=8", "data.copies=1"],
+    "moving_digits": [
+        "data.image_size=16",
+        "data.num_workers=0",
+        "data.video_frames=8",
+        "data.copies=1",
+        "data.batch_size=4",
+    ],
     "kinetics400": [
         "data.image_size=16",
         "data.resize=16",
@@ -123,7 +129,7 @@ USUAL: dict[str, list[str]] = {
     "data.scale_jitter": ["[1.0,1.0]"],
     "data.decoder": ["pyav", "decord"],
     "data.max_broken": ["0.5"],
-    "backbone.depth": ["1", "2", "6"],
+    "backbone.depth": ["3", "6"],
     "backbone.heads": ["1", "4"],
     "backbone.dim": ["32"],
     "backbone.norm": ["before_pool", "after_pool"],
@@ -236,7 +242,7 @@ def overrides_of(number: int) -> list[str]:
 def _sizes(backbone: str, data: str) -> list[str]:
     if backbone == "timm":
         patch = 4 if data == "cifar10" else 16
-        sizes = ["depth=2", "embed_dim=48", f"patch_size={patch}"]
+        sizes = ["depth=4", "embed_dim=48", f"patch_size={patch}"]
         return [*(f"+backbone.options.{size}" for size in sizes), "backbone.name=vit_tiny_patch16_224"]
     patches = ["backbone.tubelets.height=8", "backbone.tubelets.width=8"]
     return [*SMALL, *(patches if backbone.startswith("vivit") else ["++backbone.patch_size=4"])]
