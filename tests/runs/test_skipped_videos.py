@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import videos
-from fewtokens.data.video.records import Skipped
+from fewtokens.data.skipped import Skipped
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import eval as evaluation
 from fewtokens.runs import skipped_videos

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import lightning as L
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from fewtokens.backbones.vit import ViT
 
-Sample = tuple[Float[Tensor, "b v *sample"], Int[Tensor, "b *k"]]
+Sample = tuple[Float[Tensor, "b v *sample"], Shaped[Tensor, "b *k"]]
 
 
 def unwrap_compiled(model: object) -> ViT:
@@ -84,7 +84,7 @@ def evaluation_batches(
 
 def load_test_samples(
     task: L.LightningModule, datamodule: L.LightningDataModule, count: int
-) -> tuple[Float[Tensor, "b c *t h w"], Int[Tensor, "b *k"]]:
+) -> tuple[Float[Tensor, "b c *t h w"], Shaped[Tensor, "b *k"]]:
     """Return the first `count` samples of the test set, in their first view, and their targets.
 
     Args:

@@ -28,7 +28,7 @@ from fewtokens.backbones.encoder import block_indices
 from fewtokens.backbones.in_place import reduce
 from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.variants import backbone_name, compose_with, with_method
-from fewtokens.data.image.in_memory import cached
+from fewtokens.data.cache import cached
 from fewtokens.errors import check
 from fewtokens.files import replace_file, write_json
 from fewtokens.runs import eval as evaluation

@@ -111,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("source", type=Path, nargs="?", help="folder of class folders")
     found.add_argument("--write", type=Path, metavar="FOLDER", help="folder of the shards")
     found.add_argument("--index", type=Path, metavar="FOLDER", help="index the shards in this folder, and write none")
+    found.add_argument("--labels", type=Path, help="file with the labels of a flat folder, as data.labels")
     found.add_argument("--short-side", type=int, help="largest shorter side in pixels, such as 256; default: as it is")
     found.add_argument("--quality", type=int, default=90, help="JPEG quality of pictures that are scaled down")
     found.add_argument("--samples", type=int, default=10_000, help="pictures per shard")
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     check(1 <= args.quality <= 100, "--quality", "from 1 to 100", args.quality)
     check(args.samples >= 1, "--samples", "at least 1", args.samples)
     check(args.workers >= 1, "--workers", "at least 1", args.workers)
-    files = list_pictures(args.source, "Give the folder that contains the class folders")
+    files = list_pictures(args.source, args.labels, "Give the folder that contains the class folders")
     write(files, args.write, args, console)
 
 

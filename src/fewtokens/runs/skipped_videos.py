@@ -1,4 +1,4 @@
-"""Report of the videos that a run could not read, and of its accuracy if they count as wrong."""
+"""Report of the videos or pictures that a run could not read, and of its accuracy if they count as wrong."""
 
 import csv
 import logging
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from fewtokens.data.skipped import Skipped
+from fewtokens.data.unreadable import ReplacingDataModule, UnreadableInARowError
 from fewtokens.data.video.datamodule import Videos
-from fewtokens.data.video.records import Skipped, UnreadableInARowError
 from fewtokens.errors import FewtokensError
 from fewtokens.files import replace_file
 from fewtokens.runs.job import Job
@@ -31,7 +32,7 @@ def written_on_failure(job: Job) -> Iterator[None]:
         yield
     except BaseException as error:
         last = error.skipped if isinstance(error, UnreadableInARowError) else []
-        skipped = sorted({*job.data.skipped, *last}) if isinstance(job.data, Videos) else []
+        skipped = sorted({*job.data.skipped, *last}) if isinstance(job.data, ReplacingDataModule) else []
         rank = job.trainer.global_rank
         if skipped:
             with suppress(FewtokensError):  # the error that ended the run is the one to report
@@ -40,21 +41,21 @@ def written_on_failure(job: Job) -> Iterator[None]:
 
 
 def summarize(job: Job, numbers: dict[str, float]) -> dict[str, float]:
-    """Gather the skipped videos from all processes, write them to `skipped.csv` in the run directory, and count them.
+    """Gather the skipped samples from all processes, write them to `skipped.csv` in the run directory, and count them.
 
     Args:
-        job: The run. Only runs on videos skip anything.
+        job: The run. Only runs on videos or on pictures of any size skip anything.
         numbers: Results of the test; without any that start with `test/`, there was no test.
 
     Returns:
-        `data/<part>_skipped`, `data/train_replaced` (samples for which another video was used) and, after a test,
+        `data/<part>_skipped`, `data/train_replaced` (samples for which another was used) and, after a test on videos,
         `test/videos` and `test/skipped`. If videos were skipped, also `test/top1_of_listed`, which counts them as
         wrong, whereas `test/top1` is the accuracy on those that were read.
 
     Raises:
         FewtokensError: No video of the test could be read.
     """
-    if not isinstance(job.data, Videos):
+    if not isinstance(job.data, ReplacingDataModule):
         return {}
     mine = (job.data.skipped, job.data.replaced, job.data.tested, job.data.untested)
     processes = [mine]
@@ -69,7 +70,7 @@ def summarize(job: Job, numbers: dict[str, float]) -> dict[str, float]:
         counts["data/train_replaced"] = replaced
     if skipped and job.trainer.is_global_zero:
         _write(job.directory / "skipped.csv", skipped)
-    if any(name.startswith("test/") for name in numbers):
+    if isinstance(job.data, Videos) and any(name.startswith("test/") for name in numbers):
         counts |= _test_numbers(tested, untested + job.data.skipped_at_setup("test"), numbers)
     return counts
 
@@ -99,4 +100,4 @@ def _write(path: Path, skipped: list[Skipped]) -> None:
         writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(Skipped._fields)
         writer.writerows(skipped)
-    log.warning("Skipped videos: %d. The reasons are in %s", len(skipped), path)
+    log.warning("Skipped samples: %d. The reasons are in %s", len(skipped), path)

@@ -199,9 +199,16 @@ class Classifier(LightningModule):
         """Return the loss of every sample (B,), without label smoothing, which belongs to training."""
         return F.cross_entropy(logits, target, reduction="none")
 
-    def _labels(self, target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Int[Tensor, "b *k"]:
-        """Return the labels that metrics compare with."""
-        return target if target.ndim == 1 else target.argmax(dim=1)
+    def _labels(
+        self, logits: Float[Tensor, "b k"], target: Int[Tensor, " b"] | Float[Tensor, "b k"]
+    ) -> Int[Tensor, "b *k"]:
+        """Return the labels that metrics compare with: of several that are most probable, the one with most evidence.
+
+        A prediction is then right if it is one of them, as with the ReaL labels of ImageNet.
+        """
+        if target.ndim == 1:
+            return target
+        return logits.masked_fill(target < target.amax(dim=1, keepdim=True), -torch.inf).argmax(dim=1)
 
     def _metrics(self, num_classes: int) -> nn.ModuleDict:
         metrics: dict[str, Metric] = {"top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False)}
@@ -218,7 +225,7 @@ class Classifier(LightningModule):
         views, target = batch
         self._check_target(target)
         logits = self(views)
-        losses, labels = self._losses(logits, target), self._labels(target)
+        losses, labels = self._losses(logits, target), self._labels(logits, target)
         if stage == "test" and self.counts is not None:
             self.counts.update(logits, labels)
         for name, metric in metrics.items():

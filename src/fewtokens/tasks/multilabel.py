@@ -65,7 +65,7 @@ class MultilabelClassifier(Classifier):
         target = self._checked(logits, target)
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
 
-    def _labels(self, target: Tensor) -> Int[Tensor, "b k"]:
+    def _labels(self, logits: Tensor, target: Tensor) -> Int[Tensor, "b k"]:
         return (target > 0.5).long()
 
     def _metrics(self, num_classes: int) -> nn.ModuleDict:

@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_written_to_costs_a_warning(make_folders, monkey
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("fewtokens.data.image.in_memory.save_file", refuse)
+    monkeypatch.setattr("fewtokens.data.cache.save_file", refuse)
     root = make_folders()
     with pytest.warns(UserWarning, match=r"Cannot write the cache .*fewtokens-cache"):
         data(root).setup()

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fewtokens.data.skipped import Skipped
 from fewtokens.data.video import manifest, parts
 from fewtokens.data.video.parts import list_videos, read_classes
-from fewtokens.data.video.records import Skipped, Video, VideoInfo
+from fewtokens.data.video.records import Video, VideoInfo
 from fewtokens.errors import FewtokensError
 
 

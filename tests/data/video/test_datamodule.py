@@ -11,11 +11,12 @@ import torch
 
 import videos
 from fewtokens.callbacks.broken_videos import BrokenVideos
+from fewtokens.data.skipped import Skipped
 from fewtokens.data.transforms.geometric import RandomCrop
 from fewtokens.data.video import manifest
 from fewtokens.data.video.container import video_info
 from fewtokens.data.video.datamodule import Videos
-from fewtokens.data.video.records import Skipped, Video
+from fewtokens.data.video.records import Video
 from fewtokens.errors import FewtokensError
 
 FRAMES, LONG = 4, 40

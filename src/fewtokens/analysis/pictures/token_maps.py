@@ -19,7 +19,7 @@ from typing import Literal
 import lightning as L
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from fewtokens.analysis.evaluation import class_names, evaluating_eagerly, load_test_samples, unwrap_compiled
@@ -114,7 +114,7 @@ def token_picture(
     images: Float[Tensor, "b c *t h w"],
     most: int = 16,
     rows: int | None = None,
-    targets: Int[Tensor, "b *k"] | None = None,
+    targets: Shaped[Tensor, "b *k"] | None = None,
     datamodule: L.LightningDataModule | None = None,
     width: int = CELL,
 ) -> TokenPicture | None:

@@ -14,9 +14,10 @@ import torch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
+from fewtokens.data.cache import Tensors, cached
 from fewtokens.data.datamodule import Common, Part
 from fewtokens.data.image import folders
-from fewtokens.data.image.in_memory import InMemory, Samples, Tensors, cached, check_held_out, hold_out
+from fewtokens.data.image.in_memory import InMemory, Samples, check_held_out, hold_out
 from fewtokens.errors import FewtokensError, check, check_choice
 
 _CACHE = ".fewtokens-cache.safetensors"

@@ -3,7 +3,10 @@
 import hashlib
 import io
 import os
-from dataclasses import dataclass
+import time
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,12 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2 import functional
 
+from fewtokens.data import seeding
+from fewtokens.data.cache import Tensors, cached
 from fewtokens.errors import FewtokensError, first_line
 
+_LARGE = 50_000  # files from which a list is kept in a cache
+_RACY = 2_000_000_000  # ns in which a folder may change twice without another modification time
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -59,6 +66,24 @@ class ClassFolders:
         """
         return read_bytes(self.path(index))
 
+    def take(self, indices: Int64[Tensor, " k"]) -> "ClassFolders":
+        """Return the files with these indices."""
+        return replace(self, files=self.files[indices.numpy()], targets=self.targets[indices])
+
+    def subset(self, share: float, classes: int | None, seed: int) -> "ClassFolders":
+        """Return a random share of the files of each class, at least one, of all or the first classes.
+
+        Of two shares with the same seed, the smaller one is part of the larger one.
+        """
+        chosen = []
+        for label, name in enumerate(self.classes[:classes]):
+            members = (self.targets == label).nonzero().flatten()
+            order = torch.randperm(
+                len(members), generator=seeding.generator(seeding.SPLIT, seed, zlib.crc32(os.fsencode(name)))
+            )
+            chosen.append(members[order[: max(1, round(share * len(members)))]].sort().values)
+        return replace(self.take(torch.cat(chosen)), classes=self.classes[:classes])
+
     def fingerprint(self) -> str:
         """Hash the names, sizes and modification times of the files, as a cache key."""
         digest = hashlib.sha256()
@@ -101,6 +126,39 @@ def scan(root: Path, advice: str, suffixes: tuple[str, ...] = PICTURES) -> Class
         counts.append(len(found))
     targets = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(counts))
     return ClassFolders(root, classes, np.array(files), targets)
+
+
+def scan_cached(root: Path, advice: str) -> ClassFolders:
+    """Do the same as `scan`, but keep the list of a large part in a cache, since listing a million files takes minutes.
+
+    The cache is `.fewtokens-files.safetensors` in `root` or, if that is not writable, in `~/.cache/fewtokens`. It is
+    not used when a class folder was added, removed or changed, which its modification time tells.
+    """
+    states = [(name, os.stat(root / name).st_mtime_ns) for name in (class_names(root) if root.is_dir() else ())]
+    if not states or max(changed for _, changed in states) > time.time_ns() - _RACY:
+        return scan(root, advice)
+    path, key = root / ".fewtokens-files.safetensors", hashlib.sha256(repr(states).encode(errors="replace")).hexdigest()
+    if not os.access(root, os.W_OK):
+        home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fewtokens"
+        path = home / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.safetensors"
+    if path.exists():
+        tensors = cached(path, key, lambda: _tensors(scan(root, advice)))
+        names = tensors["files"].numpy()
+        files = names.view(f"S{names.shape[1]}")[:, 0]
+        return ClassFolders(root, [name for name, _ in states], files, tensors["targets"])
+    found = scan(root, advice)
+    if len(found.files) >= _LARGE:
+        with suppress(OSError):  # then `cached` warns
+            path.parent.mkdir(parents=True, exist_ok=True)
+        cached(path, key, lambda: _tensors(found))
+    return found
+
+
+def _tensors(found: ClassFolders) -> Tensors:
+    return {
+        "files": torch.from_numpy(found.files.view(np.uint8).reshape(len(found.files), -1)),
+        "targets": found.targets,
+    }
 
 
 def read_bytes(path: Path) -> UInt8[Tensor, " bytes"]:

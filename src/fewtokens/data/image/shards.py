@@ -9,7 +9,7 @@ import json
 import os
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -80,9 +80,7 @@ class Shards(ClassFolders):
     def take(self, indices: Int64[Tensor, " k"]) -> "Shards":
         """Return the pictures with these indices."""
         chosen = indices.numpy()
-        return Shards(
-            self.root, self.classes, self.files[chosen], self.targets[indices], self.spans[chosen], self.shards
-        )
+        return replace(self, files=self.files[chosen], targets=self.targets[indices], spans=self.spans[chosen])
 
     def check(self) -> None:
         """Compare the index with the sizes of the tar files and with the first and last header of each.

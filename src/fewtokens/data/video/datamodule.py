@@ -11,15 +11,17 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fewtokens.data import seeding
-from fewtokens.data.datamodule import Common, DataModule, Loader, Part
+from fewtokens.data.datamodule import Common, Loader, Part
+from fewtokens.data.skipped import Skipped
 from fewtokens.data.transforms.normalize import Pipeline
+from fewtokens.data.unreadable import ReplacingDataModule
 from fewtokens.data.video.dataset import Clips, VideoDataset
 from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.parts import check_same_classes, ordered_class_names, read_part
 from fewtokens.data.video.reader import Reader
-from fewtokens.data.video.records import Skipped, Video
+from fewtokens.data.video.records import Video
 from fewtokens.data.video.sampling import FixedViews, RandomClip, Sampling
-from fewtokens.errors import FewtokensError, check
+from fewtokens.errors import check
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ _CLIP_DEFAULTS: dict[str, Any] = {  # of `ClipSettings`
 }
 
 
-class Videos(DataModule):
+class Videos(ReplacingDataModule):
     """Loaders yield `(uint8 views (B, V, T, 3, S, S), targets)`; models get `(views (B, V, 3, T, S, S), targets)`.
 
     With `frames=1` there is no time axis: image models get `(B, V, 3, S, S)`. Training uses one random clip per video,
@@ -83,6 +85,8 @@ class Videos(DataModule):
 
     stamped: ClassVar[bool] = True
     holds_clips: ClassVar[bool] = True
+    noun: ClassVar[str] = "videos"
+    remedy: ClassVar[str] = "Train on a manifest of `python -m fewtokens.data.prepare`"
 
     def __init__(
         self,
@@ -110,14 +114,12 @@ class Videos(DataModule):
         self._datasets: dict[Part, VideoDataset] = {}
         self._lists: dict[str, tuple[Sequence[Video | ManifestRow], list[Skipped]]] = {}
         self._skipped_at_setup: dict[Part, list[Skipped]] = {}
-        self._unreadable: dict[tuple[str, str], Skipped] = {}  # by part and path, found while reading
-        self.replaced, self.tested, self.untested = 0, 0, 0  # numbers of samples in this process
 
     def _check_clips(self, clips: dict[str, Any]) -> None:
         views, unknown = list(clips["views"]), sorted(set(self.parts) - {"train", "val", "test"})
         check(len(views) == 2, "data.views", "two ints, the numbers of clips and of crops", views)
         check(clips["stride"] >= 1, "data.stride", "an int >= 1", clips["stride"])
-        check(0 <= self.max_broken <= 1, "data.max_broken", "a float in [0, 1]", self.max_broken)
+        self._check_max_broken()
         check(self.channels == 3, "data.channels", "3, as videos are decoded to RGB", self.channels)
         check(not unknown, "data.parts", "a mapping with the keys train, val and test only", unknown)
 
@@ -194,11 +196,7 @@ class Videos(DataModule):
             FewtokensError: More training videos are unreadable than `max_broken` allows.
         """
         if part is not None:
-            for video in batch.skipped:
-                self._note(video)
-        if part == "train" and batch.skipped:
-            self.replaced += len(batch.skipped)
-            self.check_broken(self.broken)
+            self.note(part, batch.skipped)
         if part == "test":
             self.tested, self.untested = self.tested + len(batch.targets), self.untested + len(batch.skipped)
         return (batch.views, batch.targets) if len(batch.targets) else None
@@ -210,44 +208,4 @@ class Videos(DataModule):
     @property
     def skipped(self) -> list[Skipped]:
         """Return the videos skipped so far by this process, with the reason for each."""
-        return [*chain.from_iterable(self._skipped_at_setup.values()), *self._unreadable.values()]
-
-    @property
-    def broken(self) -> list[Skipped]:
-        """Return the training videos that this process found unreadable."""
-        return [video for video in self._unreadable.values() if video.part == "train"]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of `DataModule` and the unreadable training videos."""
-        state = super().state_dict()
-        broken = [[video.path, video.reason] for video in self.broken]
-        return state and state | {"broken": broken, "replaced": self.replaced}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the position, the unreadable training videos and the number of replaced samples."""
-        super().load_state_dict(state_dict)
-        self.replaced = state_dict.get("replaced", 0)
-        for path, reason in state_dict.get("broken", []):
-            self._unreadable["train", path] = Skipped("train", path, reason)
-
-    def _note(self, video: Skipped) -> None:
-        if (video.part, video.path) not in self._unreadable:
-            done = "replaced" if video.part == "train" else "skipped"
-            log.warning("%s (%s part) cannot be read and is %s: %s", video.path, video.part, done, video.reason)
-            self._unreadable[video.part, video.path] = video
-
-    def check_broken(self, broken: Sequence[Skipped]) -> None:
-        """Raise an error if too many training videos are unreadable.
-
-        Each process checks what it has found itself. `fewtokens.callbacks.broken_videos` adds up what all have found.
-
-        Raises:
-            FewtokensError: They are more than `max_broken` allows.
-        """
-        videos = len(self._datasets["train"])
-        if len(broken) > self.max_broken * videos:
-            raise FewtokensError(
-                f"{len(broken)} of {videos} training videos cannot be read, more than data.max_broken="
-                f"{self.max_broken:g} allows; the last is {broken[-1].path}: {broken[-1].reason}. Train on a manifest "
-                "of `python -m fewtokens.data.prepare`, or raise `data.max_broken`."
-            )
+        return [*chain.from_iterable(self._skipped_at_setup.values()), *super().skipped]

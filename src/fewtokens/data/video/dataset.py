@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fewtokens.data import seeding
+from fewtokens.data.skipped import Skipped
+from fewtokens.data.unreadable import MAX_TRIES, UnreadableInARowError, candidates
 from fewtokens.data.video.manifest import ManifestRow
 from fewtokens.data.video.reader import Reader
-from fewtokens.data.video.records import Skipped, UnreadableError, UnreadableInARowError, Video, VideoInfo
+from fewtokens.data.video.records import UnreadableError, Video, VideoInfo
 from fewtokens.data.video.sampling import Sampling
 from fewtokens.errors import FewtokensError
 
 _INFO = [("frames", int), ("width", int), ("height", int), ("fps", float), ("seconds", float), ("access", "U10")]
 _ROW = np.dtype([("info", _INFO), ("first", int), ("count", int), ("bytes", int)])
-_MAX_TRIES = 20  # for one sample: that many unreadable videos in a row are no accident
 
 
 class Clips(NamedTuple):
@@ -124,19 +125,19 @@ class VideoDataset(Dataset):
                 skipped.append(Skipped(self.part, self.path(candidate), reason))
             else:
                 if self.part == "train":
-                    raise UnreadableInARowError(skipped[-_MAX_TRIES:])
+                    raise UnreadableInARowError(
+                        skipped[-MAX_TRIES:],
+                        "videos",
+                        "Find all unreadable files with `python -m fewtokens.data.prepare`",
+                    )
         return Clips(views[: len(indices)].permute(0, 1, 2, 5, 3, 4), self._targets(indices), skipped)
 
     def _candidates(self, epoch: int, index: int) -> Iterable[int]:
         """Yield a video and, in training, others in random order: first those with the same classes, then the rest."""
-        yield index
         if self.part != "train":
+            yield index
             return
-        draws = seeding.generator(seeding.REPLACEMENT, self.seed, epoch, index)
-        others = torch.randperm(len(self), generator=draws).numpy()
-        others = others[others != index]
-        alike = self._groups[others] == self._groups[index]
-        yield from np.concatenate([others[alike], others[~alike]])[: _MAX_TRIES - 1].tolist()
+        yield from candidates(self._groups, self.seed, epoch, index)
 
     def _read(self, index: int, epoch: int, out: UInt8[np.ndarray, "v t s s 3"]) -> str | None:
         """Write the views of a video to `out`; return the reason if it cannot be read."""

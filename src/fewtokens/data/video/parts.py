@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fewtokens.data.image import folders
+from fewtokens.data.skipped import Skipped
 from fewtokens.data.video import annotations, manifest
 from fewtokens.data.video.annotations import SOURCES_HELP, VIDEO_SUFFIXES
 from fewtokens.data.video.manifest import ManifestRow
-from fewtokens.data.video.records import Skipped, Video
+from fewtokens.data.video.records import Video
 from fewtokens.errors import FewtokensError, listed
 
 

@@ -64,20 +64,6 @@ class VideoInfo:
         return self.width * short_side // shorter, self.height * short_side // shorter
 
 
-class Skipped(NamedTuple):
-    """A listed video that was not used.
-
-    Attributes:
-        part: Part of the data set that lists it: "train", "val" or "test".
-        path: Path as listed.
-        reason: Why it was not used.
-    """
-
-    part: str
-    path: str
-    reason: str
-
-
 class UnreadableError(FewtokensError):
     """A video file that cannot be decoded. `path` and `reason` say which file and why."""
 
@@ -90,20 +76,6 @@ class UnreadableError(FewtokensError):
 
     def __reduce__(self) -> tuple:
         return UnreadableError, (self.path, self.reason)
-
-
-class UnreadableInARowError(FewtokensError):
-    """A training video and all that were tried in its place cannot be read. `skipped` lists them."""
-
-    def __init__(self, skipped: list[Skipped]) -> None:
-        super().__init__(
-            f"{len(skipped)} training videos in a row cannot be read; the last is {skipped[-1].path}: "
-            f"{skipped[-1].reason}. Find all unreadable files with `python -m fewtokens.data.prepare`."
-        )
-        self.skipped = skipped
-
-    def __reduce__(self) -> tuple:
-        return UnreadableInARowError, (self.skipped,)
 
 
 def require_decoder(name: str) -> None:
