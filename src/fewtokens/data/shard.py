@@ -78,7 +78,9 @@ class Encoder:
         if self.short_side is None or shorter <= self.short_side:
             kind = Image.open(content).format or ""
             return content.getvalue(), _SUFFIXES.get(kind, kind.lower())
-        size = [round(side * self.short_side / shorter) for side in picture.size]
+        size = [
+            side * self.short_side // shorter for side in picture.size
+        ]  # rounded down, as torchvision's Resize does
         scaled, content = picture.resize((size[0], size[1]), Image.Resampling.BICUBIC), io.BytesIO()
         scaled.save(content, "JPEG", quality=self.quality)
         return content.getvalue(), "jpg"
