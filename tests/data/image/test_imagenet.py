@@ -44,7 +44,7 @@ def test_the_folders_of_train_number_the_classes_of_both_parts(make_folders) -> 
     found.setup("test")
     assert found.dataset("test").targets.tolist() == [1, 2]
     (root / "val" / WNIDS[1]).rename(root / "val" / "n00000001")
-    with pytest.raises(FewtokensError, match=r"contains class folders that .*/train lacks: n00000001"):
+    with pytest.raises(FewtokensError, match=r"must be those of .*/train, which has no n00000001"):
         data(root).setup("test")
 
 

@@ -191,7 +191,7 @@ class ImageNet(ReplacingDataModule):
         every = self._training_classes() or names
         if set(names) <= set(every):
             names = every
-        elif len(names) == self.num_classes == len(every):
+        elif len(every) == self.num_classes:
             other = listed(sorted(set(names) - set(every)))
             raise FewtokensError(
                 f"The classes of {files.root} must be those of {self.folder('train')}, which has no {other}. Rename "
