@@ -124,3 +124,10 @@ def test_a_fuser_inside_still_starts_as_the_identity(init: str) -> None:
     model, images = example(partial(TokenFuser, inner=inner, init=init)), torch.rand(1, 3, 48, 48)
     before, after = model.trace(images)[2].x, model.encoder(model.embed(images)).x
     assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("setting", ["channels", "key_dim", "depth"])
+def test_sizes_below_one_are_an_error(setting: str) -> None:
+    sizes = {"image_size": 12, "patch_size": 6, "num_classes": 3, "tokenizer": {"at": [], "build": Tokenizer}}
+    with pytest.raises(FewtokensError, match=rf"^`\w+\.{setting}` must be an int >= 1, got 0\.$"):
+        keras_mini_vit(**sizes, **{setting: 0})

@@ -82,6 +82,7 @@ def keras_mini_vit(
         grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
     """
     check_sizes(image_size, patch_size, dim, heads, depth)
+    check(channels >= 1, "data.channels", "an int >= 1", channels)
     check(key_dim >= 1, "backbone.key_dim", "an int >= 1", key_dim)
     check(0 <= dropout < 1, "backbone.dropout", "a share in [0, 1)", dropout)
     timm_model = VisionTransformer(
