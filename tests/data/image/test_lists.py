@@ -135,6 +135,14 @@ def test_a_hugging_face_image_folder_is_read(make_folders, form: str) -> None:
     assert samples.targets.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_tar_files_beside_class_folders_are_ignored(make_folders) -> None:
+    root = make_folders(parts=("val",), classes=WNIDS, count=1)
+    (root / "val" / f"{WNIDS[0]}.tar").write_bytes(b"the archive from which the folder was unpacked")
+    found = data(root)
+    found.setup("test")
+    assert found.dataset("test").targets.tolist() == [0, 1, 999]
+
+
 def test_parts_have_the_numbers_of_the_training_classes(make_folders, tmp_path: Path) -> None:
     root = make_folders(parts=("train", "val", "other"), classes=("a", "b", "c"), count=1)
     shutil.rmtree(root / "val" / "b")

@@ -234,12 +234,14 @@ def list_pictures(root: Path, labels: Path | None, advice: str) -> folders.Class
     Raises:
         FewtokensError: There are no pictures, or the shards have no index that fits.
     """
-    if (root / shards.INDEX).exists() or next(root.glob("*.tar"), None) is not None:
+    nested = folders.class_names(root) if root.is_dir() else []
+    # Tar files beside class folders are those of ILSVRC from which the folders were unpacked.
+    if (root / shards.INDEX).exists() or (not nested and next(root.glob("*.tar"), None) is not None):
         return shards.load(root)
     for name in lists.METADATA:
         if (root / name).exists():
             return lists.read_folder(root, root / name)
-    if labels is not None and root.is_dir() and not folders.class_names(root):
+    if labels is not None and root.is_dir() and not nested:
         return lists.read_folder(root, labels)
     return folders.scan_cached(root, advice)
 

@@ -119,11 +119,11 @@ def _opened(path: Path, shard: Shard) -> FileIO:  # the state in `shard` tells a
 
 
 def _read(path: Path, shard: Shard, offset: int, size: int) -> UInt8[np.ndarray, " size"]:
-    buffer = np.empty(size, np.uint8)
     # Unlike seek and read, this can be used by processes that share the file.
-    if os.preadv(_opened(path, shard).fileno(), [buffer.data], offset) != size:
+    content = bytearray(os.pread(_opened(path, shard).fileno(), size, offset))
+    if len(content) != size:
         raise OSError("the tar file is truncated")
-    return buffer
+    return np.frombuffer(content, np.uint8)
 
 
 def load(root: Path) -> Shards:
