@@ -14,4 +14,5 @@ exec "$python" -m fewtokens.benchmarks.fewshot trainer=cpu \
   'data.eval_transforms=[{_target_:fewtokens.data.transforms.geometric.Resize,size:112,interpolation:bicubic}]' \
   'data.train_transforms=${data.eval_transforms}' 'data.val_images=0' \
   "methods=[ats,tome,evit,top_k,dpc_knn,k_medoids,random_drop,'fixed_pattern at=0.25','pool at=8','pool at=4']" \
-  output=docs/results/fewshot_cifar10 'title="Few-shot transfer of a trained ViT-S/14 to CIFAR-10 (JPEG copy)"' "$@"
+  measure.fewshot.test_per_class=200 output=docs/results/fewshot_cifar10 \
+  'title="Few-shot transfer of a trained ViT-S/14 to CIFAR-10 (JPEG copy)"' "$@"
