@@ -153,9 +153,6 @@ def describe(error: Exception, name: str) -> str:
         return text
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _describe_override(text, name)
-    if "Config group override must be a string" in text:  # Hydra does not name it
-        given = [argument for argument in sys.argv[1:] if (CONFIGS / argument.partition("=")[0]).is_dir()]
-        return f"A group of the config must be the name of an option, got {' '.join(given)}. See --help."
     first = first_line(error)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     by_lightning = "/lightning/" in place and isinstance(error, ValueError | TypeError)

@@ -65,6 +65,7 @@ class ConfigLoader(ConfigLoaderImpl):
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
         """Return the composed config, as Hydra's own method does."""
+        _check_choices(overrides)
         search_path = copy.deepcopy(self.config_search_path)
         first = _compose_references(search_path, config_name, tuple(reference_overrides(overrides)))
         resume, checkpoint = (OmegaConf.select(first, key) for key in ("resume", "checkpoint"))
@@ -82,6 +83,18 @@ class ConfigLoader(ConfigLoaderImpl):
         if automatic and run_mode == RunMode.RUN:
             _write_into_newest(cfg)
         return cfg
+
+
+def _check_choices(overrides: Iterable[str]) -> None:
+    """Raise an error if a group is set to anything but names, which Hydra does not name or does not expect."""
+    for part in OverridesParser.create().parse_overrides(list(overrides)):
+        if part.is_delete() or part.is_sweep_override() or not (CONFIGS / part.key_or_group).is_dir():
+            continue
+        value = part.value()
+        if not all(isinstance(name, str) for name in (value if isinstance(value, list) else [value])):
+            raise FewtokensError(
+                f"A group of the config must be the name of an option, got {part.input_line}. See --help."
+            )
 
 
 def _compose_references(search_path: ConfigSearchPath, name: str | None, overrides: tuple[str, ...]) -> DictConfig:
