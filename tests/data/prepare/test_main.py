@@ -133,10 +133,9 @@ def test_a_killed_run_continues(many: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_ends_at_once_without_a_traceback(number: int, many: list[str], tmp_path: Path) -> None:
     process = start(many, tmp_path, 2)
-    begin = time.monotonic()
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
-    assert time.monotonic() - begin < 4
+    _, said = process.communicate(timeout=60)
+    assert (tmp_path / "out.journal").read_bytes().count(b"\n") < 20, "of 41 lines"
     assert process.returncode == 128 + number
     assert said.strip() == "Stopped. The same command continues from here."
     assert not list((tmp_path / "copies").glob(".*"))

@@ -12,7 +12,7 @@ from typing import Literal, Unpack
 
 import torch
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from torchvision.datasets.utils import check_integrity, download_url
 
 from fewtokens.data.cache import Tensors, cached
 from fewtokens.data.datamodule import Common, Part
@@ -139,7 +139,8 @@ class Cifar10(InMemory):
             if not self._archive_is_intact():
                 raise RuntimeError("its checksum is not the published one")
             with tempfile.TemporaryDirectory() as folder:
-                extract_archive(path, folder)
+                with tarfile.open(path) as archive:  # torchvision 0.26 extracts without the filter
+                    archive.extractall(folder, filter="data")  # refuses members outside of the folder
                 return _decode(Path(folder))
 
         files = [path] if source == "archive" else sorted(path.iterdir())
