@@ -4,10 +4,11 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,9 @@ def share_timestamp() -> None:
         return
     if TIMESTAMP not in os.environ:
         os.environ[TIMESTAMP] = _slurm_name() if by_slurm() else _torchrun_timestamp()
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if agent_store and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        _leave_store_of_torchrun()
     if not is_rank_zero():
         sys.argv += ["hydra/job_logging=stdout"]
 
@@ -102,17 +106,36 @@ def requeue() -> None:
 
 def _torchrun_timestamp() -> str:
     """Return the time of rank 0, which it tells the others over torchrun's store."""
-    from datetime import datetime, timedelta
-
-    from torch.distributed import TCPStore
+    from datetime import datetime
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return os.environ["TORCHELASTIC_RUN_ID"]  # the same in all processes, if the user has set it
+    return _told_by_rank_zero("stamp", lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+
+
+def _leave_store_of_torchrun() -> None:
+    """After a restart, let rank 0 open a new store: torchrun keeps its own, with the addresses of dead processes."""
+
+    def free_port() -> str:
+        with socket.socket() as server:
+            server.bind(("", 0))
+            return str(server.getsockname()[1])
+
+    os.environ["MASTER_PORT"] = _told_by_rank_zero("port", free_port)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
+def _told_by_rank_zero(name: str, value: Callable[[], str]) -> str:
+    """Return a value of rank 0, over torchrun's store."""
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
-    key = f"fewtokens/stamp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    key = f"fewtokens/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if is_rank_zero():
-        store.set(key, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        store.set(key, value())
     return str(store.get(key).decode())
 
 
