@@ -75,7 +75,7 @@ $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 torchvision==0.26.0
 	$(OLDEST)/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	  extra = p['optional-dependencies']; own = ('torch==', 'torchvision==', 'fewtokens'); \
-	  print(*(d for d in p['dependencies'] + extra['export'] + extra['dev'] if not d.startswith(own)), sep='\n')" \
+	  print(*(d for d in p['dependencies'] + extra['export'] + extra['search'] + extra['dev'] if not d.startswith(own)), sep='\n')" \
 	  | $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
 	touch $@
 

@@ -5,11 +5,12 @@ from omegaconf import DictConfig
 from fewtokens.runs.cli import command
 
 
-def train(cfg: DictConfig) -> None:
-    """Run one training."""
-    from fewtokens.runs.train import run  # imports torch, which takes seconds, so only after the config is composed
+def train(cfg: DictConfig) -> float | None:
+    """Run one training, and return the number that a sweeper optimizes."""
+    # Imports torch, which takes seconds, so only after the config is composed.
+    from fewtokens.runs.train import optimized, run
 
-    run(cfg)
+    return optimized(cfg, run(cfg))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 import csv
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from fewtokens.analysis.predictions import ImageTable
+from fewtokens.callbacks import loggers
 from fewtokens.callbacks.loggers import CsvLogger, WandbRun, why_offline
 from fewtokens.errors import FewtokensError
 
@@ -75,19 +80,63 @@ def test_wandb_keeps_its_run_id_in_the_run_directory(monkeypatch: pytest.MonkeyP
         WandbRun(str(tmp_path), mode="on")  # type: ignore[arg-type]
 
 
+class Run:
+    """Stands for W&B's run."""
+
+    step = 0
+
+    def __getattr__(self, name: str) -> object:
+        return lambda *args, **kwargs: None
+
+
+def test_settings_reach_wandb_unchanged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import wandb
+
+    given: dict[str, object] = {}
+    monkeypatch.setattr(wandb, "init", lambda **settings: given.update(settings) or Run())
+    monkeypatch.setenv("WANDB_RUN_ID", "ofagent1")
+    settings = {"entity": "team", "group": "g", "job_type": "sweep", "notes": "why", "project": "p", "name": "n"}
+    logger = WandbRun(str(tmp_path), mode="offline", tags=["a"], log_model="all", watch=None, **settings)
+    logger.describe(["b", "a"], torch.nn.Linear(1, 1))
+    _ = logger.experiment
+    assert settings.items() <= given.items()
+    assert (given["tags"], given["id"], given["resume"]) == (["a", "b"], "ofagent1", "allow")
+    _ = WandbRun(str(tmp_path), mode="offline", entity=None).experiment
+    assert given["project"] == "fewtokens"
+    with pytest.raises(FewtokensError, match=r"`logger\.wandb\.watch` must be 'gradients' or 'parameters' or 'all'"):
+        WandbRun(str(tmp_path), watch="gradient")
+
+
+def test_offline_wandb_keeps_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbRun(str(tmp_path), mode="offline")
+    table = ImageTable(np.zeros((1, 2, 2, 3), dtype=np.uint8), ("label", "tokens"), [["cat", 5]])
+    loggers.log_table(logger, "test/predictions", table)
+    loggers.log_table(CsvLogger(str(tmp_path)), "test/predictions", table)
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/test/predictions_*.table.json")
+    content = json.loads(file.read_text())
+    assert content["columns"] == ["image", "label", "tokens"]
+    assert content["data"][0][1:] == ["cat", 5]
+
+
+def test_mlflow_says_that_it_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'mlflow'")
+
+    monkeypatch.setattr(loggers, "MLFlowLogger", missing)
+    with pytest.raises(FewtokensError, match="logger=mlflow needs MLflow, which is not installed: pip install mlflow"):
+        loggers.mlflow(str(tmp_path), "fewtokens")
+
+
 def test_wandb_does_not_record_secrets_of_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import wandb
 
     arguments = ["train.py", "seed=1", "+api_key=abc", "+logger.wandb.group=hf_0123456789", "+hf_token=hf_0123456789"]
     monkeypatch.setattr(sys, "argv", arguments)
     recorded = []
-
-    class Run:
-        step = 0
-
-        def __getattr__(self, name: str) -> object:
-            return lambda *args, **kwargs: None
-
     monkeypatch.setattr(wandb, "init", lambda **settings: recorded.extend(sys.argv) or Run())
     _ = WandbRun(str(tmp_path), mode="offline").experiment
     assert recorded == ["train.py", "seed=1", "+api_key=***", "+logger.wandb.group=***", "+hf_token=***"]

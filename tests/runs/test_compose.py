@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import CONFIGS, TINY
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import config
-from fewtokens.runs.compose import checkpoint_of, config_of, reference_overrides
+from fewtokens.runs.compose import ConfigLoader, checkpoint_of, config_of, first_values, reference_overrides
 
 Save = Callable[..., Path]
 
@@ -121,6 +122,16 @@ def test_what_cannot_be_resumed_is_named(composed, save_run: Save, tmp_path: Pat
 def test_of_a_sweep_the_first_run_is_taken() -> None:
     assert reference_overrides(["seed=1,2", "checkpoint=a,b", "+resume=null"]) == ["checkpoint=a", "+resume=null"]
     assert reference_overrides(["checkpoint='a b'", "~experiment"]) == ["checkpoint='a b'"]
+
+
+def test_options_in_folders_are_found_by_glob() -> None:
+    path = ConfigSearchPathImpl()
+    path.append("here", str(CONFIGS))
+    options = ConfigLoader(path).get_group_options("experiment")
+    assert {"cifar10/keras_plain", "video/quickstart"} <= set(options)
+    found = first_values(["experiment=glob(cifar10/keras_8*)"], ["experiment"], ConfigLoader(path))
+    assert found == ["experiment=cifar10/keras_8_layers"]
+    assert first_values(["experiment=glob(*)"], ["experiment"]) == []
 
 
 def test_a_checkpoint_is_found_by_run_or_file(tmp_path: Path) -> None:

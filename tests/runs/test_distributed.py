@@ -41,7 +41,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def same(a: Path, b: Path) -> bool:
     left, right = weights(a), weights(b)
     return left.keys() == right.keys() and all(
-        torch.equal(left[k], right[k]) for k in left if "train_loss" not in k and "metrics" not in k
+        torch.equal(left[k], right[k]) for k in left if "train_" not in k and "metrics" not in k
     )
 
 
@@ -285,7 +285,7 @@ def test_two_ranks_share_one_directory_and_count_every_sample_once(
             steps = [int(row["step"]) for row in csv.DictReader(file)]
         assert max(steps) == 3, "15 samples over 2 ranks in batches of 3 are 3 steps: sharded once"
     assert not (tmp_path / "outputs").exists(), "no second directory"
-    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml", "sweep.csv"]
     run = tmp_path / "sweep" / "0"
     one = tmp_path / "one"
     monkeypatch.setenv("FEWTOKENS_ALLOW_TARGETS", env["FEWTOKENS_ALLOW_TARGETS"])

@@ -83,16 +83,16 @@ class Pictures(Callback):
             picture = draw(found.columns, found.row_labels, found.legend)
         save_png(picture, path)
         for logger in trainer.loggers:
-            log_picture(logger, "val/token_maps", np.asarray(picture), trainer.global_step)
+            log_picture(logger, "val/token_maps", np.asarray(picture), trainer.global_step, found.caption)
             if over_time:
-                log_video(logger, "val/token_maps_video", video, trainer.global_step)
+                log_video(logger, "val/token_maps_video", video, trainer.global_step, found.caption)
 
     def _due(self, trainer: Trainer) -> bool:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         return due and trainer.is_global_zero and not trainer.sanity_checking
 
 
-def log_picture(logger: Logger, name: str, picture: Picture, step: int) -> None:
+def log_picture(logger: Logger, name: str, picture: Picture, step: int, caption: str = "") -> None:
     """Log a picture, if the logger accepts pictures.
 
     Args:
@@ -100,14 +100,15 @@ def log_picture(logger: Logger, name: str, picture: Picture, step: int) -> None:
         name: Name of the picture.
         picture: (H, W, 3).
         step: Training step of the picture.
+        caption: Text below the picture, in Weights & Biases.
     """
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(name, picture, step, dataformats="HWC")
     elif hasattr(logger, "log_image"):  # Weights & Biases, and loggers with the same method
-        logger.log_image(name, [picture], step=step)
+        logger.log_image(name, [picture], step=step, caption=[caption])
 
 
-def log_video(logger: Logger, name: str, path: Path, step: int) -> None:
+def log_video(logger: Logger, name: str, path: Path, step: int, caption: str = "") -> None:
     """Log a gif, if the logger accepts gifs: Weights & Biases does. TensorBoard would need another package to do it.
 
     Args:
@@ -115,6 +116,7 @@ def log_video(logger: Logger, name: str, path: Path, step: int) -> None:
         name: Name of the video.
         path: Path of the gif.
         step: Training step of the video.
+        caption: Text below the video.
     """
     if hasattr(logger, "log_video"):
-        logger.log_video(name, [str(path)], step=step)
+        logger.log_video(name, [str(path)], step=step, caption=[caption])

@@ -26,9 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 from fewtokens.errors import FewtokensError, first_line
 from fewtokens.files import replace_file
 from fewtokens.masking import mask, mask_logs, masked
-from fewtokens.runs.compose import compose_on_saved_runs, reference_overrides
+from fewtokens.runs.compose import compose_on_saved_runs, first_values, reference_overrides
 from fewtokens.runs.config import CONFIGS
 from fewtokens.runs.distributed import end_with_parent, is_rank_zero, rank, share_timestamp
+from fewtokens.runs.search import install_sweepers
 
 TRACEBACK = "FEWTOKENS_TRACEBACK"
 WRONG_KEY = re.compile(
@@ -38,7 +39,10 @@ WRONG_OPTION = re.compile(
     r"Could not find '([^']+)'|Cannot find primary config '([^']+)'|In '[^']*': Could not (?:find|load) '([^']+)'"
 )
 UNKNOWN = "This is a wrong setting that was not recognized, or a bug"
-HINTS = {"ckpt_path": "Use resume=<run> to continue a run, or eval.py checkpoint=<run> to evaluate one."}
+HINTS = {
+    "model": "A model is a backbone with a tokenizer: backbone=vit_tiny tokenizer=token_learner.",
+    "train": "train.py always trains. Evaluate a run with eval.py checkpoint=<run>.",
+}
 
 
 def command(name: str, job: Callable[[DictConfig], Any]) -> None:
@@ -55,16 +59,16 @@ def command(name: str, job: Callable[[DictConfig], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     # Idle OpenMP threads sleep instead of spinning. On shared cores, spinning was measured to be 14 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    failed: list[Exception] = []
     try:
+        read_env_file(CONFIGS.resolve().parent / ".env")
+        sys.argv[1:] = [translated(argument, name) for argument in sys.argv[1:]]
         mask_logs()
         end_with_parent()
         share_timestamp()
         compose_on_saved_runs()
+        install_sweepers()
         with _masked_config():
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(
-                _describing_errors(job, name, failed)
-            )()
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(_describing_errors(job, name))()
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
@@ -73,8 +77,6 @@ def command(name: str, job: Callable[[DictConfig], Any]) -> None:
         sys.exit(141)
     except Exception as error:
         _print(error, name)
-        sys.exit(1)
-    if failed:
         sys.exit(1)
 
 
@@ -93,16 +95,33 @@ def _masked_config() -> Iterator[None]:
         sys.stdout.write(mask(printed.getvalue()))
 
 
-def _describing_errors(
-    job: Callable[[DictConfig], Any], name: str, failed: list[Exception]
-) -> Callable[[DictConfig], Any]:
+def read_env_file(path: Path) -> None:
+    """Set the environment variables that a file `.env` has (NAME=value), unless they are set already."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        name, _, value = line.strip().removeprefix("export ").partition("=")
+        if value and not name.startswith("#"):
+            os.environ.setdefault(name.strip(), value.strip().strip("'\""))
+
+
+def translated(argument: str, name: str) -> str:
+    """Return an argument with the name that a key of lightning-hydra-template has here.
+
+    Args:
+        argument: An argument of the command line.
+        name: Name of the primary config.
+    """
+    key, equals, value = argument.partition("=")
+    if equals and key == "ckpt_path" and name == "train":
+        return f"resume={re.sub(r'/checkpoints/last[.]ckpt', '', value)}"
+    return {"ckpt_path": "checkpoint", "task_name": "name"}.get(key, key) + equals + value
+
+
+def _describing_errors(job: Callable[[DictConfig], Any], name: str) -> Callable[[DictConfig], Any]:
     """Return the job with its errors printed at once. The other jobs of a sweep run nevertheless.
 
     Args:
         job: The job.
         name: Name of the primary config.
-        failed: Errors of the jobs of a sweep in this process are added. If they were raised, Hydra would print the
-            overrides, with their secrets.
     """
 
     @functools.wraps(job)
@@ -114,10 +133,8 @@ def _describing_errors(
             _print(error, name)
             if HydraConfig.get().mode == RunMode.RUN:
                 sys.exit(1)
-            if not HydraConfig.get().launcher._target_.endswith("BasicLauncher"):
-                raise  # the only way in which another process can report it
-            failed.append(error)
-            return None
+            # For the table of the sweep. Another process can send a text, but not any exception.
+            raise FewtokensError(mask(describe(error, name))) from None
 
     return run
 
@@ -161,7 +178,8 @@ def describe(error: Exception, name: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         file = error.filename or "A file"
         return f"{file}: {error.strerror}. Check that the path exists, is writable, and has free space."
-    return f"{type(error).__name__}: {first}{place}. {UNKNOWN}. Set HYDRA_FULL_ERROR=1 to see the traceback."
+    what = "A package is missing that these settings need" if isinstance(error, ModuleNotFoundError) else UNKNOWN
+    return f"{type(error).__name__}: {first}{place}. {what}. Set HYDRA_FULL_ERROR=1 to see the traceback."
 
 
 def _describe_override(text: str, name: str) -> str:
@@ -212,8 +230,8 @@ def _did_you_mean(wrong: str, names: list[str], prefix: str) -> str:
 def _composed(name: str) -> DictConfig:
     """Return the config with the options that the command line chooses, without its values."""
     given = get_args_parser().parse_args().overrides
-    groups = [override for override in given if (CONFIGS / override.partition("=")[0].partition("@")[0]).is_dir()]
-    overrides = list(dict.fromkeys([*reference_overrides(given), *groups]))
+    groups = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_dir()]
+    overrides = list(dict.fromkeys([*reference_overrides(given), *first_values(given, groups)]))
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose(name, overrides)

@@ -18,6 +18,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
@@ -39,14 +40,30 @@ def compose_on_saved_runs() -> None:
     hydra._internal.hydra.ConfigLoaderImpl = ConfigLoader  # type: ignore[attr-defined]
 
 
-def reference_overrides(overrides: Iterable[str]) -> list[str]:
+def reference_overrides(overrides: Iterable[str], loader: ConfigLoaderImpl | None = None) -> list[str]:
     """Return the overrides that may name a saved run, directly or in an experiment; the first value of a sweep.
 
     They can be composed without the others, which may use keys that only the saved run has.
+
+    Args:
+        overrides: All overrides.
+        loader: Finds the options that `glob` means. Without one, such overrides are not returned.
     """
-    found, keys = [], ("experiment", "resume", "checkpoint", "hydra.searchpath")
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.key_or_group in keys and not override.is_delete():
+    return first_values(overrides, ("experiment", "resume", "checkpoint", "hydra.searchpath"), loader)
+
+
+def first_values(overrides: Iterable[str], keys: Collection[str], loader: ConfigLoaderImpl | None = None) -> list[str]:
+    """Return the overrides of some keys and groups, those that a sweep varies with their first value.
+
+    Args:
+        overrides: All overrides.
+        keys: The keys and groups.
+        loader: Finds the options that `glob` means. Without one, such overrides are not returned.
+    """
+    found = []
+    for override in OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)):
+        known = loader is not None or override.value_type != ValueType.GLOB_CHOICE_SWEEP
+        if override.key_or_group in keys and not override.is_delete() and known:
             swept = override.is_sweep_override()
             value = next(override.sweep_string_iterator()) if swept else override.get_value_string()
             found.append(f"{override.get_key_element()}={value}")
@@ -67,7 +84,7 @@ class ConfigLoader(ConfigLoaderImpl):
         """Return the composed config, as Hydra's own method does."""
         _check_choices(overrides)
         search_path = copy.deepcopy(self.config_search_path)
-        first = _compose_references(search_path, config_name, tuple(reference_overrides(overrides)))
+        first = _compose_references(search_path, config_name, tuple(reference_overrides(overrides, self)))
         resume, checkpoint = (OmegaConf.select(first, key) for key in ("resume", "checkpoint"))
         if resume is not None and "checkpoint" in first:
             raise FewtokensError("`resume` continues a training run with train.py. Use checkpoint=<run> here.")
@@ -82,7 +99,24 @@ class ConfigLoader(ConfigLoaderImpl):
             _write_into(Path(resume), cfg)
         if automatic and run_mode == RunMode.RUN:
             _write_into_newest(cfg)
+        if (sweep := OmegaConf.select(cfg, "sweep")) is not None:
+            check(run_mode == RunMode.MULTIRUN, "sweep", "null without -m, since it continues a sweep", sweep)
+            cfg.hydra.sweep.dir = str(sweep)
         return cfg
+
+    def get_group_options(
+        self,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        """Return the options of a group, also those in its folders, as in `experiment=glob(cifar10/*)`."""
+        options = super().get_group_options(group_name, results_filter, config_name, overrides)
+        if results_filter == ObjectType.CONFIG and not group_name.startswith("hydra"):
+            for folder in super().get_group_options(group_name, ObjectType.GROUP):
+                options += [f"{folder}/{option}" for option in self.get_group_options(f"{group_name}/{folder}")]
+        return options
 
 
 def _check_choices(overrides: Iterable[str]) -> None:

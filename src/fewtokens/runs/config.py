@@ -17,16 +17,24 @@ from fewtokens.files import CONFIGS, replace_file
 from fewtokens.masking import masked
 
 CONFIG = "config.yaml"
-SEVERAL = ("callbacks", "init_image", "logger", "measure", "paths", "tokenizer")  # groups with other values
+SEVERAL = ("callbacks", "extras", "init_image", "logger", "measure", "paths", "tokenizer")  # groups with other values
+GLOBAL = (
+    "debug",
+    "experiment",
+    "hparams_search",
+    "hydra",
+    "launcher",
+    "local",
+)  # folders whose files set what other groups have
 NAME = re.compile(r"[\w][\w.\- ]*(?:/[\w][\w.\- ]*)*")  # of a run: a folder below outputs/
-NOT_SAVED = ("hydra", "resume", "checkpoint", "experiment")  # they belong to a command and not to the run
+NOT_SAVED = ("hydra", "resume", "checkpoint", "sweep", "experiment")  # they belong to a command and not to the run
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 def check_groups(cfg: DictConfig) -> None:
     """Raise an error if a group of the config was set to null or to a single value."""
     for group in CONFIGS.iterdir():
-        if group.is_dir() and group.name not in ("experiment", "hydra", "launcher"):
+        if group.is_dir() and group.name not in GLOBAL:
             options = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
             node = OmegaConf.select(cfg, group.name)
             valid = isinstance(node, DictConfig) and ("_target_" in node or group.name in SEVERAL)

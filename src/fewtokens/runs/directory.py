@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, open_dict
 
 from fewtokens.callbacks.loggers import CsvLogger
+from fewtokens.callbacks.pruning import PrunedError
 from fewtokens.callbacks.signals import Stopped
 from fewtokens.errors import FewtokensError, check, write_error
 from fewtokens.files import write_json
@@ -85,6 +86,13 @@ class RunDirectory:
         """
         self._write(status="finished", **({} if measured_on is None else {"measured_on": measured_on}))
 
+    @property
+    def choices(self) -> dict[str, str]:
+        """Return the option of every group, of a resumed run those that it began with."""
+        chosen = HydraConfig.get().runtime.choices
+        choices = {str(k): str(v) for k, v in chosen.items() if not str(k).startswith("hydra") and v is not None}
+        return _recorded(self.path / "run.json").get("choices", choices)
+
     def _lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -114,15 +122,13 @@ class RunDirectory:
         before = _recorded(path)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         command = shlex.join(["python", *_program(), *hydra.overrides.task])
-        choices = {
-            k: str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra") and v is not None
-        }
         content = {
             "name": self.cfg.name,
+            "tags": list(self.cfg.tags),
             "status": status,
             "command": before.get("command", command),  # a resumed run keeps the command that started it
             "last_command": command,
-            "choices": before.get("choices", choices),
+            "choices": self.choices,
             "seed": self.cfg.seed,
             "commit": report.commit(),
             "versions": {"python": platform.python_version(), **report.versions()},
@@ -222,6 +228,8 @@ def _ending(error: BaseException) -> dict[str, Any]:
     """Return the status that an error gives to a run, its reason and, unless this says all, its traceback."""
     if isinstance(error, Stopped | KeyboardInterrupt):
         return {"status": "stopped", "reason": getattr(error, "reason", "interrupted")}
+    if isinstance(error, PrunedError):
+        return {"status": "stopped", "reason": str(error)}
     if isinstance(error, FewtokensError):
         return {"status": "failed", "reason": str(error)}
     lines = "".join(traceback.format_exception(error)).splitlines()

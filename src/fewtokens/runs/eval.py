@@ -29,9 +29,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
                 parts.trainer.test(parts.task, parts.data, verbose=False)
             numbers = parts.metrics("test/")
             numbers |= skipped_videos.summarize(parts, numbers)
-            measured, pictures = job.measure(parts)
+            measured, measures = job.measure(parts)
             numbers |= measured
-            job.finish(parts, numbers, pictures)
+            job.finish(parts, numbers, measures)
     return numbers
 
 

@@ -24,9 +24,11 @@ from torch import Tensor
 from fewtokens.analysis.evaluation import load_test_images, measured_on, random_images, unwrap_compiled
 from fewtokens.backbones.vit import ViT
 from fewtokens.callbacks.last_checkpoint import LastCheckpoint
+from fewtokens.callbacks.loggers import WandbRun, log_table
 from fewtokens.callbacks.pictures import log_picture, log_video
+from fewtokens.callbacks.pruning import trial_of_environment
 from fewtokens.errors import FewtokensError, check, check_choice
-from fewtokens.runs import config, fsdp, report
+from fewtokens.runs import config, extras, fsdp, report
 from fewtokens.runs.checkpoints import AtomicCheckpointIO
 from fewtokens.runs.config import instantiate
 from fewtokens.runs.directory import RunDirectory, TrainingRecord
@@ -72,6 +74,7 @@ def running(cfg: DictConfig) -> Iterator[Job]:
     Args:
         cfg: The composed config.
     """
+    extras.apply(cfg)
     with _page_of_a_failure(RunDirectory(cfg)) as run:
         loggers: list[Logger] = []
         job, status = None, "failed"
@@ -130,7 +133,7 @@ def build(cfg: DictConfig, run: RunDirectory) -> Job:
     check(supported, "trainer.precision", "32-true, bf16-mixed or 16-mixed", precision)
     data, task = instantiate(cfg.data), instantiate(cfg.task)
     record = TrainingRecord(run)
-    callbacks, loggers = [*_objects(cfg, "callbacks"), record], _objects(cfg, "logger")
+    callbacks, loggers = [*_objects(cfg, "callbacks"), *trial_of_environment(), record], _objects(cfg, "logger")
     fsdp.check_settings(cfg.trainer, callbacks)
     if cfg.trainer.enable_progress_bar is False:  # Lightning refuses one that is configured
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
@@ -140,7 +143,10 @@ def build(cfg: DictConfig, run: RunDirectory) -> Job:
     trainer = build_trainer(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
     resolved = config.plain(cfg, resolve=True)
     for logger in loggers:
-        logger.log_hyperparams(resolved)
+        if isinstance(logger, WandbRun):
+            logger.describe(list(cfg.tags), task.model)
+        # The names of the options, to filter by: `choices.tokenizer`.
+        logger.log_hyperparams({**resolved, "choices": run.choices})
     return Job(cfg, run, data, task, trainer, record)
 
 
@@ -209,34 +215,42 @@ def load_images(cfg: DictConfig, task: LightningModule, source: str, count: int)
     return load_test_images(task, data, count)
 
 
-def measure(job: Job) -> tuple[dict[str, float], list[Path]]:
+def measure(job: Job) -> tuple[dict[str, float], list[Any]]:
     """Run all measures of the config on rank 0, which may take long. The process group ends before.
 
     Returns:
-        Their numbers, and the files of pictures and videos that they wrote.
+        Their numbers, and the measures, which may have a `picture`, a `video`, their `caption`, and a `table`.
     """
     numbers: dict[str, float] = {}
-    pictures: list[Path] = []
     end_process_group(job.trainer)
     if not job.trainer.is_global_zero:
-        return numbers, pictures
+        return numbers, []
     with measured_on(job.task, job.trainer.strategy.root_device):
-        for part in _objects(job.cfg, "measure"):
+        measures = _objects(job.cfg, "measure")
+        for part in measures:
             numbers |= part(job.task, job.data, job.directory)
-            pictures += [path for name in ("picture", "video") if (path := getattr(part, name, None))]
-    return numbers, pictures
+    return numbers, measures
 
 
-def finish(job: Job, numbers: dict[str, float], pictures: list[Path]) -> None:
-    """Write the report and its page, log its numbers and pictures, and print a table."""
+def finish(job: Job, numbers: dict[str, float], measures: list[Any]) -> None:
+    """Write the report and its page, log its numbers, pictures and tables, and print a table."""
     if not job.trainer.is_global_zero:
         return
+    pictures = {
+        path: str(getattr(part, "caption", ""))
+        for part in measures
+        for name in ("picture", "video")
+        if (path := getattr(part, name, None))
+    }
     report.write(numbers, job.directory)
     job.run.finish(measured_on=report.device_name(job.trainer.strategy.root_device))
     for logger in job.trainer.loggers:
+        for part in measures:
+            if getattr(part, "table", None) is not None:
+                log_table(logger, "test/predictions", part.table)
         _log_report(logger, numbers, pictures, job.trainer.global_step)
     page = run_page.write(job.directory)
-    report.print_table(numbers, job.directory, pictures, method_name(unwrap_compiled(job.task.model)))
+    report.print_table(numbers, job.directory, list(pictures), method_name(unwrap_compiled(job.task.model)))
     print(f"Page: {page}")
 
 
@@ -246,17 +260,17 @@ def method_name(model: ViT) -> str | None:
     return used[0].__name__ if used else None
 
 
-def _log_report(logger: Logger, numbers: dict[str, float], pictures: list[Path], step: int) -> None:
+def _log_report(logger: Logger, numbers: dict[str, float], pictures: dict[Path, str], step: int) -> None:
     summary = getattr(getattr(logger, "experiment", None), "summary", None)
     if summary is not None:  # W&B keeps final numbers apart from the curves
         summary.update(numbers)
     else:
         logger.log_metrics(numbers, step=step)
-    for picture in pictures:
+    for picture, caption in pictures.items():
         if picture.suffix == ".gif":
-            log_video(logger, f"test/{picture.stem}_video", picture, step)
+            log_video(logger, f"test/{picture.stem}_video", picture, step, caption)
         else:
-            log_picture(logger, f"test/{picture.stem}", np.asarray(Image.open(picture).convert("RGB")), step)
+            log_picture(logger, f"test/{picture.stem}", np.asarray(Image.open(picture).convert("RGB")), step, caption)
     logger.save()
 
 
@@ -273,6 +287,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()  # Hydra's handlers print the messages a second time
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # it logs the profile
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",  # data in memory needs none

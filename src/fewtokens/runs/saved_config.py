@@ -44,7 +44,7 @@ FOLDERS = ("directory", "dirpath", "save_dir", "path", "default_root_dir", "cach
 IN_RUN = re.compile(r"\$\{paths\.run\}(/[\w.\-]+)*")
 NAMES = re.compile(r"\$\{(name|seed|paths\.run)\}")  # references that name no other folder
 # A command has its own: where it writes, Hydra's settings, and what it composes.
-IGNORED = ("paths", "hydra", "defaults", "resume", "checkpoint", "experiment", "export")
+IGNORED = ("paths", "hydra", "defaults", "resume", "checkpoint", "sweep", "experiment", "export")
 
 
 def check_saved(config: dict[str, Any], path: Path, replaced: Collection[str] = ()) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fewtokens.callbacks.signals import Stopped
-from fewtokens.errors import FewtokensError, check, first_line
+from fewtokens.errors import FewtokensError, check, check_choice, first_line
 from fewtokens.runs import checkpoints, job, skipped_videos, teacher
 from fewtokens.runs.compose import AUTO, checkpoint_of, run_to_resume
 from fewtokens.runs.config import instantiate
-from fewtokens.runs.distributed import child_processes_run_this_job, requeue
+from fewtokens.runs.distributed import child_processes_run_this_job, is_rank_zero, requeue
 from fewtokens.runs.job import Job
 
 log = logging.getLogger(__name__)
@@ -48,15 +48,27 @@ def run(cfg: DictConfig) -> dict[str, float]:
                 if cfg.test:
                     numbers |= test(parts)
             numbers |= skipped_videos.summarize(parts, numbers)
-            measured, pictures = job.measure(parts)
+            measured, measures = job.measure(parts)
             numbers |= measured
-            job.finish(parts, numbers, pictures)
+            job.finish(parts, numbers, measures)
     return numbers
 
 
 def run_to_continue(directory: Path) -> str | None:
     """Return the run directory if it contains a run with a checkpoint, which `resume=auto` continues, or None."""
     return str(directory) if (directory / "checkpoints" / "last.ckpt").is_file() else None
+
+
+def optimized(cfg: DictConfig, numbers: dict[str, float]) -> float | None:
+    """Return the number of a run that `optimized_metric` names, on rank 0 if it names one.
+
+    Raises:
+        FewtokensError: The run has no such number.
+    """
+    if cfg.optimized_metric is None or not is_rank_zero():
+        return None
+    check_choice("optimized_metric", cfg.optimized_metric, sorted(numbers))
+    return numbers[cfg.optimized_metric]
 
 
 def check_length(trainer: DictConfig) -> None:

@@ -87,6 +87,8 @@ class Classifier(LightningModule):
         compile_model(model, compile)
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_loss.persistent(True)  # a run that resumes in the middle of an epoch keeps the sum of its first part
+        self.train_top1 = self._train_accuracy()
+        self.strict_loading = False  # a checkpoint's model is checked before (load_model); metrics may be new
         self.val_metrics, self.test_metrics = self._metrics(num_classes), self._metrics(num_classes)
         self.counts, self.confusion = self._counts(num_classes), None
 
@@ -112,7 +114,7 @@ class Classifier(LightningModule):
         samples, target = views.flatten(0, 1), target.repeat_interleave(views.shape[1], dim=0)
         if self.mix is not None:
             samples, target = self.mix(samples, target)
-        label_loss = partial(self._loss, target=target)
+        label_loss = partial(self._label_loss, target=target)
         if self.distillation is None or self.distillation.teacher is None:
             loss = label_loss(self._logits(samples))
         else:
@@ -125,7 +127,7 @@ class Classifier(LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Log the mean loss of the epoch over all ranks.
+        """Log the mean loss of the epoch and the accuracy on its samples as they were augmented, over all ranks.
 
         Raises:
             FewtokensError: The loss is not finite.
@@ -133,6 +135,9 @@ class Classifier(LightningModule):
         loss = self.train_loss.compute()
         self.train_loss.reset()
         self.log("train/loss_epoch", loss, prog_bar=True, rank_zero_only=True)
+        if self.train_top1 is not None:
+            self.log("train/top1", self.train_top1.compute(), rank_zero_only=True)
+            self.train_top1.reset()
         if not torch.isfinite(loss):
             raise FewtokensError(
                 f"The mean training loss of epoch {self.current_epoch + 1} is {loss.item()}. Lower optimizer.lr, set "
@@ -186,6 +191,12 @@ class Classifier(LightningModule):
                 "classification with one label does not take. Set task=multilabel, or data.multilabel=false."
             )
 
+    def _label_loss(self, logits: Float[Tensor, "b k"], target: Tensor) -> Tensor:
+        """Return the loss of the labels, and update the training accuracy."""
+        if self.train_top1 is not None:
+            self.train_top1.update((logits.detach().argmax(dim=1) == self._labels(logits, target)).float())
+        return self._loss(logits, target)
+
     def _loss(self, logits: Float[Tensor, "b k"], target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Tensor:
         if self.loss == "cross_entropy":
             return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
@@ -216,6 +227,12 @@ class Classifier(LightningModule):
             metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
         # By default torchmetrics drops NaN silently. "disable" ignores weights, so losses are passed one by one.
         return nn.ModuleDict(metrics | {"loss": MeanMetric(nan_strategy="disable")})
+
+    def _train_accuracy(self) -> MeanMetric | None:
+        """Return the metric that collects which training samples were right, or None."""
+        accuracy = MeanMetric(nan_strategy="disable")
+        accuracy.persistent(True)
+        return accuracy
 
     def _counts(self, num_classes: int) -> Metric | None:
         """Return the metric that collects the confusion matrix, or None."""

@@ -72,6 +72,9 @@ class MultilabelClassifier(Classifier):
         mean_precision = MeanAveragePrecision(num_classes, average="none", validate_args=False)
         return nn.ModuleDict({"map": mean_precision, "loss": MeanMetric(nan_strategy="disable")})
 
+    def _train_accuracy(self) -> None:
+        return None  # mean average precision would keep all logits of an epoch
+
     def _counts(self, num_classes: int) -> Metric | None:
         return None  # there is no confusion matrix for samples with several classes
 

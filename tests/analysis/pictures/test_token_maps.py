@@ -8,7 +8,7 @@ from matplotlib.image import imread
 
 from fewtokens.analysis.pictures.drawing import CELL, displayed, heat, merged, without_dropped
 from fewtokens.analysis.pictures.sheet import GAP, MARGIN, line_height, text_width
-from fewtokens.analysis.pictures.token_maps import TokenMaps, kind_of, token_picture
+from fewtokens.analysis.pictures.token_maps import TokenMaps, TokenPicture, kind_of, token_picture
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 
@@ -177,3 +177,9 @@ def test_pictures_of_any_size_get_one_width():
         assert displayed(torch.rand(1, 1, height, width)).shape == (1, 3, round(CELL * height / width), CELL)
     plain = torch.full((1, 3, 4, 4), 0.25)
     assert torch.equal(displayed(plain, width=8, stretch=False), torch.full((1, 3, 8, 8), 0.25))
+
+
+def test_the_caption_names_label_and_prediction():
+    labels = ["label: a\nprediction: b ✗", "label: a long\nname\nprediction: c", ""]
+    caption = TokenPicture([], labels, 1, [], "").caption
+    assert caption == "label: a, prediction: b ✗ | label: a long name, prediction: c"

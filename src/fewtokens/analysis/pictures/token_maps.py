@@ -65,6 +65,12 @@ class TokenPicture:
         ]
 
     @property
+    def caption(self) -> str:
+        """Return the label and the prediction of every image or clip in a line; nothing if they are unknown."""
+        lines = [label.replace("\nprediction:", ", prediction:").replace("\n", " ") for label in self.labels if label]
+        return " | ".join(lines)
+
+    @property
     def legend(self) -> list[Key]:
         """Return what rows, columns and colors mean."""
         row = "an image" if self.steps == 1 else "a time step of a clip"
@@ -75,7 +81,8 @@ class TokenPicture:
 class TokenMaps:
     """The measure that draws the tokens of test images. It returns no numbers.
 
-    After a call, `picture` is the file that was drawn, or None if no tokenizer reduced anything.
+    After a call, `picture` is the file that was drawn, or None if no tokenizer reduced anything, and `caption` has the
+    labels and predictions.
 
     Args:
         num_images: Number of rows: test images, or time steps of the first clips (at least one clip).
@@ -90,6 +97,7 @@ class TokenMaps:
         check(max_columns >= 1, "measure.token_maps.max_columns", "an int >= 1", max_columns)
         self.num_images, self.max_columns = num_images, max_columns
         self.picture: Path | None = None
+        self.caption = ""
 
     def __call__(self, task: L.LightningModule, datamodule: L.LightningDataModule, run_dir: Path) -> dict[str, float]:
         """Write `run_dir/pictures/token_maps.png`.
@@ -104,7 +112,7 @@ class TokenMaps:
         images, targets = load_test_samples(task, datamodule, self.num_images)
         found = token_picture(model, images, self.max_columns, self.num_images, targets, datamodule)
         if found:
-            self.picture = run_dir / "pictures" / "token_maps.png"
+            self.picture, self.caption = run_dir / "pictures" / "token_maps.png", found.caption
             save_png(draw(found.columns, found.row_labels, found.legend), self.picture)
         return {}
 

@@ -41,6 +41,7 @@ class TokenVideo:
         self.num_clips, self.max_columns, self.milliseconds = num_clips, max_columns, milliseconds
         self.picture: Path | None = None
         self.video: Path | None = None
+        self.caption = ""
 
     def __call__(self, task: L.LightningModule, datamodule: L.LightningDataModule, run_dir: Path) -> dict[str, float]:
         """Write `token_maps_over_time.png` and `.gif` into `run_dir/pictures`.
@@ -59,7 +60,7 @@ class TokenVideo:
         if found and found.steps > 1:
             path = run_dir / "pictures" / "token_maps_over_time.png"
             save_png(strip(found, self.max_columns), path)
-            self.picture, self.video = path, path.with_suffix(".gif")
+            self.picture, self.video, self.caption = path, path.with_suffix(".gif"), found.caption
             write_gif(found, self.video, self.milliseconds)
         return {}
 
