@@ -13,7 +13,7 @@ CIFAR10 ?= data/cifar10
 GPU_PYTHON ?= PYTHONPATH=src python3
 OLDEST ?= .venv-oldest
 
-.PHONY: help setup train eval demo test test-all test-oldest check docs docs-serve gpu format clean benchmark reproduce-cifar10
+.PHONY: help setup train eval demo test test-all test-oldest check docs docs-serve gpu setup-cluster test-cluster format clean benchmark reproduce-cifar10
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -78,6 +78,13 @@ $(OLDEST)/.installed: pyproject.toml
 	  print(*(d for d in p['dependencies'] + extra['export'] + extra['search'] + extra['dev'] if not d.startswith(own)), sep='\n')" \
 	  | $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
 	touch $@
+
+setup-cluster: $(STAMP)  ## Install SLURM and what else make test-cluster needs from Debian's packages (as root)
+	apt-get install -y --no-install-recommends slurm-wlm slurmd slurmctld slurm-client munge iproute2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[slurm]'
+
+test-cluster: $(STAMP)  ## Jobs of SLURM, two hosts, restarts and killed processes, on this machine (as root)
+	$(BIN)/python -m fewtokens.benchmarks.cluster $(ARGS)
 
 format: $(STAMP)  ## Format the code and fix what the linter can fix
 	$(BIN)/ruff format .
