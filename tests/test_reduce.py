@@ -302,6 +302,7 @@ def test_compiled_and_exported(method: str) -> None:
         torch.testing.assert_close(program.module()(IMAGES), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow  # the layers that this reuses are compiled and distributed in every run
 @pytest.mark.skipif(not HOOKED, reason="nothing to do: the tests above ran")
 def test_compiled_and_distributed_without_type_checks() -> None:
     printed = run_without_type_checks(

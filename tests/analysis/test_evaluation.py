@@ -61,7 +61,8 @@ def test_a_run_measures_on_the_device_of_its_trainer(tmp_path, monkeypatch) -> N
         task=Recorder(),
         trainer=trainer,
     )
-    assert inspect.unwrap(job.measure)(parts) == ({"x": 1.0}, [])
+    numbers, measures = inspect.unwrap(job.measure)(parts)
+    assert (numbers, [type(measure) for measure in measures]) == ({"x": 1.0}, [Measure])
     assert seen == [("meta", False)]
     assert parts.task.device.type == "cpu"
 

@@ -32,9 +32,10 @@ def test_an_adaptive_method_by_hand(make, methods):
     kept = found.tokens[:, 2].tolist()
     assert len(set(kept)) > 1
     assert found.tokens.tolist() == [[25, 25, n, n] for n in kept]
-    # This one pads to all patches, so that alone, too, it feeds and attends with 25 tokens.
-    assert found.macs.tolist() == [closed_form([25] * 3, [25] * 3)] * 6
-    assert found.padded.tolist() == found.macs.tolist()
+    # This one pads to all patches, so that alone, too, it attends with 25 tokens. It feeds those that stay.
+    costs = [closed_form([25] * 3, [25, n, n]) for n in kept]
+    assert found.macs.tolist() == costs
+    assert found.padded.tolist() == [sum(costs[:4]) / 4] * 4 + [sum(costs[4:]) / 2] * 2
 
 
 def test_ats_alone_and_in_batches(adaptive):
@@ -45,7 +46,7 @@ def test_ats_alone_and_in_batches(adaptive):
     assert len(set(found.macs.tolist())) > 5
     batches = [macs(model, part) / len(part) for part in pictures.split(16)]
     assert found.padded.tolist() == [batches[i // 16] for i in range(40)]
-    assert (found.padded >= found.macs).all(), "padding costs"
+    assert found.padded.mean() > found.macs.double().mean(), "padding costs"
     assert found.tokens[:, 1:].double().mean(dim=0).tolist() == pytest.approx(tokens_per_block(model, pictures))
 
 

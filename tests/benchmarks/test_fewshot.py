@@ -39,6 +39,7 @@ def compare(composed, tmp_path: Path):
     return run
 
 
+@pytest.mark.slow
 def test_methods_are_compared_at_equal_cost_and_features_are_kept(compare, tmp_path: Path, monkeypatch) -> None:
     methods, out = "methods=[tome,'top_k build.keep_rate=0.5',sit]", tmp_path / "out" / "digits"
     found = compare(methods, "shares=[0.75,0.5]", f"output={out}", "title=Digits")

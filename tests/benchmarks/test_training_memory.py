@@ -12,6 +12,7 @@ from fewtokens.benchmarks import training_memory
 SMALL = ["data=digits", "backbone=vit_mini", "backbone.depth=8", "backbone.dim=64", "backbone.patch_size=4"]
 
 
+@pytest.mark.slow
 def test_fake_tensors_take_the_memory_of_real_ones() -> None:
     record = training_memory.count(SMALL, checkpointing=False, precision="32-true")
     model, shape = training_memory.build(SMALL)

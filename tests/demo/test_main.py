@@ -47,6 +47,7 @@ def test_a_run_gives_the_model_its_classes_and_its_test_images(composed, tmp_pat
     assert set(found.dense.top) <= set("0123456789")
 
 
+@pytest.mark.slow
 def test_a_backbone_shows_photographs(composed) -> None:
     small = ["backbone=vit_mini", "backbone.patch_size=8", "data.image_size=32", "seconds=0.01"]
     predictor, pictures, _ = demo.build(composed(*small, base="demo"))

@@ -52,7 +52,9 @@ def check_files(model: nn.Module, folder: Path, *suffixes: str) -> torch.export.
     return program
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize(
+    "tokenizer", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in TOKENIZERS]
+)
 def test_a_file_equals_eager_in_batches_of_any_size(composed, tmp_path: Path, tokenizer: str) -> None:
     formats = (".pt2", ".onnx") if tokenizer in ALWAYS else (".pt2",)
     program = check_files(model_with(composed, f"tokenizer={tokenizer}"), tmp_path, *formats)

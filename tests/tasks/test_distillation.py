@@ -162,7 +162,7 @@ def test_a_run_is_the_teacher_of_another(composed, tmp_path: Path) -> None:
         p.numel() for p in teachers.load(str(tmp_path / "teacher"), cfg).parameters()
     )
     saved = torch.load(tmp_path / "student" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert not [name for name in saved["state_dict"] if not name.startswith(("model.", "train_loss", "val", "test"))]
+    assert not [name for name in saved["state_dict"] if not name.startswith(("model.", "train_", "val", "test"))]
     found = evaluation.run(
         composed(f"checkpoint={tmp_path / 'student'}", "measure=none", base="eval", directory="eval")
     )
