@@ -144,6 +144,8 @@ def slurm(cluster: Cluster) -> Iterator[None]:
         wait(lambda: "idle" in cluster.run("sinfo --noheader"), "SLURM's node")
         cluster.commands.clear()
         yield
+        queued = ["squeue", "--noheader"]  # a job has a result before it ends, and would wait for SLURM for ever
+        wait(lambda: not subprocess.check_output(queued, env=cluster.environment).strip(), "an empty queue")
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
