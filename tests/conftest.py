@@ -33,7 +33,7 @@ TINY = [
     "measure=none",
 ]
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two test processes share two cores
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored

@@ -58,7 +58,7 @@ def command(name: str, job: Callable[[DictConfig], Any]) -> None:
     os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     # Idle OpenMP threads spin only shortly before they sleep. An epoch of the default job on two cores took 1.1 s with
-    # libgomp's own 300,000 turns, 1.3 s with these and 2.0 s with none; and beside a second such job 75 s, 2.9 s and 1.9 s.
+    # libgomp's own 300,000 turns, 1.3 s with these and 2.0 s with none; beside a second such job 75, 2.9 and 1.9 s.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of other runtimes than libgomp
     try:
