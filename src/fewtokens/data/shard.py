@@ -38,6 +38,7 @@ from fewtokens.data import seeding
 from fewtokens.data.cores import available_cores
 from fewtokens.data.image import folders, shards
 from fewtokens.data.image.imagenet import list_pictures
+from fewtokens.data.resumable import exit_code
 from fewtokens.errors import FewtokensError, check
 from fewtokens.files import replace_file, write_json
 
@@ -89,22 +90,7 @@ class Encoder:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parser().parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
-        run(args, Console())
-    except FewtokensError as error:
-        print(f"Error: {error}".encode(errors="backslashreplace").decode(), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        print("Stopped. The same command continues from here.", file=sys.stderr)
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
-
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt(number)
+    return exit_code(lambda: run(args, Console()))
 
 
 def parser() -> argparse.ArgumentParser:

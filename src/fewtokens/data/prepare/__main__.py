@@ -9,7 +9,6 @@ continues a run that was stopped or killed.
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fewtokens.data.cores import available_cores
 from fewtokens.data.prepare.examine import PrepareSettings
 from fewtokens.data.prepare.scan import prepare
+from fewtokens.data.resumable import exit_code
 from fewtokens.data.video import manifest, parts
 from fewtokens.data.video.records import Video
 from fewtokens.errors import FewtokensError, check
@@ -31,23 +31,12 @@ _SHOWN = 10  # skipped videos that are printed
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parser().parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
+
+    def work() -> None:
         check_arguments(args)
         run(args, Console())
-    except FewtokensError as error:
-        print(f"Error: {error}".encode(errors="backslashreplace").decode(), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        print("Stopped. The same command continues from here.", file=sys.stderr)
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
 
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt(number)
+    return exit_code(work)
 
 
 def parser() -> argparse.ArgumentParser:
