@@ -58,6 +58,15 @@ def write_json(content: Any, path: Path) -> None:
         file.write(json.dumps(content, indent=2) + "\n")
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file, or an empty one if the file does not exist or somebody has damaged it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def checkpoint_in(path: Path) -> Path | None:
     """Return `path` if it is a file; of the directory of a run the best checkpoint, or else the last; None without."""
     candidates = [path] if path.is_file() else [path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]

@@ -1,7 +1,6 @@
 """The directory of a run: its lock, `config.yaml` and `run.json`, and what training records in its checkpoints."""
 
 import fcntl
-import json
 import platform
 import shlex
 import sys
@@ -23,7 +22,7 @@ from fewtokens.callbacks.loggers import CsvLogger
 from fewtokens.callbacks.pruning import PrunedError
 from fewtokens.callbacks.signals import Stopped
 from fewtokens.errors import FewtokensError, check, write_error
-from fewtokens.files import write_json
+from fewtokens.files import read_record, write_json
 from fewtokens.masking import masked
 from fewtokens.runs import config, report
 from fewtokens.runs.distributed import is_rank_zero
@@ -91,7 +90,7 @@ class RunDirectory:
         """Return the option of every group, of a resumed run those that it began with."""
         chosen = HydraConfig.get().runtime.choices
         choices = {str(k): str(v) for k, v in chosen.items() if not str(k).startswith("hydra") and v is not None}
-        return _recorded(self.path / "run.json").get("choices", choices)
+        return read_record(self.path / "run.json").get("choices", choices)
 
     def _lock(self) -> None:
         try:
@@ -119,7 +118,7 @@ class RunDirectory:
 
     def _write(self, status: str, **more: Any) -> None:
         path, hydra = self.path / "run.json", HydraConfig.get()
-        before = _recorded(path)
+        before = read_record(path)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         command = shlex.join(["python", *_program(), *hydra.overrides.task])
         content = {
@@ -205,15 +204,6 @@ class TrainingRecord(Callback):
         if self._began is not None:
             self.numbers["train/seconds"] = time.monotonic() - self._began
         self.numbers |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-
-
-def _recorded(path: Path) -> dict[str, Any]:
-    """Return the content of `run.json`, or nothing if it does not exist or somebody has damaged it."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _texts(node: Any) -> Iterator[str]:

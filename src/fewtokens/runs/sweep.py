@@ -1,7 +1,6 @@
 """Sweeps (`-m`) that end with a table of their jobs, and that continue where they were interrupted."""
 
 import csv
-import json
 import math
 import shlex
 import statistics
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fewtokens.errors import FewtokensError
-from fewtokens.files import replace_file
+from fewtokens.files import read_record, replace_file
 from fewtokens.masking import masked
 from fewtokens.runs.distributed import is_rank_zero
 
@@ -57,7 +56,7 @@ class SweepJob:
             sweep: Directory of the sweep.
         """
         run = sweep / self.path
-        record, report = _json(run / "run.json"), _json(run / "report.json")
+        record, report = read_record(run / "run.json"), read_record(run / "report.json")
         status = record.get("status", self.state)
         # An evaluation that was killed after it wrote its report. A training would be resumed.
         complete = bool(report) and not (run / "checkpoints" / "last.ckpt").exists()
@@ -288,12 +287,3 @@ def _differing(rows: list[list[str]]) -> list[str]:
 
 def _text(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, or nothing if it does not exist or somebody has damaged it."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -6,7 +6,6 @@ file again.
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
@@ -15,7 +14,7 @@ from typing import Any, get_args
 
 from fewtokens.data.video.records import Access, Video, VideoInfo
 from fewtokens.errors import FewtokensError
-from fewtokens.files import replace_file
+from fewtokens.files import read_record, replace_file
 
 HEADER = "path,labels,start,end,frames,width,height,fps,seconds,access,first,count,bytes,sha256,reason"
 COLUMNS = HEADER.split(",")
@@ -97,11 +96,7 @@ def class_names(file: Path) -> list[str]:
 
     The list is empty if there is no summary, or if the classes had no names.
     """
-    try:
-        content = json.loads(summary_file(file).read_bytes())
-    except (OSError, ValueError):
-        return []
-    names = content.get("classes") if isinstance(content, dict) else None
+    names = read_record(summary_file(file)).get("classes")
     return list(map(str, names)) if isinstance(names, list) else []
 
 
