@@ -5,7 +5,7 @@ section 4. Tokens: Rao et al., "DynamicViT", NeurIPS 2021, section 3.4; Zong et 
 ECCV 2022 (SiT), section 3.3, and the official code github.com/Sense-X/SiT.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -202,30 +202,26 @@ class Recalibration(nn.Module):
 
 
 @contextmanager
-def recorded(model: nn.Module, wanted: bool = True) -> Iterator[list[Tokens]]:
+def _outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Any]]:
+    """Return a context that collects the outputs of modules in a forward pass."""
+    found: list[Any] = []
+    handles = [module.register_forward_hook(lambda _, __, output: found.append(output)) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def recorded(model: nn.Module, wanted: bool = True) -> AbstractContextManager[list[Tokens]]:
     """Return a context that collects the tokens after every block of a forward pass, or nothing if not `wanted`."""
-    found: list[Tokens] = []
-    layers = model.encoder.layers if wanted and isinstance(model, ViT) else ()
-    handles = [layer.register_forward_hook(lambda _, __, tokens: found.append(tokens)) for layer in layers]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _outputs_of(model.encoder.layers if wanted and isinstance(model, ViT) else ())
 
 
-@contextmanager
-def _heads(model: nn.Module) -> Iterator[list[Tensor]]:
+def _heads(model: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Return a context that collects the logits of both heads of a distilled DeiT, whose output is their mean."""
-    found: list[Tensor] = []
     vit: Any = getattr(model, "vit", None)
-    heads = (vit.head, vit.head_dist) if isinstance(vit, VisionTransformerDistilled) else ()
-    handles = [head.register_forward_hook(lambda _, __, logits: found.append(logits)) for head in heads]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _outputs_of((vit.head, vit.head_dist) if isinstance(vit, VisionTransformerDistilled) else ())
 
 
 def _bfloat16(device: torch.device) -> AbstractContextManager[Any]:
