@@ -60,6 +60,24 @@ def run_without_type_checks(*arguments: str) -> str:
 
 
 @pytest.fixture
+def multirun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Run train.py -m in this process, with a function that stands for the job, and return its exit code."""
+    from fewtokens.runs import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(setting: str, job: Callable, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", setting, *arguments])
+        try:
+            cli.command("train", job)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture
 def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run train.py, eval.py or a module (fewtokens...) as a command, with outputs in tmp_path."""
 

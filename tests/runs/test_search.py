@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from conftest import TINY
 from fewtokens.callbacks.pruning import STUDY, PrunedError, Pruning, trial_of_environment
 from fewtokens.errors import FewtokensError
-from fewtokens.runs import cli
 from fewtokens.runs.search import NAME, distribution
 from fewtokens.runs.sweep import read_table
 
@@ -24,19 +24,9 @@ optuna = pytest.importorskip("optuna")
 
 
 @pytest.fixture
-def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+def search(multirun) -> Callable[..., int]:
     """Run a search of functions that stand for jobs, and return its exit code."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(job: Callable, *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["train.py", "-m", "hydra/sweeper=optuna", *arguments])
-        try:
-            cli.command("train", job)
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run
+    return partial(multirun, "hydra/sweeper=optuna")
 
 
 def test_a_search_continues_where_it_was_interrupted(search, capsys, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,9 @@ from fewtokens.runs.sweep import SweepJob, by_seed, mean_and_interval, read_tabl
 
 
 @pytest.fixture
-def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+def sweep(multirun) -> Callable[..., int]:
     """Run a sweep of functions that stand for jobs, and return its exit code."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(job: Callable, *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["train.py", "-m", "hydra.sweep.dir=sweep", *arguments])
-        try:
-            cli.command("train", job)
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run
+    return partial(multirun, "hydra.sweep.dir=sweep")
 
 
 def end(status: str, **numbers: float) -> None:
