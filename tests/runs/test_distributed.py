@@ -167,7 +167,7 @@ def test_a_job_that_cannot_be_requeued_ends_with_a_warning(no_launcher, tmp_path
 
 
 class Trainer:
-    """What `lost_process` asks of a trainer."""
+    """A trainer with the attributes that `lost_process` reads."""
 
     def __init__(self, *codes: int | None) -> None:
         self.world_size, self.global_rank, self.strategy = 3, 0, self

@@ -1,4 +1,4 @@
-"""What a run does before it starts, and the habits of users of lightning-hydra-template."""
+"""The settings in `extras`, and the keys that users of lightning-hydra-template know."""
 
 import os
 import sys

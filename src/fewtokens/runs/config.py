@@ -18,14 +18,8 @@ from fewtokens.masking import masked
 
 CONFIG = "config.yaml"
 SEVERAL = ("callbacks", "extras", "init_image", "logger", "measure", "paths", "tokenizer")  # groups with other values
-GLOBAL = (
-    "debug",
-    "experiment",
-    "hparams_search",
-    "hydra",
-    "launcher",
-    "local",
-)  # folders whose files set what other groups have
+# Folders whose files set what other groups have
+GLOBAL = ("debug", "experiment", "hparams_search", "hydra", "launcher", "local")
 NAME = re.compile(r"[\w][\w.\- ]*(?:/[\w][\w.\- ]*)*")  # of a run: a folder below outputs/
 NOT_SAVED = ("hydra", "resume", "checkpoint", "sweep", "experiment")  # they belong to a command and not to the run
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")

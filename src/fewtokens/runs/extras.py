@@ -1,4 +1,4 @@
-"""What a run does before it starts, by the settings in `extras`: print its config, ask for tags."""
+"""The settings in `extras`, which act before a run starts: printing the config and asking for tags."""
 
 import sys
 import warnings
