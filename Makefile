@@ -10,7 +10,7 @@ WORKERS ?= 2
 SEEDS ?= 0,1,2,3,4
 CIFAR10 ?= data/cifar10
 # make gpu uses an environment that is there, since machines with GPUs come with their own torch.
-GPU_PYTHON ?= PYTHONPATH=src python3
+GPU_PYTHON ?= PYTHONPATH=$(CURDIR)/src python3
 OLDEST ?= .venv-oldest
 
 .PHONY: help setup train eval demo test test-all test-oldest check docs docs-serve gpu setup-cluster test-cluster format clean benchmark reproduce-cifar10
@@ -68,7 +68,7 @@ gpu:  ## Tests, speed and a short training on a GPU, in the current environment 
 	$(GPU_PYTHON) -m fewtokens.benchmarks.gpu $(ARGS)
 
 test-oldest: $(OLDEST)/.installed  ## The tests with the oldest supported torch, in an environment of its own
-	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
+	PYTHONPATH=$(CURDIR)/src $(OLDEST)/bin/python -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
 
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
