@@ -53,7 +53,7 @@ def test_layer_decay_lowers_the_learning_rate_from_layer_to_layer() -> None:
         parameter_groups(net, 0.1, layer_decay=1.5)
 
 
-@pytest.mark.parametrize("settings", [{"warmup": -1}, {"final": 2.0}])
+@pytest.mark.parametrize("settings", [{"warmup": -1}, {"warmup": float("inf")}, {"final": 2.0}])
 def test_schedules_out_of_range_are_errors(settings: dict) -> None:
     with pytest.raises(FewtokensError, match=rf"`schedule\.{next(iter(settings))}` must be"):
         warmup_cosine(0, 10, **settings)

@@ -75,7 +75,7 @@ def warmup_linear(step: int, steps: int, *, warmup: int | float = 0.05, final: f
 
 
 def _after_warmup(step: int, steps: int, warmup: int | float, final: float, decay: Callable[[float], float]) -> float:
-    check(warmup >= 0, "schedule.warmup", "a number of steps >= 0 or a share in [0, 1)", warmup)
+    check(0 <= warmup < math.inf, "schedule.warmup", "a number of steps >= 0 or a share in [0, 1)", warmup)
     check(0 <= final <= 1, "schedule.final", "a share in [0, 1]", final)
     rise = int(warmup * steps) if isinstance(warmup, float) and warmup < 1 else int(warmup)
     if step < rise:
