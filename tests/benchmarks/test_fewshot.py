@@ -9,8 +9,9 @@ from hydra import initialize_config_dir
 
 from conftest import CONFIGS
 from fewtokens.analysis import fewshot as measure
-from fewtokens.benchmarks import fewshot
+from fewtokens.benchmarks import budgets, fewshot
 from fewtokens.errors import FewtokensError
+from fewtokens.runs.config import instantiate
 from small_models import small
 
 SMALL = [
@@ -74,13 +75,25 @@ def test_features_of_other_images_are_not_reused(compare, monkeypatch) -> None:
 
 def test_a_model_with_another_budget_is_another_model() -> None:
     model, images = small(), torch.randn(2, 3, 8, 12)
-    values = fewshot.budgets("r", 3, 24)
+    values = budgets.budgets("r", 3, 24)
     assert values[0] == [8, 8, 7]
     assert values[-1] == [0, 0, 0]
-    assert fewshot.nearest([1, 4, 9, 16], float, 8.0) == 9
-    assert fewshot.nearest([1, 4, 9, 16], float, 99.0) == 16
-    assert fewshot.nearest([1, 4, 9, 16], float, -1.0) == 1
+    assert budgets.nearest([1, 4, 9, 16], float, 8.0) == 9
+    assert budgets.nearest([1, 4, 9, 16], float, 99.0) == 16
+    assert budgets.nearest([1, 4, 9, 16], float, -1.0) == 1
     assert model(images).shape == (2, 5)
+
+
+def test_a_trained_method_keeps_its_parameters_at_every_share(composed) -> None:
+    cfg = composed(*SMALL, "tokenizer=dynamic_vit", base="fewshot")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        model = instantiate(cfg.backbone).eval()
+        found = list(fewshot.variants(model, "dynamic_vit", [0.8, 0.6], torch.randn(1, 1, 16, 16)))
+    assert len({exact for _, exact in found}) == 2
+    for variant, _ in found:
+        assert variant is not model
+        for name, value in model.state_dict().items():
+            assert torch.equal(variant.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ import logging
 import re
 import shlex
 import sys
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,12 @@ from torch import Tensor
 from fewtokens.analysis.cost import macs
 from fewtokens.analysis.evaluation import unwrap_compiled
 from fewtokens.analysis.fewshot import Fewshot, Images, summarize
-from fewtokens.analysis.flops import GIGA, count
+from fewtokens.analysis.flops import GIGA
 from fewtokens.analysis.pictures.drawing import write_png
 from fewtokens.analysis.throughput import autocast
-from fewtokens.backbones.encoder import block_indices
-from fewtokens.backbones.in_place import reduce
 from fewtokens.backbones.vit import ViT
-from fewtokens.benchmarks.variants import backbone_name, compose_with, with_method
+from fewtokens.benchmarks.budgets import gmacs, settings
+from fewtokens.benchmarks.variants import backbone_name, with_method
 from fewtokens.data.cache import cached
 from fewtokens.errors import check
 from fewtokens.files import replace_file, write_json
@@ -39,7 +36,6 @@ from fewtokens.runs.job import start
 
 log = logging.getLogger(__name__)
 DENSE = "none"
-BUDGETS = ("keep_rate", "r", "budget")  # settings that say how much a method keeps
 
 
 def main() -> None:
@@ -92,68 +88,18 @@ def variants(
     """Yield the model with a method at every share, and the method with the setting that leads there.
 
     Args:
-        model: The model whose weights all methods share.
-        entry: An option of configs/tokenizer, followed by its settings. If it sets its budget, or has none, it is
-            yielded as it is. Nothing is yielded if the weights lack parameters of the method.
+        model: The model with the weights of all methods. It stays as it is.
+        entry: See `settings`. Nothing is yielded if the weights lack parameters of the method.
         shares: Shares of the dense model's multiply-adds.
         images: The images over which multiply-adds are averaged.
     """
-    variant, _ = with_method(model, entry)
-    if variant is None:
+    scratch, _ = with_method(model, entry)
+    if scratch is None:
         return
-    variant.to(images.device)
-    node = compose_with(entry, "methods").tokenizer
-    budget = next((name for name in BUDGETS if name in node.build and f"build.{name}=" not in entry), None)
-    if budget is None:
-        yield variant, entry
-        return
-    at, build = node.at, instantiate(node.build)
-    values = budgets(budget, len(block_indices(at, len(variant.encoder.layers))), _patches(variant))
-
-    def put(value: Any) -> ViT:
-        return reduce(variant, partial(build, **{budget: value}), at)
-
-    with variant.encoder.without_reduction():
-        dense = macs(variant, images[:1]) / GIGA
-    for share in shares:
-        value = nearest(values, lambda value: gmacs(put(value), images) / dense, share)
-        yield put(value), f"{entry} build.{budget}={str(value).replace(' ', '')}"
-
-
-def gmacs(model: ViT, images: Float[Tensor, "b c h w"]) -> float:
-    """Return the multiply-adds of an image alone (1e9), averaged over the images if they differ between images."""
-    adaptive = any(tokenizer.adaptive for tokenizer in model.encoder.tokenizers)
-    return count(model, [images if adaptive else images[:1]]).macs.double().mean().item() / GIGA
-
-
-def budgets(name: str, places: int, patches: int) -> list[Any]:
-    """Return the values of a budget to choose from, the cheapest first.
-
-    Args:
-        name: "keep_rate" is tried in steps of 0.01; "r", the patches that each block merges away, with any sum over
-            the blocks; "budget", the number of probes of ATS, up to 16 times the number of patches.
-        places: Number of blocks with the method.
-        patches: Number of patches.
-    """
-    if name == "keep_rate":
-        return [percent / 100 for percent in range(1, 101)]
-    if name == "budget":
-        return list(range(1, 16 * patches + 1))
-    return [[total // places + (i < total % places) for i in range(places)] for total in range(patches - 1, -1, -1)]
-
-
-def nearest(values: Sequence[Any], cost: Callable[[Any], float], target: float) -> Any:
-    """Return the value whose cost is nearest to the target, by bisection.
-
-    Args:
-        values: Values in the order of their cost.
-        cost: Returns the cost of a value.
-        target: The wanted cost.
-    """
-    at = cache(lambda index: float(cost(values[index])))
-    index = bisect_left(range(len(values)), target, key=at)
-    around = [i for i in (index - 1, index) if 0 <= i < len(values)]
-    return values[min(around, key=lambda i: abs(at(i) - target))]
+    for exact in settings(scratch.to(images.device), entry, shares, images):
+        variant, _ = with_method(model, exact)
+        assert variant is not None  # as above, since these settings change no shapes
+        yield variant.to(images.device), exact
 
 
 def table(content: dict[str, Any]) -> list[str]:
@@ -262,11 +208,6 @@ def _write(content: dict[str, Any], output: Path) -> None:
     with replace_file(output.with_name(f"{output.name}.md")) as file:
         file.write("\n".join([f"# {title}", "", notes, "", f"![{title}]({output.name}.png)", "", *table(content), ""]))
     print("\n".join(table(content)), f"\nWritten: {output}.json, .md and .png")
-
-
-def _patches(model: ViT) -> int:
-    context = model.encoder.tokenizers[0].context
-    return context.frames * context.grid[0] * context.grid[1]
 
 
 def _sha256(*tensors: Tensor) -> str:
