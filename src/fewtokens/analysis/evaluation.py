@@ -121,3 +121,9 @@ def interval(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def proportion_interval(proportion: float, count: int) -> float:
+    """Return half the width of the 95 % confidence interval of an accuracy over `count` images (Wilson's)."""
+    z = 1.959964
+    return z / (1 + z**2 / count) * (proportion * (1 - proportion) / count + z**2 / (4 * count**2)) ** 0.5

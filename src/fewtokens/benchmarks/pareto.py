@@ -15,6 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from fewtokens.analysis.evaluation import proportion_interval
 from fewtokens.analysis.pictures.drawing import write_png
 from fewtokens.benchmarks.tradeoff import DENSE, Point, accuracy_at, frontier, read_points, write_points
 from fewtokens.errors import FewtokensError
@@ -57,7 +58,7 @@ def tables(points: Sequence[Point], metric: str) -> str:
     for p in points:
         speed = [f"{p.speedup:.2f}" if p.speedup else "-", f"{p.images_per_s:,.0f}" if p.images_per_s else "-"]
         marks = ["yes" if p in chosen else "" for chosen in (best, fastest)]
-        cells = [p.method, p.setting, f"{p.accuracy:.2%}", f"{p.gmacs:.4f}", f"{p.share:.0%}", *speed, *marks]
+        cells = [p.method, p.setting, _accuracy(p), f"{p.gmacs:.4f}", f"{p.share:.0%}", *speed, *marks]
         lines.append(f"| {' | '.join(cells)} |")
     if rows := _accuracy_table(points, lambda p: p.share, SHARES, "{:.0%}"):
         lines += ["", "At equal multiply-adds (share of the dense model's):", "", *rows]
@@ -85,6 +86,12 @@ def plot(points: Sequence[Point], metric: str) -> Figure:
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
     return figure
+
+
+def _accuracy(point: Point) -> str:
+    if point.test_images is None:
+        return f"{point.accuracy:.2%}"
+    return f"{point.accuracy:.2%} ± {100 * proportion_interval(point.accuracy, int(point.test_images)):.2f}"
 
 
 def _accuracy_table(

@@ -30,6 +30,7 @@ class Point:
         images_per_s: Measured speed; None if the run did not measure it.
         commit: Commit of the code, if known.
         measured_on: Device of the measures, if known.
+        test_images: Number of test images, if known.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Point:
     images_per_s: float | None
     commit: str | None
     measured_on: str | None
+    test_images: int | float | None = None  # a csv file has floats
 
 
 def read_points(paths: Iterable[Path], metric: str) -> tuple[list[Point], list[str]]:

@@ -1,10 +1,5 @@
 import argparse
 import json
-import os
-import signal
-import subprocess
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -139,7 +134,7 @@ def test_decisions(args):
 
 def test_a_failing_run_does_not_stop_the_others(args, monkeypatch):
     started = []
-    monkeypatch.setattr(reproduce, "train", lambda arguments: started.append(arguments[:2]) or len(started) == 1)
+    monkeypatch.setattr(reproduce, "run_child", lambda call: started.append(call[1:3]) or len(started) == 1)
     write_run(args, "keras_8_tokens")
     failures = reproduce.train_all(["keras_plain", "keras_8_tokens"], [0, 1], args)
     assert [a[0].rpartition("/")[2] + a[1] for a in started] == [
@@ -150,43 +145,11 @@ def test_a_failing_run_does_not_stop_the_others(args, monkeypatch):
     assert failures == ["keras_plain, seed 0: train.py ended with exit code True"]
 
 
-def interrupt_when(path):
-    while not path.exists():
-        time.sleep(0.05)
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.mark.parametrize("starting", [True, False])
-def test_an_interruption_lets_the_child_save(starting, monkeypatch, tmp_path):
-    (tmp_path / "train.py").write_text(
-        "import pathlib, signal, time\n"
-        "def save(*_):\n    pathlib.Path('saved').touch()\n    raise SystemExit(143)\n"
-        "signal.signal(signal.SIGTERM, save)\npathlib.Path('ready').touch()\ntime.sleep(60)\n"
-    )
-    monkeypatch.setattr(reproduce, "HOME", tmp_path)
-    start = subprocess.Popen
-
-    def slow_start(*arguments, **options):
-        child = start(*arguments, **options)
-        interrupt_when(tmp_path / "ready")
-        return child
-
-    if starting:
-        monkeypatch.setattr(subprocess, "Popen", slow_start)
-    else:
-        threading.Thread(target=interrupt_when, args=[tmp_path / "ready"]).start()
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(KeyboardInterrupt):
-        reproduce.train([])
-    assert (tmp_path / "saved").exists()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
 def test_an_interruption_says_how_to_go_on(args, monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reproduce, "train", interrupted)
+    monkeypatch.setattr(reproduce, "run_child", interrupted)
     places = ["--root", str(args.root), "--outputs", str(args.outputs), "--table", str(args.table)]
     assert reproduce.main(places) == 130
     assert "continues from here" in capsys.readouterr().err
@@ -242,7 +205,7 @@ def test_an_unreadable_run_is_reported_and_the_others_counted(args):
     [(["--rows", "keras_plane"], "keras_plane"), (["--root", "/nowhere"], "no CIFAR-10 in /nowhere")],
 )
 def test_mistakes_end_with_a_sentence_before_anything_runs(wrong, message, args, capsys, monkeypatch):
-    monkeypatch.setattr(reproduce, "train", pytest.fail)
+    monkeypatch.setattr(reproduce, "run_child", pytest.fail)
     assert reproduce.main([*wrong, "--outputs", str(args.outputs), "--table", str(args.table)]) == 1
     assert message in capsys.readouterr().err
 

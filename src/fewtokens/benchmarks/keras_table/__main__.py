@@ -9,18 +9,17 @@ machines are kept. The page beside the csv is written from it and from the model
 import argparse
 import itertools
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from fewtokens.benchmarks.children import HOME, run_child
 from fewtokens.benchmarks.keras_table import table as keras_table
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import report
 
-HOME = Path(__file__).parents[4]
 TABLE = HOME / "docs" / "results" / "cifar10_keras.csv"
 
 
@@ -57,7 +56,7 @@ def train_all(rows: Sequence[str], seeds: Sequence[int], args: argparse.Namespac
         try:
             arguments = arguments_of(row, seed, args)
             print(f"{row}, seed {seed}: {'already finished' if arguments is None else ' '.join(arguments)}", flush=True)
-            if arguments is not None and (code := train(arguments)):
+            if arguments is not None and (code := run_child(["train.py", *arguments])):
                 failures.append(f"{row}, seed {seed}: train.py ended with exit code {code}")
         except FewtokensError as error:
             failures.append(f"{row}, seed {seed}: {error}")
@@ -89,29 +88,6 @@ def arguments_of(row: str, seed: int, args: argparse.Namespace) -> list[str] | N
         f"trainer.precision={args.precision}",
     ]
     return [*fixed, "measure=cost", f"hydra.run.dir={folder}", *args.overrides]
-
-
-def train(arguments: Sequence[str]) -> int:
-    """Run train.py and return its exit code. An interruption makes it save at the next step, and is raised after that.
-
-    Raises:
-        KeyboardInterrupt: The command was interrupted.
-    """
-    # A signal that arrives while the child process starts must still be passed on to it, and is raised below.
-    received: list[int] = []
-    handlers = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
-    # In its own session the child does not receive Ctrl-C, which would lose the epoch. On SIGTERM it saves.
-    child = subprocess.Popen([sys.executable, str(HOME / "train.py"), *arguments], cwd=HOME, start_new_session=True)
-    try:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if received:
-            raise KeyboardInterrupt
-        return child.wait()
-    except KeyboardInterrupt:
-        child.send_signal(signal.SIGTERM)
-        child.wait()
-        raise
 
 
 def tabulate(args: argparse.Namespace) -> list[str]:
