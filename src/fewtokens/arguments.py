@@ -4,6 +4,7 @@ import collections.abc
 import difflib
 import inspect
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -52,29 +53,58 @@ def argument_types(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 
 def fits(value: Any, hint: Any) -> bool:
     """Return whether a plain value may have a type, as far as this can be decided: whether it is of the right kind."""
-    origin = typing.get_origin(hint) or hint
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, part) for part in typing.get_args(hint))
+        return any(fits(value, part) for part in inner)
     if origin is typing.Literal:
-        return value in typing.get_args(hint)
+        return value in inner
     if origin in (int, float, str, bool, types.NoneType):
         known = type(value) in ((int, float) if origin is float else (origin,))
         return known and not (isinstance(value, float) and math.isnan(value))
-    if origin is tuple and isinstance(value, list) and (parts := typing.get_args(hint)) and ... not in parts:
-        return len(value) == len(parts) and all(map(fits, value, parts))
-    if isinstance(value, dict | list) or not inspect.isclass(origin) or origin is object:
+    if not inspect.isclass(origin) or origin in (object, Any):
         return True
+    if isinstance(value, dict | list):
+        return _fits_collection(value, origin, inner)
     collection = issubclass(origin, collections.abc.Iterable | collections.abc.Callable) and not issubclass(origin, str)
     return isinstance(value, str) and not collection and not origin.__module__.startswith("fewtokens.")
 
 
+def _fits_collection(value: dict[Any, Any] | list[Any], origin: type, inner: tuple[Any, ...]) -> bool:
+    if isinstance(value, dict):
+        known = "_target_" not in value and issubclass(origin, collections.abc.Mapping) and len(inner) == 2
+        return not known or all(fits(part, inner[1]) for part in value.values())
+    if origin is tuple and ... not in inner and inner:
+        return len(value) == len(inner) and all(map(fits, value, inner))
+    known = len(inner) == 1 and issubclass(origin, collections.abc.Iterable)
+    return not issubclass(origin, collections.abc.Mapping) and (
+        not known or all(fits(part, inner[0]) for part in value)
+    )
+
+
 def described(hint: Any) -> str:
     """Return a type in the words of an error: "an int or null"."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(described(part) for part in typing.get_args(hint))
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(described, inner))
+    if origin is typing.Literal:
+        return " or ".join(map(repr, inner))
+    if origin is tuple and ... not in inner:
+        return f"[{', '.join(map(described, inner))}]"
     names = {int: "an int", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(repr, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple and ... not in typing.get_args(hint):
-        return f"[{', '.join(map(described, typing.get_args(hint)))}]"
-    return names.get(hint) or str(getattr(typing.get_origin(hint) or hint, "__name__", hint))
+    if hint in names or not inspect.isclass(origin):
+        return names.get(hint) or str(hint)
+    return _described_class(origin, inner)
+
+
+def _described_class(origin: type, inner: tuple[Any, ...]) -> str:
+    if issubclass(origin, collections.abc.Mapping):
+        known = len(inner) == 2 and inner[1] not in (object, Any)
+        return f"a mapping with values that are each {described(inner[1])}" if known else "a mapping"
+    if issubclass(origin, collections.abc.Iterable):
+        plural = {int: " of ints", float: " of numbers", str: " of strings"}
+        return f"a list{plural.get(inner[0], '') if inner else ''}"
+    if issubclass(origin, os.PathLike):
+        return "a path"
+    if origin.__name__ == "Callable":
+        return "a callable (values with a _target_)"
+    return f"values with a _target_, which build a {origin.__name__}"

@@ -127,7 +127,7 @@ def _reason(error: BaseException) -> BaseException:
         deepest = deepest.__cause__
     if isinstance(deepest, TypeError | ValueError | InstantiationException) and not isinstance(deepest, FewtokensError):
         lines = [first_line(error), *([first_line(deepest)] if deepest is not error else [])]
-        return FewtokensError(f"{' '.join(lines)} Check its arguments.")
+        return FewtokensError(f"{' '.join(lines).rstrip('.')}. Check its arguments.")
     return deepest
 
 

