@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 from torch import nn
 
 from fewtokens.arguments import described, fits
+
+
+class Known(TypedDict):
+    a: int
+
 
 OBJECT = {"_target_": "torch.nn.Identity"}
 
@@ -24,9 +29,11 @@ OBJECT = {"_target_": "torch.nn.Identity"}
         (Iterable[nn.Module], [[OBJECT]], [[3], "a"], "a list"),
         (int | Sequence[int], [2, [2, 3]], [[0.5], "2"], "an int or a list of ints"),
         (tuple[float, float], [[0.5, 1]], [[0.5], [0.5, "1"]], "[a number, a number]"),
-        (nn.Module, [OBJECT], [3], "values with a _target_, which build a Module"),
-        (Callable[[int], int], [OBJECT], ["a", 3], "a callable (values with a _target_)"),
-        (Path, ["a"], [3], "a path"),
+        (nn.Module, [OBJECT], [3, ["a"], {"a": 1}], "values with a _target_, which build a Module"),
+        (Callable[[int], int], [OBJECT], ["a", 3, ["a"]], "a callable (values with a _target_)"),
+        (Path, ["a"], [3, ["a"]], "a path"),
+        (Known, [{"a": 1}], [[1], 3], "a mapping"),
+        (set[int], [[1]], ["a"], "a list of ints"),
     ],
 )  # fmt: skip
 def test_values_fit_or_the_error_says_what_would(hint: Any, fitting: list, others: list, words: str) -> None:

@@ -64,21 +64,22 @@ def fits(value: Any, hint: Any) -> bool:
     if not inspect.isclass(origin) or origin in (object, Any):
         return True
     if isinstance(value, dict | list):
-        return _fits_collection(value, origin, inner)
+        return _fits_collection(value, dict if typing.is_typeddict(origin) else origin, inner)
     collection = issubclass(origin, collections.abc.Iterable | collections.abc.Callable) and not issubclass(origin, str)
     return isinstance(value, str) and not collection and not origin.__module__.startswith("fewtokens.")
 
 
 def _fits_collection(value: dict[Any, Any] | list[Any], origin: type, inner: tuple[Any, ...]) -> bool:
     if isinstance(value, dict):
-        known = "_target_" not in value and issubclass(origin, collections.abc.Mapping) and len(inner) == 2
-        return not known or all(fits(part, inner[1]) for part in value.values())
+        if "_target_" in value:  # what it builds is not known
+            return True
+        known = len(inner) == 2 and issubclass(origin, collections.abc.Mapping)
+        return issubclass(dict, origin) and (not known or all(fits(part, inner[1]) for part in value.values()))
     if origin is tuple and ... not in inner and inner:
         return len(value) == len(inner) and all(map(fits, value, inner))
     known = len(inner) == 1 and issubclass(origin, collections.abc.Iterable)
-    return not issubclass(origin, collections.abc.Mapping) and (
-        not known or all(fits(part, inner[0]) for part in value)
-    )
+    listed = issubclass(list, origin) or origin in (tuple, set, frozenset)  # for which a config has lists
+    return listed and (not known or all(fits(part, inner[0]) for part in value))
 
 
 def described(hint: Any) -> str:
