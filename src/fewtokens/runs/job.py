@@ -163,6 +163,9 @@ def build_trainer(node: DictConfig, **parts: Any) -> Trainer:
         precision = settings.pop("float32_matmul_precision", "highest")
         settings.pop("global_batch_size", None)  # depends on the number of processes, see `fewtokens.runs.train`
     check_choice("trainer.float32_matmul_precision", precision, ("highest", "high", "medium"))
+    deterministic = settings.get("deterministic", False)  # Lightning ignores other words
+    check(isinstance(deterministic, bool) or deterministic == "warn", "trainer.deterministic", "true, false or warn",
+          deterministic)  # fmt: skip
     kinds = {"cuda": (CUDAAccelerator,), "gpu": (CUDAAccelerator, MPSAccelerator)}.get(settings.get("accelerator"))
     if kinds is not None and not any(kind.is_available() for kind in kinds):
         raise FewtokensError(

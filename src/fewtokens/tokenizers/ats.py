@@ -201,8 +201,7 @@ def _integer_scores(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"]) ->
     """Scale the scores to integers with a maximum of SCALE; padding gets 0.
 
     If no score is above 0, all are SCALE. NaN and infinity count as 0. The cumulative sum of integers is exact, and
-    therefore the same for any padding and on any device. That of floats is not deterministic on CUDA, where
-    torch.use_deterministic_algorithms rejects it.
+    therefore the same for any padding and on any device. That of floats is not deterministic on CUDA by default.
     """
     scores = scores.nan_to_num(0.0, 0.0, 0.0) * valid
     highest = scores.amax(dim=1, keepdim=True)
