@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewtokens.backbones import converters
+from fewtokens.backbones import array_files, converters
 from fewtokens.backbones.keras_mini_vit import keras_mini_vit
 from fewtokens.backbones.vit import ViT, vit
 from fewtokens.errors import FewtokensError
@@ -83,7 +83,7 @@ def flax(path: Path, arrays: dict[str, np.ndarray], root: str) -> str:
     kernel = arrays["embedding.kernel"]
     shape = {str(i): side for i, side in enumerate(kernel.shape)}
     chunks = {str(i): array(part) for i, part in enumerate(np.array_split(kernel.ravel(), 3))}
-    tree["embedding"]["kernel"] = {converters.CHUNKS: True, "shape": shape, "chunks": chunks}
+    tree["embedding"]["kernel"] = {array_files.CHUNKS: True, "shape": shape, "chunks": chunks}
     bias = torch.from_numpy(arrays["embedding.bias"]).bfloat16().view(torch.int16).numpy()
     tree["embedding"]["bias"] = array(bias, "bfloat16")
     for part in reversed([part for part in root.split(".") if part]):
@@ -94,7 +94,7 @@ def flax(path: Path, arrays: dict[str, np.ndarray], root: str) -> str:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("root", converters.FLAX_ROOTS)
+@pytest.mark.parametrize("root", array_files.FLAX_ROOTS)
 def test_a_checkpoint_of_flax_equals_an_npz_file(root: str, tmp_path: Path) -> None:
     arrays = parameters()
     bias = torch.from_numpy(arrays["embedding.bias"]).bfloat16().float().numpy()
