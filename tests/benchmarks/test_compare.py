@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fewtokens.benchmarks.compare import Row, curves, differences, find_runs, main, of_data_set, pictures, read_rows
+from fewtokens.benchmarks.compare import curves, main, of_data_set, pictures
+from fewtokens.benchmarks.rows import Row, differences, find_runs, read_rows
 from fewtokens.errors import FewtokensError
 from saved_runs import CONFIG, METRICS, Page, save_picture, save_run
 
