@@ -1,14 +1,16 @@
 """W&B with a server that goes away, or does not know the account: training goes on, and nothing is lost."""
 
 import csv
+import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
-from conftest import TINY, environment
+from conftest import ROOT, TINY, environment
 from wandb_server import Server, serving, stop
 
 KEY = "a" * 40
@@ -61,3 +63,25 @@ def test_a_wrong_key_turns_the_run_offline(script, tmp_path: Path) -> None:
     assert "Weights & Biases goes offline" in done.stdout + done.stderr
     assert (run / "report.json").exists()
     assert list(run.glob("wandb/offline-run-*"))
+
+
+def test_the_command_lines_of_an_agent_compose(composed) -> None:
+    """With the file of the docs, and W&B's own code for the agent's arguments."""
+    from wandb.sdk.launch.sweeps import utils
+
+    text = (ROOT / "docs" / "running.md").read_text()
+    (file,) = re.findall(r"```yaml\n(program: train\.py\n.*?)```", text, re.DOTALL)
+    sweep = yaml.safe_load(file)
+    assert sweep["command"][-2:] == ["logger=wandb", "${args_no_hyphens}"]
+    choices = {key: node.get("values", [1.2e-05, 1, 0.01]) for key, node in sweep["parameters"].items()}
+    choices |= {"tokenizer": ["tome", "none", "ats"], "trainer.deterministic": [True, False, "warn"]}
+    for index in range(3):
+        values = {key: node[index] for key, node in choices.items()}
+        arguments = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
+        cfg = composed("logger=wandb", *arguments["args_no_hyphens"])
+        assert (cfg.optimizer.lr, cfg.trainer.deterministic) == (
+            values["optimizer.lr"],
+            values["trainer.deterministic"],
+        )
+        assert cfg.tokenizer.at == values["tokenizer.at"]
+        assert cfg.task.layer_decay == (None if values["task.layer_decay"] == "null" else values["task.layer_decay"])
