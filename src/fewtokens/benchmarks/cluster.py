@@ -33,8 +33,9 @@ TINY = (
     "data.image_size=8 backbone.patch_size=2 backbone.dim=16 backbone.heads=2 backbone.depth=2 tokenizer.at=1 "
     "measure=none"
 )
-SHORT, LONG = f"{TINY} trainer.max_epochs=2", f"{TINY} trainer.max_epochs=100"
-SECONDS = 120.0  # limit of each wait
+# Long enough to be interrupted, and so short that what is left ends in SECONDS where other jobs take most of the cores.
+SHORT, LONG = f"{TINY} trainer.max_epochs=2", f"{TINY} trainer.max_epochs=40"
+SECONDS = 300.0  # limit of each wait
 SLURM_CONF = """ClusterName=test
 SlurmctldHost={host}
 SlurmUser=root
