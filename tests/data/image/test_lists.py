@@ -135,6 +135,37 @@ def test_a_hugging_face_image_folder_is_read(make_folders, form: str) -> None:
     assert samples.targets.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_lists_with_unusual_names_and_several_rows(make_folders, tmp_path: Path, caplog) -> None:
+    root = make_folders(parts=("all",), classes=("a",), count=4, size=(8, 8)) / "all"
+    names = ("x.jpg", "x.png", "new\nline.png", "a\u2028b, c.png")
+    for number, name in enumerate(names):
+        (root / "a" / f"{number:04d}.png").rename(root / name)
+    (root / "a").rename(tmp_path / "away")
+    (root / "a").symlink_to(tmp_path / "away")
+    (root / "new\nline.png").rename(root / "a" / "new\nline.png")
+    rows = dict(zip(("x.jpg", "x.png", "a/new\nline.png", "a\u2028b, c.png"), "3210", strict=True))
+    table, objects = root / "labels.csv", root / "labels.jsonl"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "label"), *rows.items(), ("absent.png", "1"), ()])
+    objects.write_text(
+        "".join(json.dumps({"file_name": k, "label": v}, ensure_ascii=False) + "\n" for k, v in rows.items())
+    )
+    for path in (table, objects):
+        found = lists.read_folder(root, path)
+        assert {os.fsdecode(f): found.classes[t] for f, t in zip(found.files, found.targets, strict=True)} == rows
+    assert "names 1 pictures that are not in" in caplog.text
+    for path, content, match in (
+        (table, table.read_text() + "x.png,1\n", r"must name one class of every picture, got several for x\.png"),
+        (table, "file_name,label\nx.jpg," + "9" * 200_000, "field larger than field limit"),
+        (objects, "[1, 2]\n", r"a line is no object but \[1, 2\]"),
+        (objects, '{"file_name": 5, "label": 1}\n', "file_name is no text but 5"),
+        (objects, "[" * 100_000, "RecursionError"),
+    ):
+        path.write_text(content)
+        with pytest.raises(FewtokensError, match=match):
+            lists.read_folder(root, path)
+
+
 def test_tar_files_beside_class_folders_are_ignored(make_folders) -> None:
     root = make_folders(parts=("val",), classes=WNIDS, count=1)
     (root / "val" / f"{WNIDS[0]}.tar").write_bytes(b"the archive from which the folder was unpacked")
@@ -252,7 +283,7 @@ def test_real_labels_count_any_of_them_and_leave_out_pictures_without(flat: Path
     assert not torch.isinf(task.test_metrics["loss"].compute())
     found.setup("validate")
     assert next(iter(found.val_dataloader()))[1].ndim == 1
-    for content in ("{", "[[1], [2000]]", "[1]", "[[1]]"):
+    for content in ("{", "[[1], [2000]]", "[1]", "[[1]]", "[[1.5]]", "[" * 100_000):
         real.write_text(content)
         with pytest.raises(FewtokensError, match=r"Cannot use the ReaL labels"):
             data(flat, labels=str(labels), real_labels=str(real)).setup("test")

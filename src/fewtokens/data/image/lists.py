@@ -1,11 +1,14 @@
 """Pictures whose classes are in a file: flat folders with an official list, Hugging Face image folders, ReaL labels."""
 
 import csv
+import io
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.io
@@ -16,6 +19,7 @@ from torch import Tensor
 from fewtokens.data.image.folders import PICTURES, ClassFolders
 from fewtokens.errors import FewtokensError, check, first_line, listed
 
+log = logging.getLogger(__name__)
 METADATA = ("metadata.csv", "metadata.jsonl")  # of a Hugging Face image folder
 _NAMES = ("file_name", "filename", "image", "imageid")  # headers of the column of file names
 _NUMBERED = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -44,18 +48,38 @@ def read_folder(root: Path, labels: Path) -> ClassFolders:
                 f"{labels} must have one label for each of the {len(names)} pictures in {root}, got {len(rows)}. "
                 "Complete the folder, or use a list that also names the pictures."
             )
-        found = dict(zip(map(_stem, names), (label for _, label in rows), strict=True))
-    else:
-        found = {_stem(name): label for name, label in rows}
-    unlabeled = [name for name in names if _stem(name) not in found]
+        rows = [(name, label) for name, (_, label) in zip(names, rows, strict=True)]
+    found = _match(names, rows, root, labels)
+    classes = sorted(set(found.values()), key=lambda x: (not x.isdecimal(), x.zfill(9), x))
+    numbers = {name: number for number, name in enumerate(classes)}
+    order = sorted((numbers[label], name) for name, label in found.items())
+    files = np.array([os.fsencode(name) for _, name in order])
+    return ClassFolders(root, classes, files, torch.tensor([number for number, _ in order]))
+
+
+def _match(names: list[str], rows: list[tuple[str, str]], root: Path, labels: Path) -> dict[str, str]:
+    """Return the label of every picture. A row with its full name comes before one with another or no suffix.
+
+    Raises:
+        FewtokensError: A picture has no label, or several.
+    """
+    exact, stems, several = dict[str, str](), dict[str, str](), set[str]()
+    for name, label in rows:
+        for known, key in ((exact, name), (stems, _stem(name))):
+            if known.setdefault(key, label) != label:
+                several.add(key)
+    keys = {name: name if name in exact else _stem(name) for name in names}
+    unlabeled = [name for name, key in keys.items() if key not in exact and key not in stems]
     if unlabeled or not names:
         problem = f"no label for {listed(unlabeled)}" if names else f"but there is no picture in {root}"
         raise FewtokensError(f"{labels} must name the class of every picture in {root}, {problem}.")
-    classes = sorted({found[_stem(name)] for name in names}, key=lambda x: (not x.isdecimal(), x.zfill(9), x))
-    numbers = {name: number for number, name in enumerate(classes)}
-    rows = sorted((numbers[found[_stem(name)]], name) for name in names)
-    files = np.array([os.fsencode(name) for _, name in rows])
-    return ClassFolders(root, classes, files, torch.tensor([number for number, _ in rows]))
+    ambiguous = [name for name, key in keys.items() if key in several]
+    if ambiguous:
+        raise FewtokensError(f"{labels} must name one class of every picture, got several for {listed(ambiguous)}.")
+    absent = sorted(stems.keys() - set(map(_stem, names)))
+    if absent:
+        log.warning("%s names %d pictures that are not in %s: %s", labels, len(absent), root, listed(absent))
+    return {name: exact[key] if key in exact else stems[key] for name, key in keys.items()}
 
 
 def real_labels(path: Path, names: Iterable[str], num_classes: int) -> Int64[Tensor, "n k"]:
@@ -74,10 +98,12 @@ def real_labels(path: Path, names: Iterable[str], num_classes: int) -> Int64[Ten
     """
     try:
         every = json.loads(path.read_text())
-        if not all(isinstance(row, list) and all(0 <= x < num_classes for x in row) for row in every):
+        if not all(
+            isinstance(row, list) and all(type(x) is int and 0 <= x < num_classes for x in row) for row in every
+        ):
             raise TypeError(f"expected lists of numbers from 0 to {num_classes - 1}")
         found = [every[int(_NUMBERED.search(name)[1]) - 1] for name in names]  # type: ignore[index]
-    except (OSError, ValueError, TypeError, IndexError) as error:
+    except (OSError, ValueError, TypeError, IndexError, RecursionError) as error:
         raise FewtokensError(
             f"Cannot use the ReaL labels {path}: {first_line(error)}. `data.real_labels` must be real.json of "
             "github.com/google-research/reassessed-imagenet, and the pictures must have ImageNet's names "
@@ -88,7 +114,7 @@ def real_labels(path: Path, names: Iterable[str], num_classes: int) -> Int64[Ten
 
 
 def _pictures(root: Path) -> Iterable[str]:
-    for folder, _, files in os.walk(root):
+    for folder, _, files in os.walk(root, followlinks=True):
         for name in files:
             if name.lower().endswith(PICTURES):
                 yield os.path.relpath(os.path.join(folder, name), root)
@@ -103,11 +129,11 @@ def _stem(name: str) -> str:
 def _rows(path: Path) -> list[tuple[str, str]]:
     """Return the name and the label of every picture; names are empty if the file has none."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            return [_row(json.loads(line)) for line in text.splitlines() if line.strip()]
+        text = path.read_bytes().decode("utf-8-sig")
+        if path.suffix == ".jsonl":  # not splitlines, which also splits at characters that names can have
+            return [_row(json.loads(line)) for line in text.split("\n") if line.strip()]
         if path.suffix == ".csv":
-            lines = list(csv.reader(text.splitlines()))
+            lines = [line for line in csv.reader(io.StringIO(text, newline="")) if line]
             if lines[0][0].lower() in _NAMES or any(name.lower() == _NAMES[0] for name in lines[0]):
                 return [_row(dict(zip(lines[0], line, strict=True))) for line in lines[1:]]
             return [(line[0], line[1].strip()) for line in lines]
@@ -118,15 +144,19 @@ def _rows(path: Path) -> list[tuple[str, str]]:
         return [(line[0], line[1]) for line in words]
     except FewtokensError:
         raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, StopIteration, csv.Error, RecursionError) as error:
         raise FewtokensError(
             f"Cannot read the labels in {path}: {type(error).__name__}: {first_line(error)}. Expected csv or jsonl "
             "with the columns file_name and label, lines `name label`, or one label per line."
         ) from error
 
 
-def _row(row: dict[str, str]) -> tuple[str, str]:
+def _row(row: Any) -> tuple[str, str]:
+    if not isinstance(row, dict):
+        raise TypeError(f"a line is no object but {row!r:.40}")
     name = next(key for key in row if key.lower() in _NAMES)
+    if not isinstance(row[name], str):
+        raise TypeError(f"{name} is no text but {row[name]!r:.40}")
     others = [key for key in row if key != name]
     key = "label" if "label" in others else others[0]
     label = str(row[key]).strip()
