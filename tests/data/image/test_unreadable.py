@@ -1,6 +1,8 @@
 """Unreadable pictures: in training replaced by one of their class, noted and limited; in evaluation an error."""
 
 import csv
+import io
+import os
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -8,7 +10,10 @@ from unittest.mock import Mock
 import lightning as L
 import pytest
 import torch
+from PIL import Image
 
+from fewtokens.data.image import folders
+from fewtokens.data.image.folders import UnreadablePictureError
 from fewtokens.data.image.imagenet import ImageNet
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import skipped_videos
@@ -60,6 +65,24 @@ def test_too_many_end_training_and_evaluation_replaces_none(root: Path) -> None:
     found.setup("validate")
     with pytest.raises(FewtokensError, match=r"val/a/0001\.jpg: it is no picture"):
         list(found.val_dataloader())
+
+
+def test_a_jpeg_of_too_many_pixels_and_a_pipe_are_refused_and_no_program_is_started(tmp_path: Path) -> None:
+    path, content = tmp_path / "x.jpg", io.BytesIO()
+    Image.new("L", (64, 64)).save(content, "JPEG")
+    path.write_bytes(content.getvalue())
+    assert folders.read_tensor(path).shape == (3, 64, 64)
+    start = content.getvalue().index(b"\xff\xc0") + 5
+    path.write_bytes(content.getvalue()[:start] + b"\x7f\xff\x7f\xff" + content.getvalue()[start + 4 :])
+    with pytest.raises(UnreadablePictureError, match="decompression bomb"):
+        folders.read_tensor(path)
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(UnreadablePictureError, match="it is no picture"):
+        folders.read_tensor(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UnreadablePictureError, match="it is no file"):
+        folders.read_bytes(path)
 
 
 def test_what_was_replaced_is_reported_and_known_after_a_resume(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import os
 import time
 import zlib
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
 from fewtokens.data import seeding
@@ -23,7 +24,8 @@ from fewtokens.errors import FewtokensError, first_line
 
 _LARGE = 50_000  # files from which a list is kept in a cache
 _RACY = 2_000_000_000  # ns in which a folder may change twice without another modification time
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # Pillow knows others that start programs, such as EPS
 
 
 class UnreadablePictureError(FewtokensError):
@@ -137,7 +139,10 @@ def scan_cached(root: Path, advice: str) -> ClassFolders:
     states = [(name, os.stat(root / name).st_mtime_ns) for name in (class_names(root) if root.is_dir() else ())]
     if not states or max(changed for _, changed in states) > time.time_ns() - _RACY:
         return scan(root, advice)
-    path, key = root / ".fewtokens-files.safetensors", hashlib.sha256(repr(states).encode(errors="replace")).hexdigest()
+    path, key = (
+        root / ".fewtokens-files.safetensors",
+        hashlib.sha256(repr((PICTURES, states)).encode(errors="replace")).hexdigest(),
+    )
     if not os.access(root, os.W_OK):
         home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fewtokens"
         path = home / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.safetensors"
@@ -168,9 +173,14 @@ def read_bytes(path: Path) -> UInt8[Tensor, " bytes"]:
         UnreadablePictureError: The file is missing, empty or unreadable.
     """
     try:
-        return read_file(str(path))
-    except RuntimeError as error:
-        raise UnreadablePictureError(str(path), first_line(error)) from error
+        if not path.is_file() and path.exists():
+            raise OSError("it is no file")  # reading a pipe would wait
+        content = np.fromfile(path, np.uint8)  # torchvision's read_file needs a name in UTF-8
+    except OSError as error:
+        raise UnreadablePictureError(str(path), error.strerror or str(error)) from error
+    if not len(content):
+        raise UnreadablePictureError(str(path), "the file is empty")
+    return torch.from_numpy(content)
 
 
 def decode_pil(data: UInt8[Tensor, " bytes"], path: Path) -> Image.Image:
@@ -184,7 +194,7 @@ def decode_pil(data: UInt8[Tensor, " bytes"], path: Path) -> Image.Image:
         UnreadablePictureError: It is not a readable picture.
     """
     try:
-        with Image.open(io.BytesIO(data.numpy().data)) as image:
+        with Image.open(io.BytesIO(data.numpy().data), formats=_FORMATS) as image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else first_line(error)
@@ -203,12 +213,26 @@ def decode_tensor(data: UInt8[Tensor, " bytes"], path: Path) -> UInt8[Tensor, "3
     Raises:
         UnreadablePictureError: It is not a readable picture.
     """
-    if data[:2].tolist() == [0xFF, 0xD8]:
+    pixels = _jpeg_pixels(data.numpy().data)
+    if pixels is not None and pixels <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf):  # else Pillow raises an error
         try:
             return decode_jpeg(data, mode=ImageReadMode.RGB)
         except RuntimeError:
             pass
     return functional.pil_to_tensor(decode_pil(data, path))
+
+
+def _jpeg_pixels(content: memoryview) -> int | None:
+    """Return the number of pixels in the header of a JPEG, or None if it is no JPEG of the usual structure."""
+    at = 2
+    while bytes(content[:2]) == b"\xff\xd8" and at + 9 <= len(content) and content[at] == 0xFF:
+        kind, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
+        if kind in (0xC0, 0xC1, 0xC2):  # start of frame: baseline, extended, progressive
+            return int.from_bytes(content[at + 5 : at + 7]) * int.from_bytes(content[at + 7 : at + 9])
+        if not (kind == 0xC4 or (kind >= 0xDB and kind != 0xFF)):  # others than tables and comments
+            return None
+        at += 2 + length
+    return None
 
 
 def read_pil(path: Path) -> Image.Image:
