@@ -10,10 +10,10 @@ killed. SHA256SUMS is for `sha256sum -c`. The second command only writes the ind
 """
 
 import argparse
+import fcntl
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import signal
@@ -39,12 +39,13 @@ from fewtokens.data.cores import available_cores
 from fewtokens.data.image import folders, shards
 from fewtokens.data.image.imagenet import list_pictures
 from fewtokens.data.resumable import exit_code
-from fewtokens.errors import FewtokensError, check
-from fewtokens.files import replace_file, write_json
+from fewtokens.errors import FewtokensError, check, write_error
+from fewtokens.files import read_record, replace_file, write_json
 
 _CHUNK = 32  # pictures that a worker gets at once
+_LOCK = ".lock"
 _JOURNAL = "settings.json"  # with which the shards are written; `.<shard>.json` describes a complete one until the end
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "WEBP": "webp"}
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "PNG": "png", "BMP": "bmp", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,14 @@ def write(files: folders.ClassFolders, target: Path, args: argparse.Namespace, c
     """Write all shards that are not complete yet, then the index, and remove the journal.
 
     Raises:
-        FewtokensError: The folder holds other shards, it cannot be written, or a picture cannot be read.
+        FewtokensError: The folder holds other shards, another process writes to it, it cannot be written, or a picture
+            cannot be read.
     """
+    with _locked(target):
+        _write(files, target, args, console)
+
+
+def _write(files: folders.ClassFolders, target: Path, args: argparse.Namespace, console: Console) -> None:
     count = len(files.files)
     order = (
         torch.randperm(count, generator=seeding.generator(seeding.ORDER, 0)) if args.shuffle else torch.arange(count)
@@ -161,8 +168,28 @@ def write(files: folders.ClassFolders, target: Path, args: argparse.Namespace, c
     _finish(files, target, done, console)
 
 
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Return a context in which no other process that uses this function writes to a folder, which it makes."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        file = (target / _LOCK).open("w")
+    except OSError as error:
+        raise write_error(target, error) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, worker processes do not keep this lock
+        except (BlockingIOError, PermissionError):
+            raise FewtokensError(
+                f"Another process writes to {target}. Wait for its end, or choose another --write."
+            ) from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+
+
 def _settings(files: folders.ClassFolders, args: argparse.Namespace) -> dict[str, Any]:
-    digest = hashlib.sha256(b"\0".join(files.files.tolist())).hexdigest()
+    digest = hashlib.sha256(b"\0".join(files.files.tolist()) + files.targets.numpy().tobytes()).hexdigest()
     chosen = {name: getattr(args, name) for name in ("short_side", "quality", "samples", "shuffle")}
     return {"pictures": len(files.files), "names": digest, **chosen}
 
@@ -171,7 +198,7 @@ def _resume(target: Path, names: Sequence[str], settings: dict[str, Any]) -> dic
     """Return the records of the shards that are complete, by name."""
     journal = target / _JOURNAL
     if journal.exists():
-        started = json.loads(journal.read_text())
+        started = read_record(journal)
         if started != settings:
             differ = [name for name in settings if started.get(name) != settings[name]]
             raise FewtokensError(
@@ -179,11 +206,11 @@ def _resume(target: Path, names: Sequence[str], settings: dict[str, Any]) -> dic
                 f"{ ({x: settings[x] for x in differ}) }. Use the same settings, choose another --write, or remove the "
                 "folder."
             )
-    elif target.exists() and any(target.iterdir()):
+    elif any(path.name != _LOCK for path in target.iterdir()):
         raise FewtokensError(f"The folder {target} is not empty. Choose another --write, or remove the folder.")
     write_json(settings, journal)
-    records = {name: target / f".{name}.json" for name in names if (target / name).exists()}
-    return {name: json.loads(record.read_text()) for name, record in records.items() if record.exists()}
+    records = {name: read_record(target / f".{name}.json") for name in names if (target / name).exists()}
+    return {name: record for name, record in records.items() if record}
 
 
 @contextmanager
@@ -265,8 +292,8 @@ def _finish(files: folders.ClassFolders, target: Path, done: dict[str, dict[str,
         found.append((shard, [shards.Sample(*row) for row in rows]))
     with replace_file(target / "SHA256SUMS") as file:
         file.writelines(f"{shard.state}  {shard.name}\n" for shard, _ in found)
-    with replace_file(target / shards.CLASSES) as file:
-        file.writelines(f"{name}\n" for name in files.classes)
+    with replace_file(target / shards.CLASSES, errors="surrogateescape") as file:
+        file.writelines(name.replace("\n", " ") + "\n" for name in files.classes)
     shards.save_index(target, files.classes, found)
     for path in [target / f".{name}.json" for name in done]:
         path.unlink()
@@ -285,7 +312,7 @@ def index_folder(target: Path, console: Console) -> None:
     found = [shards.scan_tar(path) for path in track(paths, "shards", console=console)]
     names = target / shards.CLASSES
     most = 1 + max((sample.label for _, samples in found for sample in samples), default=-1)
-    classes = names.read_text().splitlines() if names.exists() else [str(number) for number in range(most)]
+    classes = shards.read_classes(names) if names.exists() else [str(number) for number in range(most)]
     check(len(classes) >= most, str(names), f"a list of {most} classes or more, as the shards have", len(classes))
     shards.save_index(target, classes, found)
     _report(target, found, console)

@@ -85,6 +85,8 @@ def test_a_flat_folder_with_an_official_list_equals_class_folders(flat: Path, tm
         assert torch.equal(a, c)
         assert torch.equal(b, d)
     assert found.class_names[999] == expected.class_names[999]
+    (flat / "val" / "ILSVRC2012_img_val.tar").touch()  # the archive from which they were unpacked
+    data(flat, labels=str(tmp_path / "lists" / found.labels)).setup("test")
 
 
 def test_lists_that_do_not_fit_are_refused(flat: Path, tmp_path: Path) -> None:

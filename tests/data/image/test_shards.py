@@ -1,19 +1,26 @@
 """Tar shards: the batches of the folders they were made from, exact over ranks, workers and resumes, and damage."""
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors
 import torch
 from PIL import Image
+from safetensors.numpy import save
 
 from fewtokens.data import shard
 from fewtokens.data.image import shards
 from fewtokens.data.image.folders import UnreadablePictureError
-from fewtokens.data.image.imagenet import ImageNet
+from fewtokens.data.image.imagenet import ImageNet, class_names
 from fewtokens.data.samplers import EvalSampler, TrainSampler
 from fewtokens.errors import FewtokensError
 
@@ -151,6 +158,90 @@ def test_damage_is_found_before_training(sharded: Path, damage: str) -> None:
         data(sharded).setup("test")
     if damage in ("truncated", "another"):
         assert shard.main(["--index", str(sharded / "val")]) == 1
+
+
+def tar(path: Path, members: dict[str, bytes], after: bytes = b"", link: str = "") -> bytes:
+    with tarfile.open(path, "w") as file:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            if name == link:
+                member.type, member.linkname = tarfile.LNKTYPE, "elsewhere"
+            file.addfile(member, None if name == link else io.BytesIO(content))
+    path.write_bytes(path.read_bytes() + after)
+    return path.read_bytes()
+
+
+def test_a_tar_file_that_would_lose_pictures_is_not_indexed(tmp_path: Path) -> None:
+    path, three = tmp_path / "a.tar", {f"{key}.{end}": b"0" for key in "abc" for end in ("jpg", "cls")}
+    content = tar(path, three)
+    damaged = content[:4096] + b"\xff" * 100 + content[4196:]
+    for wrong, match in (
+        (damaged, "damaged at byte 4096"),
+        (content[:4196], "truncated|damaged"),
+        (content[:4096], "truncated"),
+        (content + content, "several files one after the other"),
+        (tar(path, three | {"a.png": b"1"}), r"a\.png is there twice"),
+        (tar(path, three | {"a.cls": b"-1"}), r"a\.cls is no number >= 0"),
+        (tar(path, three, link="b.jpg"), r"b\.jpg is no file"),
+        (tar(path, three | {"d.cls": b"1", "d.psd": b""}), "d has no picture"),
+        (tar(path, three | {"d.jpg": b"1"}), "d has no class"),
+    ):
+        path.write_bytes(wrong)
+        with pytest.raises(FewtokensError, match=f"Cannot index .*{match}"):
+            shards.scan_tar(path)
+    tar(path, three, after=bytes(20_000))
+    assert len(shards.scan_tar(path)[1]) == 3
+
+
+def test_an_index_that_does_not_fit_its_folder_is_refused(sharded: Path) -> None:
+    folder = sharded / "val"
+    shutil.copy(folder / "val-000000.tar", folder / "added.tar")
+    with pytest.raises(FewtokensError, match=r"has tar files that its .* does not know: added\.tar\. .*--index"):
+        data(sharded).setup("test")
+    (folder / "added.tar").unlink()
+    with safetensors.safe_open(folder / shards.INDEX, framework="numpy") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    changes: list[tuple[str, Callable[[Any], Any]]] = [
+        ("names", lambda x: x[0]),
+        ("targets", lambda x: x[:-1]),
+        ("targets", lambda x: x + 1),
+        ("targets", lambda x: x - 1),
+        ("spans", lambda x: x + 4),
+        ("spans", lambda x: x[:0]),
+    ]
+    for name, change in changes:
+        changed = tensors | {name: np.ascontiguousarray(change(tensors[name]))}
+        (folder / shards.INDEX).write_bytes(save(changed, metadata))
+        with pytest.raises(FewtokensError, match="has an index that cannot be read"):
+            shards.load(folder)
+
+
+def test_shards_of_unusual_names_and_of_one_writer_at_a_time(root: Path, tmp_path: Path) -> None:
+    names = (b"\xff", "a\u2028b".encode(), b"n\new")
+    for old, new in zip(WNIDS, names, strict=True):
+        (root / "val" / old).rename(root / "val" / os.fsdecode(new))
+    (root / "val" / "n\new" / "0000.JPEG").rename(root / "val" / "n\new" / os.fsdecode(b"\xfe.JPEG"))
+    target = tmp_path / "out" / "val"
+    target.mkdir(parents=True)
+    (target / "settings.json").write_text("{")
+    write(root / "val", target, code=1)
+    (target / "settings.json").unlink()
+    code = "import fcntl,sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", code, str(target / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        write(root / "val", target, code=1)
+        other.communicate(b"\n")
+    write(root / "val", target)
+    found = data(tmp_path / "out")
+    found.setup("test")
+    assert sorted(map(os.fsencode, found.class_names)) == sorted(names)
+    assert class_names(target) == list(found.class_names)
+    assert len(list(found.test_dataloader())) == 4
+    assert shards.read_classes(target / shards.CLASSES) == [x.replace("\n", " ") for x in found.class_names]
 
 
 def test_a_tar_that_is_truncated_while_it_is_used_is_named(sharded: Path) -> None:

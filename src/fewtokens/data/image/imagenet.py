@@ -235,21 +235,24 @@ def list_pictures(root: Path, labels: Path | None, advice: str) -> folders.Class
         FewtokensError: There are no pictures, or the shards have no index that fits.
     """
     nested = folders.class_names(root) if root.is_dir() else []
-    # Tar files beside class folders are those of ILSVRC from which the folders were unpacked.
-    if (root / shards.INDEX).exists() or (not nested and next(root.glob("*.tar"), None) is not None):
+    if (root / shards.INDEX).exists():
         return shards.load(root)
     for name in lists.METADATA:
         if (root / name).exists():
             return lists.read_folder(root, root / name)
-    if labels is not None and root.is_dir() and not nested:
+    # Tar files beside class folders or pictures are those of ILSVRC from which they were unpacked.
+    has_tar = next(root.glob("*.tar"), None) is not None
+    if labels is not None and not nested and (lists.has_pictures(root) or not has_tar) and root.is_dir():
         return lists.read_folder(root, labels)
+    if not nested and has_tar:
+        return shards.load(root)
     return folders.scan_cached(root, advice)
 
 
 def class_names(root: Path) -> list[str]:
     """Return the names of the classes of a part in the order of their numbers, without listing its pictures."""
-    if (root / shards.CLASSES).exists():
-        return (root / shards.CLASSES).read_text().splitlines()
+    if (root / shards.INDEX).exists():
+        return shards.class_names(root)
     for name in lists.METADATA:
         if (root / name).exists():
             return lists.read_folder(root, root / name).classes

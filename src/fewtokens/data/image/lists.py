@@ -113,6 +113,11 @@ def real_labels(path: Path, names: Iterable[str], num_classes: int) -> Int64[Ten
     return torch.tensor([row + [-1] * (width - len(row)) for row in found])
 
 
+def has_pictures(root: Path) -> bool:
+    """Return whether there is a picture below a folder."""
+    return next(iter(_pictures(root)), None) is not None
+
+
 def _pictures(root: Path) -> Iterable[str]:
     for folder, _, files in os.walk(root, followlinks=True):
         for name in files:

@@ -8,12 +8,13 @@ A folder of shards holds `*.tar`, whose members are `<key>.<picture suffix>` and
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -23,7 +24,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from fewtokens.data.image.folders import PICTURES, ClassFolders, UnreadablePictureError
-from fewtokens.errors import FewtokensError, first_line
+from fewtokens.errors import FewtokensError, first_line, listed
 from fewtokens.files import replace_file
 
 INDEX, CLASSES = "index.safetensors", "classes.txt"
@@ -86,8 +87,14 @@ class Shards(ClassFolders):
         """Compare the index with the sizes of the tar files and with the first and last header of each.
 
         Raises:
-            FewtokensError: A tar file is missing, truncated or another one than the index describes.
+            FewtokensError: A tar file is missing, truncated, not in the index or another one than it describes.
         """
+        added = sorted({path.name for path in self.root.glob("*.tar")} - {shard.name for shard in self.shards})
+        if added:
+            raise FewtokensError(
+                f"The folder {self.root} has tar files that its {INDEX} does not know: {listed(added)}. Remove them, "
+                f"or index the folder again: python -m fewtokens.data.shard --index {self.root}"
+            )
         order = np.lexsort((self.spans[:, 1], self.spans[:, 0]))
         ends = np.searchsorted(self.spans[order, 0], np.arange(len(self.shards) + 1))
         for shard, first, end in zip(self.shards, ends, ends[1:], strict=False):
@@ -132,29 +139,55 @@ def load(root: Path) -> Shards:
     Raises:
         FewtokensError: There is no intact index, or it does not fit.
     """
+    with _opened_index(root) as (file, metadata):
+        names, targets, spans = (file.get_tensor(name) for name in ("names", "targets", "spans"))
+        classes, shards = json.loads(metadata["classes"]), [Shard(*values) for values in json.loads(metadata["shards"])]
+        count = len(targets)
+        if (names.ndim, len(names), targets.shape, spans.shape) != (2, count, (count,), (count, 3)):
+            raise ValueError("its tensors do not fit together")
+        for column, limit in ((targets, len(classes)), (spans[:, 0], len(shards))):
+            if count == 0 or column.min() < 0 or column.max() >= limit:
+                raise ValueError("it has numbers out of range")
+        files = names.view(f"S{names.shape[1]}")[:, 0]
+        found = Shards(root, classes, files, torch.from_numpy(targets), spans, shards)
+    found.check()
+    return found
+
+
+def class_names(root: Path) -> list[str]:
+    """Return the names of the classes in the index of a folder of shards.
+
+    Raises:
+        FewtokensError: There is no intact index.
+    """
+    with _opened_index(root) as (_, metadata):
+        return list(json.loads(metadata["classes"]))
+
+
+@contextmanager
+def _opened_index(root: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Return a context with the index of a folder of shards and its metadata, in which errors are those of the index.
+
+    Raises:
+        FewtokensError: There is no intact index.
+    """
     try:
         with safetensors.safe_open(root / INDEX, framework="numpy") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata.get("version") != _VERSION:
-            raise ValueError("it was written by another version")
-        names, targets, spans = tensors["names"], tensors["targets"], tensors["spans"]
-        shards = [Shard(*values) for values in json.loads(metadata["shards"])]
-        found = Shards(
-            root,
-            json.loads(metadata["classes"]),
-            names.view(f"S{names.shape[1]}")[:, 0],
-            torch.from_numpy(targets),
-            spans,
-            shards,
-        )
+            metadata = file.metadata() or {}
+            if metadata.get("version") != _VERSION:
+                raise ValueError("it was written by another version")
+            yield file, metadata
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         missing = not (root / INDEX).exists()
         problem = "has no index" if missing else f"has an index that cannot be read ({first_line(error)})"
         raise FewtokensError(
             f"The folder of shards {root} {problem}. Write it with: python -m fewtokens.data.shard --index {root}"
         ) from error
-    found.check()
-    return found
+
+
+def read_classes(path: Path) -> list[str]:
+    """Return the names in a `classes.txt`. They may have any characters but line feeds."""
+    return [name.removesuffix("\r") for name in os.fsdecode(path.read_bytes()).removesuffix("\n").split("\n")]
 
 
 def save_index(root: Path, classes: Sequence[str], shards: Sequence[tuple[Shard, Sequence[Sample]]]) -> None:
@@ -183,7 +216,7 @@ def scan_tar(path: Path) -> tuple[Shard, list[Sample]]:
     """Find the pictures of a tar file and their classes.
 
     Raises:
-        FewtokensError: The file is truncated or no tar file, or a picture has no class.
+        FewtokensError: The file is incomplete or no tar file, or pictures and classes do not belong together.
     """
     pictures, labels = dict[str, tuple[str, int, int]](), dict[str, int]()
     try:
@@ -191,18 +224,42 @@ def scan_tar(path: Path) -> tuple[Shard, list[Sample]]:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
                 key, _, suffix = base.partition(".")  # WebDataset's rule: a key ends at the first dot of the base name
-                key = f"{folder}/{key}"
-                if f".{suffix.lower()}".endswith(PICTURES):
+                key, is_picture = f"{folder}/{key}", f".{suffix.lower()}".endswith(PICTURES)
+                if member.isdir() or not (is_picture or suffix == "cls"):
+                    continue
+                if not member.isreg() or key in (pictures if is_picture else labels):
+                    raise ValueError(f"{member.name} is {'no file' if not member.isreg() else 'there twice'}")
+                if is_picture:
                     pictures[key] = member.name, member.offset_data, member.size
-                elif suffix == "cls":
-                    content = tar.extractfile(member)
-                    labels[key] = int(content.read()) if content else -1
+                else:
+                    labels[key] = _label(tar, member)
+            _check_end(path, tar.offset)
         state = path.stat()
+        if alone := labels.keys() ^ pictures.keys():
+            raise ValueError(f"{min(alone)} has {'no class' if min(alone) in pictures else 'no picture'}")
         found = [Sample(name, labels[key], *span) for key, (name, *span) in pictures.items()]
-    except (OSError, tarfile.TarError, ValueError, KeyError) as error:
-        reason = f"{error.args[0]}.cls is missing" if isinstance(error, KeyError) else first_line(error)
+    except (OSError, tarfile.TarError, ValueError) as error:
         raise FewtokensError(
-            f"Cannot index {path}: {reason}. Expected a complete tar file with members <key>{PICTURES[0]} and "
-            "<key>.cls, which holds the number of the class. Replace it with an intact copy, or remove it."
+            f"Cannot index {path}: {first_line(error)}. Expected a complete tar file with members <key>{PICTURES[0]} "
+            "and <key>.cls, which holds the number of the class. Replace it with an intact copy, or remove it."
         ) from error
     return Shard(path.name, state.st_size, str(state.st_mtime_ns)), found
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    file = tar.extractfile(member)
+    label = int(file.read()) if file else -1
+    if label < 0:
+        raise ValueError(f"{member.name} is no number >= 0")
+    return label
+
+
+def _check_end(path: Path, end: int) -> None:
+    """Raise an error if there are other bytes than zeros behind the last member, where tarfile stops silently."""
+    with path.open("rb") as file:
+        file.seek(end)
+        rest = file.read(64 * _BLOCK)
+    if len(rest) < _BLOCK:
+        raise ValueError("it is truncated")
+    if rest.strip(b"\0"):
+        raise ValueError(f"it is damaged at byte {end}, or several files one after the other")
