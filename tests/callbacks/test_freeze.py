@@ -34,21 +34,26 @@ def test_the_parts_of_a_model(part, trained):
     found = {next((prefix for prefix in trained if name.startswith(prefix)), name) for name in left}
     assert found - {"vit.fc_norm.weight", "vit.fc_norm.bias"} == trained - {"vit.norm"} | (found & {"vit.norm"})
     assert not any("patch_embed" in name or "pos_embed" in name for name in left)
+    pooled = small(pool="map")
+    assert any(
+        "attn_pool" in name for name in {n for n, _ in pooled.named_parameters()} - frozen_names(pooled, "encoder[:2]")
+    )
 
 
 def test_frozen_parameters_stay_and_frozen_modules_do_not_drop():
-    net = model(options={"proj_drop_rate": 0.5})
+    net = model(options={"proj_drop_rate": 0.5, "pos_drop_rate": 0.5, "drop_rate": 0.5})
     task = Classifier(net, 5, optimizer=partial(torch.optim.SGD, lr=0.1))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     modes = []
-    task.on_train_batch_end = lambda *_: modes.append((net.encoder.layers[0].training, net.vit.head.training))
+    parts = (net.encoder.layers[0], net.vit.pos_drop, net.vit.patch_drop, net.vit.head, net.vit.head_drop)
+    task.on_train_batch_end = lambda *_: modes.append(tuple(part.training for part in parts))
     batches = DataLoader([(torch.randn(4, 1, 3, 8, 12), torch.arange(4))] * 2, batch_size=None, collate_fn=tuple)
     trainer = Trainer(max_epochs=2, callbacks=[Freeze("blocks")], enable_progress_bar=False, **QUIET)
     trainer.fit(task, batches)
     changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert all(".head" in name or ".tokenizer." in name for name in changed)
     assert {"vit.head.weight"} < changed
-    assert set(modes) == {(False, True)}
+    assert set(modes) == {(False, False, False, True, True)}
 
 
 def test_a_wrong_part_is_an_error():

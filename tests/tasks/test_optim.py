@@ -1,9 +1,14 @@
+import re
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 
+from fewtokens.backbones.pretrained import timm_vit
 from fewtokens.backbones.vit import vit
+from fewtokens.backbones.vivit import PLAIN
 from fewtokens.errors import FewtokensError
 from fewtokens.tasks.optim import parameter_groups, scale_learning_rates, warmup_cosine, warmup_linear
 from fewtokens.tokenizers.token_learner import TokenLearner
@@ -51,6 +56,37 @@ def test_layer_decay_lowers_the_learning_rate_from_layer_to_layer() -> None:
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups if group["params"][0].ndim == 1)
     with pytest.raises(FewtokensError, match=r"`task\.layer_decay` must be .* got 1\.5"):
         parameter_groups(net, 0.1, layer_decay=1.5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_siglip_224",
+        "vit_base_patch16_clip_224",
+        "vit_small_patch14_reg4_dinov2",
+        "deit_tiny_distilled_patch16_224",
+        "vit_base_patch16_gap_224",
+    ],
+)
+def test_the_groups_of_layer_decay_equal_timms(name: str) -> None:
+    with torch.device("meta"):
+        expected = timm.create_model(name, depth=2, num_classes=1000)
+        size = expected.patch_embed.img_size
+        mine = timm_vit(name=name, image_size=size, num_classes=1000, tokenizer=PLAIN, options={"depth": 2})
+    shared = set(expected.no_weight_decay())
+    groups = param_groups_layer_decay(expected, 0.1, shared, layer_decay=0.5)
+    names = {id(p): name for name, p in expected.named_parameters()}
+    wanted = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    names = {id(p): name for name, p in mine.named_parameters()}
+    found = {
+        re.sub(r"encoder\.layers\.(\d+)\.block", r"blocks.\1", names[id(p)]).removeprefix("vit."): (
+            g["lr_scale"],
+            g["weight_decay"],
+        )
+        for g in parameter_groups(mine, 0.1, layer_decay=0.5)
+        for p in g["params"]
+    }
+    assert found == wanted
 
 
 @pytest.mark.parametrize("settings", [{"warmup": -1}, {"warmup": float("inf")}, {"final": 2.0}])

@@ -113,9 +113,12 @@ class ViT(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's description of the layers, from the embedding to the head, for learning-rate decay by layer."""
-        # The final norm belongs to the last layer.
-        blocks = [(r"^encoder\.layers\.(\d+)", None), (r"^vit\.(?:fc_)?norm\.", (99999,))]
-        return {"stem": r"^vit\.(?!norm\.|fc_norm|head)", "blocks": blocks}
+        stem = str(self.vit.group_matcher()["stem"]).removeprefix("^")
+        # The final norm belongs to the last layer. What is named nowhere belongs to the head: fc_norm, attn_pool.
+        return {
+            "stem": rf"^vit\.(?:{stem})",
+            "blocks": [(r"^encoder\.layers\.(\d+)", None), (r"^vit\.norm\.", (99999,))],
+        }
 
     def _pool(self, tokens: Tokens) -> Float[Tensor, "b c"]:
         """Apply timm's pooling, weighted by size and without padding."""

@@ -1,8 +1,10 @@
 """Training of a part of the model only: of the head, of the tokenizers, or of the last layers."""
 
 import re
+from collections.abc import Iterator
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fewtokens.analysis.evaluation import unwrap_compiled
@@ -43,11 +45,22 @@ class Freeze(Callback):
             raise FewtokensError(f"`callbacks.freeze.part` leaves nothing to train, got {self.part!r}.")
         modules = [(module, list(module.parameters())) for module in model.modules()]
         self.frozen = [module for module, own in modules if own and not any(p.requires_grad for p in own)]
+        self.frozen += _dropouts_of_frozen_embeddings(model)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the frozen modules to evaluation mode, after Lightning has set all modules to training mode."""
         for module in self.frozen:
             module.eval()
+
+
+def _dropouts_of_frozen_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the dropout of positions and patches, which is no part of a module with frozen parameters only."""
+    for vit in model.modules():
+        if isinstance(vit, VisionTransformer):
+            stem = str(vit.group_matcher()["stem"])
+            embedding = [parameter for name, parameter in vit.named_parameters() if re.match(stem, name)]
+            if not any(parameter.requires_grad for parameter in embedding):
+                yield from (vit.pos_drop, vit.patch_drop)
 
 
 def frozen_names(model: ViT, part: str) -> set[str]:
