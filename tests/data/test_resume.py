@@ -109,11 +109,15 @@ def test_resumed_run_equals_the_uninterrupted(tmp_path: Path, hook: str, step: i
     assert torch.equal(rest.head.weight, uninterrupted.head.weight)
 
 
-def test_resuming_in_mid_epoch_with_another_order_is_refused(tmp_path: Path) -> None:
+def test_resuming_in_mid_epoch_with_another_order_is_refused(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "half.ckpt"
     fit(data(), Stop(path, "on_train_batch_end", 8))
     with pytest.raises(FewtokensError, match="middle of an epoch with another order of samples"):
         fit(data(batch_size=128), path=path)
+    read = Digits.read
+    monkeypatch.setattr(Digits, "read", lambda self: {k: v.take(torch.arange(200)) for k, v in read(self).items()})
+    with pytest.raises(FewtokensError, match=r"repeats 1 and 1297 samples, this run has .* and 200 samples"):
+        fit(data(), path=path)
 
 
 def test_a_second_fit_starts_at_its_own_beginning(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ class DataModule(L.LightningDataModule):
         """Return a loader of this process's training batches, starting at the position of the loaded checkpoint."""
         samples = self._part("train")
         size, (rank, world) = len(samples), self._ranks()  # type: ignore[arg-type]
-        epoch, batches = self._take_resume(world)
+        epoch, batches = self._take_resume(world, size)
         sampler = TrainSampler(
             size,
             batch_size=self.batch_size,
@@ -274,22 +274,22 @@ class DataModule(L.LightningDataModule):
         if self.trainer is None:
             return {}
         epoch, batches = resume_position(self.trainer)
-        order = [self.seed, self.batch_size, self._ranks()[1], self.repeats]
+        order = [self.seed, self.batch_size, self._ranks()[1], self.repeats, len(self._part("train"))]  # type: ignore[arg-type]
         return {"epoch": epoch, "batches": batches, "order": order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the position for the next training loader."""
         self._resume = dict(state_dict)
 
-    def _take_resume(self, world: int) -> tuple[int, int]:
+    def _take_resume(self, world: int, size: int) -> tuple[int, int]:
         # The state is used once: a second fit with the same datamodule starts from the beginning.
         state, self._resume = self._resume, None
         if not state:
             return (self.trainer.current_epoch if self.trainer is not None else 0), 0
-        order = [self.seed, self.batch_size, world, self.repeats]
-        saved = [*state["order"], 1][:4]  # older checkpoints have no repeats
+        order, saved = [self.seed, self.batch_size, world, self.repeats, size], list(state["order"])
+        saved += [1, size][len(saved) - 3 :]  # older checkpoints have no repeats and no number of samples
         if state["batches"] and saved != order:
-            names = "seed {}, batch_size {}, {} process(es) and repeats {}"
+            names = "seed {}, batch_size {}, {} process(es), repeats {} and {} samples"
             raise FewtokensError(
                 "Cannot resume in the middle of an epoch with another order of samples: the checkpoint was written "
                 f"with {names.format(*saved)}, this run has {names.format(*order)}. Use the same values, or a "
