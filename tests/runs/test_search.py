@@ -64,6 +64,33 @@ def test_a_search_continues_where_it_was_interrupted(search, capsys, tmp_path: P
     assert len(ran) == 5
 
 
+def test_a_search_continues_with_other_bounds_only(search, capsys, tmp_path: Path) -> None:
+    def job(cfg) -> None:
+        run = Path(HydraConfig.get().runtime.output_dir)
+        (run / "run.json").write_text(json.dumps({"status": "finished"}))
+        (run / "report.json").write_text(json.dumps({"val/loss": 1.0}))
+
+    def search_again(trials: int, *settings: str, where: str = "sweep=sweep") -> str:
+        metric = ["optimized_metric=val/loss", f"hydra.sweeper.n_trials={trials}"]
+        code, error = search(job, *metric, *settings, where), capsys.readouterr().err
+        assert (code == 0) == (error == "")
+        return error
+
+    first = ["optimizer.lr=interval(0.1,0.2)", "backbone.dim=24,48"]
+    assert not search_again(1, *first, where="hydra.sweep.dir=sweep")
+    error = search_again(2, first[0], "backbone.dim=24,96")
+    assert "The search began with backbone.dim in CategoricalDistribution(choices=('24', '48')), got" in error
+    error = search_again(2, *first, "hydra.sweeper.direction=maximize")
+    assert "`hydra.sweeper.direction` must be minimize, as when the search began, got 'maximize'" in error
+    assert not search_again(2, "optimizer.lr=interval(0.01,0.2)", first[1])
+    assert len(read_table(tmp_path / "sweep")) == 2
+    for setting in ("optimizer.lr=interval(1,0)", "optimizer.lr=tag(log,interval(0,1))", "backbone.dim=range(5,1)"):
+        assert "A setting to search has wrong bounds" in search_again(1, setting)
+    assert "`hydra.sweep.dir` must be a path without ?" in search_again(1, *first, where="hydra.sweep.dir='a?b'")
+    (tmp_path / "sweep" / "study.db").write_text("no database")
+    assert "study.db: (sqlite3.DatabaseError) file is not a database" in search_again(3, *first)
+
+
 def test_what_a_search_needs_is_named(search, monkeypatch, capsys) -> None:
     def fail(cfg) -> None:
         pytest.fail("it ran")

@@ -136,6 +136,20 @@ def test_tables_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read_table(tmp_path) == jobs
 
 
+def test_a_damaged_table_is_named(tmp_path: Path) -> None:
+    head = "overrides,state,reason,val/loss,path\n"
+    for content in (
+        b"a,b\n1,2\n",
+        head + "seed=0\n",
+        head + "'seed=0,finished,,1,0\n",
+        head + "a,b,,x,0\n",
+        b"\xff\xfe",
+    ):
+        (tmp_path / "sweep.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(FewtokensError, match=r"Cannot read .*sweep\.csv: .* Correct it, or start another sweep"):
+            read_table(tmp_path)
+
+
 def test_seeds_are_grouped_and_averaged() -> None:
     jobs = [SweepJob([f"seed={seed}", f"a={a}"], state="finished") for a in (1, 2) for seed in (0, 1)]
     jobs.append(SweepJob(["seed=2", "a=1"], state="failed"))

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
-from fewtokens.errors import FewtokensError, check, check_choice
+from fewtokens.errors import FewtokensError, check, check_choice, first_line
 from fewtokens.runs.sweep import SweepJob, TableSweeper, quoted, read_table
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ class OptunaSweeper(TableSweeper):
         jobs += read_table(directory) if OmegaConf.select(self.cfg, "sweep") is not None else []
         directory.mkdir(parents=True, exist_ok=True)
         storage = f"sqlite:///{(directory / 'study.db').absolute()}"
-        study, batch = self._study(storage)
+        check(
+            "?" not in storage, "hydra.sweep.dir", "a path without ?, which ends the path of a database", str(directory)
+        )
+        study, batch = self._study(storage, directory)
+        _check_space(study, space)
         while batch or len(study.trials) < self.n_trials:
             batch = batch or [study.ask(space) for _ in range(min(self.n_jobs, self.n_trials - len(study.trials)))]
             launched = [self._job(trial, fixed, jobs) for trial in batch]
@@ -96,22 +100,38 @@ class OptunaSweeper(TableSweeper):
         check(isinstance(metric, str), "optimized_metric", "a number of report.json, such as val/loss", metric)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
-        space = {part.get_key_element(): distribution(part) for part in parsed if part.is_sweep_override()}
+        try:
+            space = {part.get_key_element(): distribution(part) for part in parsed if part.is_sweep_override()}
+        except ValueError as error:
+            raise FewtokensError(f"A setting to search has wrong bounds: {first_line(error)}. Correct them.") from error
         check(bool(space), "hydra.sweeper.params", "settings to search: {optimizer.lr: interval(1e-4,1e-2)}", {})
         fixed = [part for part in parsed if not part.is_sweep_override() and part.key_or_group != "sweep"]
         return str(metric), space, [str(part.input_line) for part in fixed]
 
-    def _study(self, storage: str) -> "tuple[Study, list[Trial]]":
-        """Return the study, and the trials in it that were interrupted."""
+    def _study(self, storage: str, directory: Path) -> "tuple[Study, list[Trial]]":
+        """Return the study, and the trials in it that were interrupted.
+
+        Raises:
+            FewtokensError: The study is damaged, or has the other direction.
+        """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=NAME,
-            direction=self.direction,  # type: ignore[arg-type]  # checked before
-            pruner=optuna.pruners.MedianPruner(self.startup_trials),
-            load_if_exists=True,
+        try:
+            study = optuna.create_study(
+                storage=storage,
+                study_name=NAME,
+                direction=self.direction,  # type: ignore[arg-type]  # checked before
+                pruner=optuna.pruners.MedianPruner(self.startup_trials),
+                load_if_exists=True,
+            )
+        except Exception as error:  # of SQLAlchemy, which has a class for each kind
+            raise FewtokensError(
+                f"Cannot use {directory / 'study.db'}: {first_line(error)}. Choose another hydra.sweep.dir."
+            ) from error
+        before = study.direction.name.lower()
+        check(
+            self.direction == before, "hydra.sweeper.direction", f"{before}, as when the search began", self.direction
         )
         # Another seed after an interruption, or the first suggestions would come again.
         seed = self.seed + len(study.trials)
@@ -140,6 +160,25 @@ def install_sweepers() -> None:
     known["hydra_plugins.fewtokens.OptunaSweeper"] = OptunaSweeper
 
 
+def _check_space(study: "Study", space: "Mapping[str, BaseDistribution]") -> None:
+    """Raise an error if a setting has other choices, or is of another kind, than in earlier trials.
+
+    Raises:
+        FewtokensError: One has. Other bounds are allowed.
+    """
+    from optuna.distributions import check_distribution_compatibility
+
+    for trial in study.trials:
+        for name in trial.distributions.keys() & space.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[name], space[name])
+            except ValueError as error:
+                raise FewtokensError(
+                    f"The search began with {name} in {trial.distributions[name]}, got {space[name]}: only bounds may "
+                    "change. Use the same choices, or start another search without sweep=<directory>."
+                ) from error
+
+
 def distribution(override: Override) -> "BaseDistribution":
     """Return Optuna's distribution of an override: `interval`, `range` or a choice, `tag(log,...)` for logarithmic."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -151,6 +190,8 @@ def distribution(override: Override) -> "BaseDistribution":
         return kind(*bounds, log="log" in value.tags)
     if isinstance(value, RangeSweep):
         numbers = list(value.range())
+        if not numbers:
+            raise ValueError(f"{override.input_line} has no value")
         kind = IntDistribution if all(isinstance(number, int) for number in numbers) else FloatDistribution
         return kind(min(numbers), max(numbers), step=abs(value.step))  # type: ignore[arg-type]  # of the same type
     return CategoricalDistribution(list(override.sweep_string_iterator()))

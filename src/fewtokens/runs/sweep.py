@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, first_line
 from fewtokens.files import read_record, replace_file
 from fewtokens.masking import masked
 from fewtokens.runs.distributed import is_rank_zero
@@ -185,18 +185,25 @@ def read_table(directory: Path) -> list[SweepJob]:
     """Return the jobs in `sweep.csv`.
 
     Raises:
-        FewtokensError: The directory has none.
+        FewtokensError: The directory has none, or it is damaged.
     """
     path = directory / TABLE
     if not path.is_file():
         raise FewtokensError(f"`sweep` must be the directory of a sweep, which contains {TABLE}, got {directory}.")
-    jobs = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            overrides, path_, state, reason = (row.pop(name) for name in ("overrides", "path", "state", "reason"))
-            numbers = {name: float(value) for name, value in row.items() if value}
-            jobs.append(SweepJob(shlex.split(overrides), path_, state, reason, numbers))
-    return jobs
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [_job(row) for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise FewtokensError(
+            f"Cannot read {path}: {first_line(error)}. Correct it, or start another sweep without sweep=<directory>."
+        ) from error
+
+
+def _job(row: dict[str, str]) -> SweepJob:
+    texts = [row.pop(name, None) for name in ("overrides", "path", "state", "reason")]
+    overrides, path, state, reason = (text for text in texts if text is not None)
+    numbers = {name: float(value) for name, value in row.items() if value}
+    return SweepJob(shlex.split(overrides), path, state, reason, numbers)
 
 
 def write_table(jobs: Sequence[SweepJob], directory: Path) -> None:
