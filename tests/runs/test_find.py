@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY
+from fewtokens.errors import FewtokensError
+from fewtokens.runs.find_lr import to_tune
 
 SHORT = [part for part in TINY if not part.startswith(("trainer.", "measure"))]
 
@@ -20,6 +22,21 @@ def test_the_learning_rate_is_within_the_range(command, tmp_path: Path) -> None:
     assert not list((tmp_path / "r").glob(".lr_find*")), "no checkpoint is left"
     done = command("fewtokens.runs.find_lr", *SHORT, "find.lowest=2.0", code=1)
     assert "`find.lowest` must be a number above 0 and below find.highest, got 2.0" in done.stderr
+
+
+def test_what_is_tuned_is_what_would_be_trained(composed) -> None:
+    cfg = composed(*SHORT, "callbacks=freeze", "init_from=other.ckpt", base="find_lr")
+    with pytest.raises(FewtokensError, match=r"A checkpoint must be a file, .* but other\.ckpt does not exist"):
+        to_tune(cfg)
+    cfg.init_from, cfg.task.teacher = None, "teacher"
+    with pytest.raises(FewtokensError, match=r"`task\.teacher` must be a run directory .* got 'teacher'"):
+        to_tune(cfg)
+    cfg.task.teacher = None
+    _, task, _ = to_tune(cfg)
+    assert {name for name, p in task.named_parameters() if p.requires_grad} == {
+        "model.vit.head.weight",
+        "model.vit.head.bias",
+    }
 
 
 @pytest.mark.slow

@@ -42,13 +42,17 @@ def find(cfg: DictConfig) -> float:
 
 
 def to_tune(cfg: DictConfig) -> "tuple[Trainer, LightningModule, LightningDataModule]":
-    """Return trainer, task and data of a job, without callbacks and loggers.
+    """Return trainer, task and data of a job, without loggers, and without callbacks other than `callbacks.freeze`.
+
+    The weights are those with which the job would start, and the task has its teacher.
 
     Raises:
         FewtokensError: The trainer has several processes, for which Lightning's tuner was not made.
     """
+    from fewtokens.runs import teacher
     from fewtokens.runs.config import check_groups, instantiate
     from fewtokens.runs.job import build_trainer, start
+    from fewtokens.runs.train import load_start_weights
 
     devices = cfg.trainer.devices
     check(devices in (1, "1") and cfg.trainer.num_nodes == 1, "trainer.devices", "1 to find settings", devices)
@@ -56,7 +60,12 @@ def to_tune(cfg: DictConfig) -> "tuple[Trainer, LightningModule, LightningDataMo
     check_groups(cfg)
     Path(cfg.paths.run).mkdir(parents=True, exist_ok=True)
     parts = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return build_trainer(cfg.trainer, **parts), instantiate(cfg.task), instantiate(cfg.data)
+    trainer, task, data = build_trainer(cfg.trainer, **parts), instantiate(cfg.task), instantiate(cfg.data)
+    load_start_weights(cfg, task)
+    teacher.connect(cfg, task, data)
+    if cfg.callbacks.get("freeze") is not None:
+        instantiate(cfg.callbacks.freeze).setup(trainer, task, "fit")  # the tuner removes all callbacks
+    return trainer, task, data
 
 
 if __name__ == "__main__":

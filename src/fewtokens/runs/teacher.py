@@ -21,15 +21,19 @@ from fewtokens.files import checkpoint_in
 from fewtokens.runs import checkpoints
 from fewtokens.runs.compose import config_of
 from fewtokens.runs.config import instantiate, plain
-from fewtokens.runs.job import Job
 from fewtokens.tasks.classification import Classifier
 
 log = logging.getLogger(__name__)
 DENSE = {"at": [], "build": {"_target_": "fewtokens.tokenizers.base.Tokenizer", "_partial_": True}}
 
 
-def connect(parts: Job) -> dict[str, float]:
+def connect(cfg: DictConfig, task: Any, data: Any) -> dict[str, float]:
     """Load the teacher that the config of a run names, if it does, and connect the task with it.
+
+    Args:
+        cfg: The config.
+        task: The task.
+        data: The datamodule, whose normalization is compared with the teacher's.
 
     Returns:
         `teacher/gmacs`, the multiply-adds of its forward pass per image or clip (1e9), and `teacher/params`; nothing
@@ -38,15 +42,14 @@ def connect(parts: Job) -> dict[str, float]:
     Raises:
         FewtokensError: There is no such model, or it does not fit the task.
     """
-    task: Any = parts.task
     reference = getattr(task, "teacher", None)
     if reference is None:
         return {}
     fits = isinstance(task, Classifier) and task.distillation is not None
     check(fits, "task.distillation", "set with task.teacher", getattr(task, "distillation", None))
-    model = load(str(reference), parts.cfg, needs_tokens=task.distillation.tokens > 0)
+    model = load(str(reference), cfg, needs_tokens=task.distillation.tokens > 0)
     task.distillation.connect(task.model, model)
-    _compare_normalization(model, parts.data, str(reference))
+    _compare_normalization(model, data, str(reference))
     sample = torch.zeros(1, *unwrap_compiled(task.model).sample_shape)
     numbers = {"teacher/gmacs": macs(model, sample) / GIGA, "teacher/params": float(_count(model))}
     log.info("Teacher %s: %.3f GMACs, %.1f M parameters", reference, numbers["teacher/gmacs"], _count(model) / 1e6)

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 
 from fewtokens.callbacks.signals import Stopped
@@ -40,8 +41,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
         check_length(cfg.trainer)
         set_global_batch(parts)
         check(isinstance(cfg.test, bool), "test", "true or false", cfg.test)
-        checkpoint = load_start_weights(parts)
-        parts.record.numbers |= teacher.connect(parts)
+        checkpoint, numbers = load_start_weights(cfg, parts.task)
+        parts.record.numbers |= numbers | teacher.connect(cfg, parts.task, parts.data)
         with child_processes_run_this_job(parts.directory):
             with skipped_videos.written_on_failure(parts):
                 numbers = fit(parts, checkpoint)
@@ -110,19 +111,19 @@ def set_global_batch(parts: Job) -> None:
         )
 
 
-def load_start_weights(parts: Job) -> Path | None:
+def load_start_weights(cfg: DictConfig, task: LightningModule) -> tuple[Path | None, dict[str, float]]:
     """Load the weights of another run (`init_from`) or of an image model (`init_image`), if the config names one.
 
     Returns:
-        The checkpoint to resume from, which contains its weights, or None.
+        The checkpoint to resume from, which contains its weights, or None; and how many parameters were loaded.
     """
-    cfg, task, numbers = parts.cfg, parts.task, parts.record.numbers
+    numbers: dict[str, float] = {}
     # `init_image=none` after an experiment that sets init_image.weights leaves a node without a target.
     image = cfg.init_image if "_target_" in cfg.init_image else None
     if cfg.resume is not None:
         path = run_to_resume(cfg.resume)
         checkpoints.load_model(task, path)  # the same error as elsewhere, if it does not fit
-        return path
+        return path, numbers
     if cfg.init_from is not None and image is not None:
         raise FewtokensError(
             f"A model can start from one set of weights only, got init_from={cfg.init_from} and "
@@ -135,7 +136,7 @@ def load_start_weights(parts: Job) -> Path | None:
         numbers |= {
             f"init_image/{name}": float(len(getattr(found, name))) for name in ("loaded", "missing", "unexpected")
         }
-    return None
+    return None, numbers
 
 
 def fit(parts: Job, checkpoint: Path | None) -> dict[str, float]:
