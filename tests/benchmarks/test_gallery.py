@@ -13,6 +13,7 @@ from PIL import Image
 from conftest import CONFIGS, TINY
 from fewtokens.analysis.pictures.sheet import GAP, MARGIN
 from fewtokens.benchmarks import gallery
+from fewtokens.benchmarks.variants import compose_with
 from fewtokens.errors import FewtokensError
 from fewtokens.runs import train as training
 
@@ -144,3 +145,15 @@ def test_errors_are_sentences(draw, wrong: str, says: str) -> None:
 def test_clips_are_refused(draw) -> None:
     with pytest.raises(FewtokensError, match="`backbone` must be a model of images"):
         draw("backbone=vivit_mini", "data=moving_digits", "methods=[tome]")
+
+
+@pytest.mark.parametrize("entry", ["", "tome 'build.r=3"])
+def test_an_entry_that_names_no_option(entry: str) -> None:
+    with pytest.raises(FewtokensError, match=r"`methods` must name options of configs/tokenizer, got"):
+        compose_with(entry, "methods")
+
+
+def test_weights_of_other_frameworks_are_described(composed, tmp_path: Path) -> None:
+    (tmp_path / "w.npz").write_bytes(b"x")
+    cfg = composed("backbone=vit_mini", f"backbone.weights=scenic:{tmp_path}/w.npz", base="gallery")
+    assert list(gallery._origin(cfg, [])["weights"]) == ["w.npz"]

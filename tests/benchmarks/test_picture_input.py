@@ -36,3 +36,22 @@ def test_all_pipelines_are_measured_and_compared(tmp_path: Path, monkeypatch, ca
 def test_missing_pictures_end_with_a_sentence(tmp_path: Path, capsys) -> None:
     assert picture_input.main([str(tmp_path / "absent")]) == 1
     assert "absent does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ("--batch-size 5", "`--batch-size` must be at most 4, the pictures, got 5"),
+        ("--limit 1 --batch-size 2", "`--batch-size` must be at most 1"),
+        ("--limit 0", "`--limit` must be an int >= 1"),
+        ("--rounds 0", "`--rounds` must be an int >= 1"),
+        ("--seconds 0", "`--seconds` must be a number > 0"),
+        ("--scratch absent", "`--scratch` must be a folder, got 'absent'"),
+    ],
+)
+def test_arguments_that_would_wait_or_fail_later(tmp_path: Path, capsys, arguments: str, match: str) -> None:
+    (tmp_path / "a").mkdir()
+    for number in range(4):
+        (tmp_path / "a" / f"{number}.jpg").touch()
+    assert picture_input.main([str(tmp_path), *arguments.split()]) == 1
+    assert match in capsys.readouterr().err

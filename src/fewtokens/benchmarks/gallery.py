@@ -1,6 +1,7 @@
 """Draw what methods keep, drop or merge in photographs: python -m fewtokens.benchmarks.gallery [key=value ...]."""
 
 import hashlib
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -260,11 +261,12 @@ def _caption(path: Path, model: ViT, dense: int) -> str:
 
 def _origin(cfg: DictConfig, paths: Sequence[Path]) -> dict[str, Any]:
     weights = cfg.backbone.get("weights")
+    file = None if weights is None else Path(re.sub("^(scenic|keras):", "", str(weights)))
     return {
         "backbone": backbone_name(cfg),
         "image_size": cfg.data.image_size,
         "images": {path.name: _sha256(path) for path in paths},
-        "weights": None if weights is None else {Path(weights).name: _sha256(Path(weights))},
+        "weights": None if file is None else {file.name: _sha256(file)},
         "checkpoint": cfg.checkpoint,
         "command": shlex.join(["python", "-m", "fewtokens.benchmarks.gallery", *map(mask, sys.argv[1:])]),
         **report.environment(torch.device("cpu"), ("torch", "timm", "scikit-learn", "fewtokens")),

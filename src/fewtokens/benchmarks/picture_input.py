@@ -9,7 +9,6 @@ folder is copied to tar shards, as it is and with a shorter side of 256 pixels. 
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -33,7 +32,8 @@ from fewtokens.benchmarks.image_input import about, measure
 from fewtokens.data import shard
 from fewtokens.data.image import folders
 from fewtokens.data.image.imagenet import ImageNet
-from fewtokens.errors import FewtokensError
+from fewtokens.errors import FewtokensError, check
+from fewtokens.files import write_json
 
 _SIDE, _SMALL = 224, "shards at 256"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -44,13 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, console = parser().parse_args(arguments), Console()
     torch.set_num_threads(1)
     try:
+        _check(args)
         with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
             figures = compare(args, Path(folder), console)
+        if args.write is not None:
+            write_json({**about(), **figures}, args.write)
     except FewtokensError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    if args.write is not None:
-        args.write.write_text(json.dumps({**about(), **figures}, indent=2) + "\n")
     return 0
 
 
@@ -69,11 +70,22 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def _check(args: argparse.Namespace) -> None:
+    check(args.limit is None or args.limit >= 1, "--limit", "an int >= 1", args.limit)
+    check(args.seconds > 0, "--seconds", "a number > 0", args.seconds)
+    check(args.rounds >= 1, "--rounds", "an int >= 1", args.rounds)
+    check(args.batch_size >= 1, "--batch-size", "an int >= 1", args.batch_size)
+    check(args.scratch is None or Path(args.scratch).is_dir(), "--scratch", "a folder", args.scratch)
+
+
 def compare(args: argparse.Namespace, scratch: Path, console: Console) -> dict[str, Any]:
     """Write the shards, measure all pipelines, print the tables, and return the figures."""
     source, names = scratch / "folders", ("folders", "shards", _SMALL)
     files = folders.scan(args.root.absolute(), "Give a folder of class folders")
-    for index in torch.randperm(len(files.files), generator=torch.Generator().manual_seed(0))[: args.limit].tolist():
+    chosen = torch.randperm(len(files.files), generator=torch.Generator().manual_seed(0))[: args.limit].tolist()
+    # All pipelines drop the last batch if it is not full, and would wait for the first one without end.
+    check(args.batch_size <= len(chosen), "--batch-size", f"at most {len(chosen)}, the pictures", args.batch_size)
+    for index in chosen:
         link = source / "train" / files.path(index).relative_to(files.root)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(files.path(index))

@@ -26,9 +26,14 @@ def compose_with(entry: str, key: str = "tokenizers") -> DictConfig:
         key: The key of the config that holds the entry, for the error message.
 
     Raises:
-        FewtokensError: A setting is none of the tokenizer's.
+        FewtokensError: The entry names no option, or a setting is none of the tokenizer's.
     """
-    option, *settings = shlex.split(entry)
+    try:
+        option, *settings = shlex.split(entry)
+    except ValueError:  # it is empty, or has a quote without its end
+        raise FewtokensError(
+            f"`{key}` must name options of configs/tokenizer, got {entry!r}. Write one as 'tome build.r=13'."
+        ) from None
     job = HydraConfig.get()
     given: Any = OmegaConf.to_container(job.overrides.task)  # with interpolations as they were given
     overrides = [part for part in given if not part.startswith(("tokenizer=", "tokenizer."))]
