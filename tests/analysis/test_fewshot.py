@@ -1,5 +1,6 @@
 """Few-shot transfer: the probes on cases with a known solution, and the features that they get."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -165,7 +166,9 @@ def test_training_pictures_are_preprocessed_as_in_evaluation(tmp_path: Path) -> 
                 y, x = np.mgrid[:40, :60]
                 picture = np.stack([x * 4, y * 5, np.full_like(x, value + 10 * index)], axis=2).astype(np.uint8)
                 Image.fromarray(picture).save(tmp_path / part / name / f"{index}.png")
-    data = ImageNet(tmp_path, num_classes=2, image_size=32, batch_size=2)
+    (tmp_path / "val").rename(tmp_path / "other")
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    data = ImageNet(tmp_path, num_classes=2, image_size=32, batch_size=2, parts={"test": "other"})
     images = Fewshot(shots=[2], draws=1).choose(data)
     few, test = (
         torch.cat(list(images.batches(samples, positions, torch.device("cpu"))))
@@ -173,6 +176,9 @@ def test_training_pictures_are_preprocessed_as_in_evaluation(tmp_path: Path) -> 
     )
     assert torch.equal(few, test), "the same pictures in both parts"
     assert data.dataset("train").transform is data.train_crop, "training still has its random crops"
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"")
+    with pytest.raises(FewtokensError, match=r"Cannot read the picture .*a/0\.png"):  # and not replaced
+        list(images.batches(images.train_set, images.few, torch.device("cpu")))
 
 
 def test_a_run_measures_it(composed) -> None:

@@ -304,9 +304,11 @@ def _parts(datamodule: L.LightningDataModule) -> tuple[Dataset, Dataset]:
             "images (data=cifar10, data=imagenet), or another measure."
         )
     datamodule.prepare_data()
-    datamodule.setup("fit")
+    for stage in ("fit", "test"):
+        datamodule.setup(stage)
     train, test = copy.copy(part("train")), part("test")
-    for name in ("read", "decode", "transform"):  # of pictures in files, whose training crops are random
+    # Of pictures in files: training crops are random, and unreadable training pictures replaced by others.
+    for name in ("read", "decode", "transform", "part"):
         if hasattr(test, name):
             setattr(train, name, getattr(test, name))
     return train, test
@@ -315,7 +317,7 @@ def _parts(datamodule: L.LightningDataModule) -> tuple[Dataset, Dataset]:
 def _labels(samples: Any) -> Int[Tensor, " n"]:
     """Return the class of every image, without reading the images."""
     labels = torch.as_tensor(getattr(samples, "samples", samples).targets)
-    if labels.ndim != 1:
+    if labels.ndim != 1 or getattr(samples, "several", None) is not None:  # ReaL labels
         raise FewtokensError(
             "Few-shot transfer needs one class per image, but these data have several. Choose another measure."
         )
