@@ -191,6 +191,16 @@ def test_parts_have_the_numbers_of_the_training_classes(make_folders, tmp_path: 
         data(root, parts={"tset": "other"})
 
 
+def test_folders_inside_of_class_folders_are_named(make_folders, caplog) -> None:
+    root = make_folders(parts=("train",), classes=("a", "b"), count=2)
+    folders.scan(root / "train", "")
+    assert not caplog.text
+    (root / "train" / "b" / "more").mkdir()
+    (root / "train" / "b" / "0001.png").rename(root / "train" / "b" / "more" / "0001.png")
+    assert len(folders.scan(root / "train", "").files) == 3
+    assert "are not read: b/more" in caplog.text
+
+
 def test_image_net_v2_has_numbered_folders(make_folders) -> None:
     root = make_folders(parts=("v2",), classes=("0", "1", "10", "999"), count=1)
     found = data(root, parts={"test": str(root / "v2")})
@@ -285,6 +295,9 @@ def test_real_labels_count_any_of_them_and_leave_out_pictures_without(flat: Path
     assert not torch.isinf(task.test_metrics["loss"].compute())
     found.setup("validate")
     assert next(iter(found.val_dataloader()))[1].ndim == 1
+    real.write_text("[[], [], [], [], [], []]")
+    with pytest.raises(FewtokensError, match=r"`data\.real_labels` must be a file with labels of some"):
+        data(flat, labels=str(labels), real_labels=str(real)).setup("test")
     for content in ("{", "[[1], [2000]]", "[1]", "[[1]]", "[[1.5]]", "[" * 100_000):
         real.write_text(content)
         with pytest.raises(FewtokensError, match=r"Cannot use the ReaL labels"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import math
 import os
 import time
@@ -20,8 +21,9 @@ from torchvision.transforms.v2 import functional
 
 from fewtokens.data import seeding
 from fewtokens.data.cache import Tensors, cached
-from fewtokens.errors import FewtokensError, first_line
+from fewtokens.errors import FewtokensError, first_line, listed
 
+log = logging.getLogger(__name__)
 _LARGE = 50_000  # files from which a list is kept in a cache
 _RACY = 2_000_000_000  # ns in which a folder may change twice without another modification time
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -116,9 +118,12 @@ def scan(root: Path, advice: str, suffixes: tuple[str, ...] = PICTURES) -> Class
         problem = f"There are no class folders in {root}" if root.is_dir() else f"The folder {root} does not exist"
         raise FewtokensError(f"{problem}; expected files like {root}/<class>/*{suffixes[0]}. {advice}.")
     files: list[bytes] = []
-    counts = []
+    counts, inner = [], list[str]()
     for name in classes:
-        found = sorted(entry.name for entry in os.scandir(root / name) if entry.name.lower().endswith(suffixes))
+        entries = list(os.scandir(root / name))
+        found = sorted(entry.name for entry in entries if entry.name.lower().endswith(suffixes))
+        if len(found) < len(entries):
+            inner += [os.path.join(name, entry.name) for entry in entries if entry.is_dir() and entry.name not in found]
         if not found:
             raise FewtokensError(
                 f"Every class folder must contain files that end in {', '.join(suffixes)}, but there are none in "
@@ -126,6 +131,8 @@ def scan(root: Path, advice: str, suffixes: tuple[str, ...] = PICTURES) -> Class
             )
         files += [os.fsencode(os.path.join(name, file)) for file in found]
         counts.append(len(found))
+    if inner:
+        log.warning("Folders inside of the class folders of %s are not read: %s", root, listed(sorted(inner)))
     targets = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(counts))
     return ClassFolders(root, classes, np.array(files), targets)
 
@@ -144,7 +151,7 @@ def scan_cached(root: Path, advice: str) -> ClassFolders:
         hashlib.sha256(repr((PICTURES, states)).encode(errors="replace")).hexdigest(),
     )
     if not os.access(root, os.W_OK):
-        home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fewtokens"
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fewtokens"
         path = home / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.safetensors"
     if path.exists():
         tensors = cached(path, key, lambda: _tensors(scan(root, advice)))

@@ -157,6 +157,7 @@ class ImageNet(ReplacingDataModule):
         if part == "test" and self.real_labels is not None:
             several = lists.real_labels(self.root / self.real_labels, map(os.fsdecode, files.files), self.num_classes)
             kept = (several[:, 0] >= 0).nonzero().flatten()
+            check(len(kept) > 0, "data.real_labels", "a file with labels of some of the pictures", self.real_labels)
             files, targets, several = files.take(kept), targets[kept], several[kept]
         training = part == "train"
         decode, crop = (folders.decode_tensor, self.train_crop) if training else (self.decode, self.eval_crop)
