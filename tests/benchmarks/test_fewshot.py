@@ -109,3 +109,16 @@ def test_a_trained_method_keeps_its_parameters_at_every_share(composed) -> None:
 def test_errors_are_sentences(compare, wrong: str, says: str) -> None:
     with pytest.raises(FewtokensError, match=says.replace("?", r"\?")):
         compare(wrong)
+
+
+def test_features_are_kept_by_all_they_depend_on(composed) -> None:
+    content = dict.fromkeys(("weights", "data", "train_positions", "test_positions", "precision"), "x")
+
+    def key(*overrides: str) -> str:
+        cfg = composed("data=imagenet", "backbone.name=deit_tiny_patch16_224", *overrides, base="fewshot")
+        return fewshot.features_key(cfg, "tome", content)
+
+    assert key() == key("data.num_workers=3", "data.batch_size=7")
+    changes = ("data.crop_pct=1.0", "data.interpolation=bilinear", "data.image_backend=torchvision")
+    changes += ("data.parts.train=other", "data.subset.classes=5", "data.image_size=192")
+    assert len({key(), *map(key, changes)}) == 1 + len(changes)

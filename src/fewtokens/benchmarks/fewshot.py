@@ -36,6 +36,7 @@ from fewtokens.runs.job import start
 
 log = logging.getLogger(__name__)
 DENSE = "none"
+OF_PICTURES = ("parts", "labels", "subset", "preset", "crop_pct", "interpolation", "image_backend")  # of data=imagenet
 
 
 def main() -> None:
@@ -155,10 +156,7 @@ def _features(
     cfg: DictConfig, model: ViT, entry: str, content: dict[str, Any], images: Images, device: torch.device
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "m c"]]:
     """Return the features of a method, from the file of an earlier run if it is the same in everything."""
-    same = ("weights", "data", "train_positions", "test_positions", "precision")
-    settings = plain(cfg, resolve=True)
-    images_are = {name: settings["data"].get(name) for name in ("image_size", "mean", "std", "eval_transforms")}
-    key = str([entry, settings["backbone"], images_are, *(content[name] for name in same)])
+    key = features_key(cfg, entry, content)
     folder = Path(str(cfg.features))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', entry).strip('_')}.safetensors"
@@ -169,6 +167,16 @@ def _features(
 
     found = cached(path, key, extract)
     return found["few"], found["test"]
+
+
+def features_key(cfg: DictConfig, entry: str, content: dict[str, Any]) -> str:
+    """Return what the features of a method depend on: the model, which images they are, and their preprocessing."""
+    same = ("weights", "data", "train_positions", "test_positions", "precision")
+    settings = plain(cfg, resolve=True)
+    data = settings["data"]
+    images_are = {name: data.get(name) for name in ("image_size", "mean", "std", "eval_transforms")}
+    images_are |= {name: data[name] for name in OF_PICTURES if data.get(name) is not None}
+    return str([entry, settings["backbone"], images_are, *(content[name] for name in same)])
 
 
 def _origin(cfg: DictConfig, model: ViT, measure: Fewshot, images: Images, device: torch.device) -> dict[str, Any]:
