@@ -37,6 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two test processes share 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup ignores this one
 
 
 def environment(**more: str) -> dict[str, str]:
