@@ -55,7 +55,8 @@ def test_changed_videos_and_a_wrong_num_classes_are_errors(composed, all_videos:
 
 def trained(composed, root: Path, *more: str) -> float:
     few = ["trainer=cpu", "trainer.max_epochs=4", "measure=none"]
-    return training.run(composed(START, f"data.root={root}", *few, *more))["test/top1"]
+    cfg = composed(START, f"data.root={root}", *few, *more, directory="_".join(["run", *more]))
+    return training.run(cfg)["test/top1"]
 
 
 @pytest.mark.slow
