@@ -1,0 +1,139 @@
+"""Write the tables of docs/benchmark.md from the files in docs/results (python -m fewtokens.benchmarks.tables).
+
+The text of the page is written by hand. A table stands between `<!-- table: name -->` and `<!-- end -->`, and is
+replaced by what the result of that name says now.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fewtokens.analysis.evaluation import interval, proportion_interval
+from fewtokens.benchmarks.suite import page as suite
+from fewtokens.benchmarks.suite.trials import DENSE, FINE_TUNED
+from fewtokens.benchmarks.tradeoff import accuracy_at
+from fewtokens.errors import FewtokensError, check_choice
+from fewtokens.files import replace_file
+
+HOME = Path(__file__).parents[3]
+PAGE, RESULTS = HOME / "docs" / "benchmark.md", HOME / "docs" / "results"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LEVELS = (0.8, 0.7, 0.6, 0.5)
+
+
+def main() -> int:
+    """Run the command and return its exit code."""
+    try:
+        text = filled(PAGE.read_text(), RESULTS)
+        with replace_file(PAGE) as file:
+            file.write(text)
+    except FewtokensError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def filled(text: str, results: Path) -> str:
+    """Return a page with its tables replaced by those of the results.
+
+    Args:
+        text: The page.
+        results: Folder of the results.
+
+    Raises:
+        FewtokensError: A table has no such name, or the file of its result does not exist or is no json file.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        name = found[2]
+        check_choice("The table", name, TABLES)
+        file, rows = TABLES[name]
+        try:
+            content = json.loads((results / file).read_text())
+        except (OSError, ValueError) as error:
+            raise FewtokensError(
+                f"The table {name} needs {file}, but reading it failed: {error}. Write it with sh docs/results/"
+                f"{Path(file).stem}.sh, or remove the table."
+            ) from error
+        return "\n".join([found[1], *_markdown(rows(content)), "", found[3]])
+
+    return BLOCK.sub(table, text)
+
+
+def speed(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the rows of a throughput.json."""
+    rows = [["batch", "method", "images/s", "times dense", "GMACs", "padded", "realised/theoretical"]]
+    for record in records:
+        numbers = [f"{record['images_per_s']:,.1f}", f"{record['speedup_vs_dense']:.2f}"]
+        numbers += [f"{record[name]:.2f}" for name in ("gmacs", "gmacs_padded", "realised_over_theoretical")]
+        method = "dense" if record["tokenizer"] == DENSE else _short(record["tokenizer"])
+        rows.append([str(record["batch"]), method, *numbers])
+    return rows
+
+
+def transfer(content: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of the few-shot comparison: the accuracy with 10 and 25 images per class, and the k-NN."""
+    probes = [probe for probe in ("10shot", "25shot", "knn") if probe in content["methods"][0]["draws"]]
+    rows = [["method", "GMACs", "of dense", *(p.replace("shot", "-shot").replace("knn", "k-NN") for p in probes)]]
+    for record in content["methods"]:
+        found = [f"{record[p]:.1%} ± {100 * record[f'{p}_interval']:.1f}" for p in probes]
+        method = "dense" if record["name"] == "dense" else _short(record["method"])
+        rows.append([method, f"{record['gmacs']:.3f}", f"{record['share']:.0%}", *found])
+    return rows
+
+
+def overview(content: suite.Content) -> list[list[str]]:
+    """Return a row for every method of the suite: off the shelf at equal cost, after training, and its speed."""
+    points = suite.points(content)
+    levels = [accuracy_at(points, lambda point: point.share, level) for level in LEVELS]
+    after, speeds = suite.accuracies(content, FINE_TUNED), {r["tokenizer"]: r for r in content["speed"]}
+    rows = [["method", *(f"off the shelf, {level:.0%}" for level in LEVELS), "trained", "GMACs", "times dense"]]
+    for row in content["rows"]:
+        if row["part"] != FINE_TUNED or row["method"] not in after:
+            continue
+        method, values = row["method"], after.pop(row["method"])
+        half = interval(values)
+        half = proportion_interval(values[0], content["test_images"]) if half is None else half
+        shelf = [f"{level[option]:.1%}" if (option := method.split()[0]) in level else "-" for level in levels]
+        faster = f"{speeds[method]['speedup_vs_dense']:.2f}" if method in speeds else "-"
+        label = "dense" if method == DENSE else _short(method)
+        rows.append([label, *shelf, f"{mean(values):.1%} ± {100 * half:.1f}", f"{row['gmacs']:.3f}", faster])
+    return rows
+
+
+def clips(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the rows of the runs on clips: means over the splits, with Student's interval."""
+    rows = [["model", "test accuracy", "GMACs per clip", "splits"]]
+    for name in dict.fromkeys(run["name"] for run in runs):
+        reports = [run["report"] for run in runs if run["name"] == name]
+        values = [report["test/top1"] for report in reports]
+        half = interval(values)
+        spread = "" if half is None else f" ± {100 * half:.1f}"
+        cost = mean(report["cost/gmacs"] for report in reports)
+        rows.append([name, f"{mean(values):.1%}{spread}", f"{cost:.2f}", str(len(values))])
+    return rows
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Any], list[list[str]]]]] = {
+    "trained_attention": ("trained_attention.json", speed),
+    "fewshot": ("fewshot_cifar10.json", transfer),
+    "suite": ("finetune_cifar10.json", overview),
+    "surveillance": ("surveillance.json", clips),
+}
+
+
+def _short(method: str) -> str:
+    return method.replace("build.", "")
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    head, *body = rows
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

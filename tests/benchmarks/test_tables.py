@@ -1,0 +1,51 @@
+"""The tables of the benchmark page."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fewtokens.benchmarks import tables
+from fewtokens.errors import FewtokensError
+from suite_rows import suite_content
+
+RECORD = {"tokenizer": "none", "batch": 16, "images_per_s": 10.0, "speedup_vs_dense": 1.0, "gmacs": 6.0,
+          "gmacs_padded": 6.0, "realised_over_theoretical": 1.0}  # fmt: skip
+
+
+def test_the_committed_page_has_the_tables_of_the_committed_results() -> None:
+    text = tables.PAGE.read_text()
+    assert tables.BLOCK.search(text)
+    assert tables.filled(text, tables.RESULTS) == text, "run python -m fewtokens.benchmarks.tables"
+
+
+def test_a_table_is_replaced_and_the_text_around_it_stays(tmp_path: Path) -> None:
+    records = [RECORD, RECORD | {"tokenizer": "tome build.r=2", "speedup_vs_dense": 1.5}]
+    (tmp_path / "trained_attention.json").write_text(json.dumps(records))
+    page = "Before.\n<!-- table: trained_attention -->\nold\n<!-- end -->\nAfter.\n"
+    text = tables.filled(page, tmp_path)
+    assert text.startswith("Before.\n<!-- table: trained_attention -->\n\n| batch | method |")
+    assert "| 16 | tome r=2 | 10.0 | 1.50 | 6.00 | 6.00 | 1.00 |" in text
+    assert text.endswith("|\n\n<!-- end -->\nAfter.\n")
+    assert "old" not in text
+    assert tables.filled(text, tmp_path) == text
+
+
+def test_an_unknown_table_and_a_missing_result_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(FewtokensError, match="'nothing'"):
+        tables.filled("<!-- table: nothing -->\n<!-- end -->", tmp_path)
+    with pytest.raises(FewtokensError, match=r"needs surveillance\.json.*sh docs/results/surveillance\.sh"):
+        tables.filled("<!-- table: surveillance -->\n<!-- end -->", tmp_path)
+
+
+def test_means_over_splits_and_seeds() -> None:
+    runs = [{"name": "model1", "report": {"test/top1": top1, "cost/gmacs": 20.0}} for top1 in (0.8, 0.9)]
+    assert tables.clips(runs)[1] == ["model1", "85.0% ± 63.5", "20.00", "2"], "12.71 standard errors of 5 points"
+
+
+def test_the_overview_has_a_row_for_every_trained_method() -> None:
+    rows = tables.overview(suite_content())
+    assert [row[0] for row in rows[1:]] == [
+        "dense", "tome r=[1,2]", "token_learner at=3 num_tokens=8", "token_learner at=6 num_tokens=8",
+    ]  # fmt: skip
+    assert rows[2] == ["tome r=[1,2]", "88.0%", "87.0%", "86.0%", "85.0%", "87.0% ± 12.7", "1.000", "1.90"]
