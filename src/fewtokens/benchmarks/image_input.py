@@ -11,12 +11,13 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,6 +32,8 @@ from fewtokens.data.seeding import generator
 from fewtokens.data.transforms.geometric import PadCrop, RandomFlip
 from fewtokens.data.transforms.normalize import Pipeline
 from fewtokens.errors import FewtokensError
+from fewtokens.masking import mask
+from fewtokens.runs import report
 
 _SETTLING = 1.0  # seconds
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -135,12 +138,16 @@ def show(found: dict[str, list[float]], title: str) -> dict[str, float]:
     return ratio
 
 
-def about() -> dict[str, str]:
-    """Return the versions, the processor and the date of a measurement."""
+def about(name: str) -> dict[str, Any]:
+    """Return the command, the processor, the versions, the commit and the date of a measurement.
+
+    Args:
+        name: Module of the command in `fewtokens.benchmarks`.
+    """
     return {
-        "torch": torch.__version__,
+        "command": shlex.join(["python", "-m", f"fewtokens.benchmarks.{name}", *map(mask, sys.argv[1:])]),
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        **report.environment(torch.device("cpu"), ("torch", "torchvision", "fewtokens")),
     }
 
 
@@ -167,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ratio = show(found, f"{data.description}, batch {args.batch_size}")
     if args.write is not None:
         source = {"data": "random images" if args.generated else "CIFAR-10", "batch_size": args.batch_size}
-        args.write.write_text(json.dumps({**source, **about(), "images_per_s": found, **ratio}, indent=2) + "\n")
+        args.write.write_text(
+            json.dumps({**source, **about("image_input"), "images_per_s": found, **ratio}, indent=2) + "\n"
+        )
     return 0
 
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
             figures = compare(args, Path(folder), console)
         if args.write is not None:
-            write_json({**about(), **figures}, args.write)
+            write_json({**about("picture_input"), **figures}, args.write)
     except FewtokensError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

@@ -97,7 +97,13 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     names = ("frames", "stride", "short_side", "copy_side", "key_frames", "draws", "rounds")
     infos = [(Path(row.video.path).name, row.info) for row in rows]
     files = {name: f"{info.width} x {info.height}, {info.frames} frames" for name, info in infos if info}
-    return {"files": files, **{name: getattr(args, name) for name in names}, "decoders": packages, **about(), **figures}
+    return {
+        "files": files,
+        **{name: getattr(args, name) for name in names},
+        "decoders": packages,
+        **about("video_input"),
+        **figures,
+    }
 
 
 def suitable_files(paths: Sequence[Path], sampling: RandomClip, console: Console) -> list[ManifestRow]:
