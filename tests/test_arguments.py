@@ -29,7 +29,7 @@ OBJECT = {"_target_": "torch.nn.Identity"}
         (Iterable[nn.Module], [[OBJECT]], [[3], "a"], "a list"),
         (int | Sequence[int], [2, [2, 3]], [[0.5], "2"], "an int or a list of ints"),
         (tuple[float, float], [[0.5, 1]], [[0.5], [0.5, "1"]], "[a number, a number]"),
-        (nn.Module, [OBJECT], [3, ["a"], {"a": 1}], "values with a _target_, which build a Module"),
+        (nn.Module, [OBJECT], [3, ["a"], {"a": 1}], "Module"),
         (Callable[[int], int], [OBJECT], ["a", 3, ["a"]], "a callable (values with a _target_)"),
         (Path, ["a"], [3, ["a"]], "a path"),
         (Known, [{"a": 1}], [[1], 3], "a mapping"),

@@ -108,4 +108,4 @@ def _described_class(origin: type, inner: tuple[Any, ...]) -> str:
         return "a path"
     if origin.__name__ == "Callable":
         return "a callable (values with a _target_)"
-    return f"values with a _target_, which build a {origin.__name__}"
+    return origin.__name__
