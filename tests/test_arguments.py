@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from fewtokens.arguments import described, fits
+
+
+class Sized(Protocol):
+    def size(self) -> int: ...
 
 
 class Known(TypedDict):
@@ -33,6 +37,8 @@ OBJECT = {"_target_": "torch.nn.Identity"}
         (Callable[[int], int], [OBJECT], ["a", 3, ["a"]], "a callable (values with a _target_)"),
         (Path, ["a"], [3, ["a"]], "a path"),
         (Known, [{"a": 1}], [[1], 3], "a mapping"),
+        (float | Tensor, [1, 0.5], [[1.0], "a", None], "a number or Tensor"),
+        (Sized, [[1], {"a": 1}, 3], [], "Sized"),
         (set[int], [[1]], ["a"], "a list of ints"),
     ],
 )  # fmt: skip

@@ -61,7 +61,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (int, float, str, bool, types.NoneType):
         known = type(value) in ((int, float) if origin is float else (origin,))
         return known and not (isinstance(value, float) and math.isnan(value))
-    if not inspect.isclass(origin) or origin in (object, Any):
+    if not inspect.isclass(origin) or origin in (object, Any) or _is_protocol(origin):
         return True
     if isinstance(value, dict | list):
         return _fits_collection(value, dict if typing.is_typeddict(origin) else origin, inner)
@@ -78,8 +78,7 @@ def _fits_collection(value: dict[Any, Any] | list[Any], origin: type, inner: tup
     if origin is tuple and ... not in inner and inner:
         return len(value) == len(inner) and all(map(fits, value, inner))
     known = len(inner) == 1 and issubclass(origin, collections.abc.Iterable)
-    listed = issubclass(list, origin) or origin in (tuple, set, frozenset)  # for which a config has lists
-    return listed and (not known or all(fits(part, inner[0]) for part in value))
+    return _is_list(origin) and (not known or all(fits(part, inner[0]) for part in value))
 
 
 def described(hint: Any) -> str:
@@ -101,7 +100,7 @@ def _described_class(origin: type, inner: tuple[Any, ...]) -> str:
     if issubclass(origin, collections.abc.Mapping):
         known = len(inner) == 2 and inner[1] not in (object, Any)
         return f"a mapping with values that are each {described(inner[1])}" if known else "a mapping"
-    if issubclass(origin, collections.abc.Iterable):
+    if _is_list(origin):
         plural = {int: " of ints", float: " of numbers", str: " of strings"}
         return f"a list{plural.get(inner[0], '') if inner else ''}"
     if issubclass(origin, os.PathLike):
@@ -109,3 +108,12 @@ def _described_class(origin: type, inner: tuple[Any, ...]) -> str:
     if origin.__name__ == "Callable":
         return "a callable (values with a _target_)"
     return origin.__name__
+
+
+def _is_list(origin: type) -> bool:
+    """Return whether a list of a config may become an instance of a class."""
+    return not _is_protocol(origin) and (issubclass(list, origin) or origin in (tuple, set, frozenset))
+
+
+def _is_protocol(origin: type) -> bool:
+    return getattr(origin, "_is_protocol", False)  # issubclass raises an error for most of them
