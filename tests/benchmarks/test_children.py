@@ -27,6 +27,7 @@ def test_an_interruption_lets_the_child_save(starting: bool, monkeypatch, tmp_pa
         "signal.signal(signal.SIGTERM, save)\npathlib.Path('ready').touch()\ntime.sleep(60)\n"
     )
     monkeypatch.setattr(children, "HOME", tmp_path)
+    monkeypatch.chdir(tmp_path)
     start = subprocess.Popen
 
     def slow_start(*arguments: Any, **options: Any) -> subprocess.Popen:

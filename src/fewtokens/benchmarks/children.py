@@ -10,12 +10,12 @@ HOME = Path(__file__).parents[3]
 
 
 def run_child(arguments: Sequence[str]) -> int:
-    """Run Python with some arguments in the root of the repository, and return its exit code.
+    """Run Python with some arguments, and return its exit code.
 
     An interruption, by Ctrl-C or SIGTERM, makes it save at the next step, and is raised after that.
 
     Args:
-        arguments: A script or `-m` and a module, and their arguments.
+        arguments: A script of the repository, or `-m` and a module, and their arguments.
 
     Raises:
         KeyboardInterrupt: The command was interrupted.
@@ -24,7 +24,8 @@ def run_child(arguments: Sequence[str]) -> int:
     received: list[int] = []
     handlers = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     # In its own session the child does not receive Ctrl-C, which would lose the epoch. On SIGTERM it saves.
-    child = subprocess.Popen([sys.executable, *arguments], cwd=HOME, start_new_session=True)
+    script = [str(HOME / arguments[0]), *arguments[1:]] if arguments[0].endswith(".py") else arguments
+    child = subprocess.Popen([sys.executable, *script], start_new_session=True)
     try:
         for number, handler in handlers.items():
             signal.signal(number, handler)
