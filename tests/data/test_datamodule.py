@@ -146,6 +146,8 @@ def test_held_out_samples_are_stratified_and_exact() -> None:
     assert torch.bincount(held.targets).tolist() == [11, 7, 2]
     together = torch.cat([rest.images, held.images]).flatten()
     assert sorted(together.tolist()) == list(range(87))
+    with pytest.raises(FewtokensError, match=r"`data\.split_seed` must be an int >= 0, got -1"):
+        hold_out(samples, 20, seed=-1)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)

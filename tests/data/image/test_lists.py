@@ -228,7 +228,7 @@ def test_subsets_depend_on_their_seed_only_and_are_nested(make_folders) -> None:
     assert files(share=0.1) != files(share=0.1, seed=1)
     assert {name[:1] for name in files(classes=2)} == {b"a", b"b"}
     assert files(classes=2, share=0.1) < files(share=0.1)
-    for wrong, match in (({"share": 0.0}, "share"), ({"classes": 0}, "classes")):
+    for wrong, match in (({"share": 0.0}, "share"), ({"classes": 0}, "classes"), ({"seed": -1}, "seed")):
         with pytest.raises(FewtokensError, match=rf"`data\.subset\.{match}` must be"):
             data(root, subset=wrong)
 

@@ -119,6 +119,8 @@ class ImageNet(ReplacingDataModule):
         check(isinstance(share, float | int) and 0 < share <= 1, "data.subset.share", "a number in (0, 1]", share)
         right = classes is None or (isinstance(classes, int) and classes >= 1)
         check(right, "data.subset.classes", "an int >= 1 or null", classes)
+        seed = self.subset["seed"]
+        check(isinstance(seed, int) and seed >= 0, "data.subset.seed", "an int >= 0", seed)
 
     def setup(self, stage: str | None = None) -> None:
         """List the pictures and compare the classes with the settings. Only fitting needs the training part."""

@@ -93,6 +93,7 @@ def hold_out(samples: Samples, count: int, seed: int) -> tuple[Samples, Samples]
         FewtokensError: `count` leaves nothing to train on.
     """
     check_held_out(count, len(samples.targets))
+    check(seed >= 0, "data.split_seed", "an int >= 0", seed)
     sizes = torch.bincount(samples.targets).double() * (count / len(samples.targets))
     shares = sizes.floor().long()
     shares[(sizes - shares).argsort(descending=True, stable=True)[: count - int(shares.sum())]] += 1
