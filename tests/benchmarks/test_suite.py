@@ -124,6 +124,7 @@ def test_runs_are_made_once_and_one_more_method_is_added(command, tmp_path: Path
     assert [(row["part"], row["method"].split()[0]) for row in first["rows"]] == [
         (OFF_THE_SHELF, "none"), (OFF_THE_SHELF, "tome"), (FINE_TUNED, "none"),
     ]  # fmt: skip
+    assert [row["wanted"] for row in first["rows"]] == [None, 0.7, None]
     assert [record["tokenizer"].split()[0] for record in first["speed"]] == ["none", "tome"]
     assert str(tmp_path) not in json.dumps(first)
 

@@ -3,13 +3,17 @@
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import lightning as L
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fewtokens.backbones.vit import ViT
+from fewtokens.data.cores import available_cores
+from fewtokens.data.datamodule import Loader, identity_collate
 
 Sample = tuple[Float[Tensor, "b v *sample"], Shaped[Tensor, "b *k"]]
 
@@ -80,6 +84,35 @@ def evaluation_batches(
             left -= len(views)
             if left <= 0:
                 return
+
+
+def images_at(
+    datamodule: L.LightningDataModule,
+    samples: Dataset,
+    positions: Sequence[int],
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[Float[Tensor, "b c *t h w"]]:
+    """Yield the images or clips at some positions of a data set, as the model gets them, in their first view.
+
+    Args:
+        datamodule: Set up; it preprocesses the images.
+        samples: A data set of it, such as its test set.
+        positions: Where the images are, in their order.
+        batch_size: Images per batch.
+        device: The device on which they are preprocessed.
+    """
+    receive = getattr(datamodule, "receive", None)
+    loader = Loader(
+        samples,
+        batch_size=batch_size,
+        sampler=positions,
+        num_workers=min(getattr(datamodule, "num_workers", 0), available_cores()),
+        collate_fn=identity_collate,
+        receive=None if receive is None else partial(receive, None),
+    )
+    for stored, targets in loader:
+        yield datamodule.on_after_batch_transfer((stored.to(device), targets), 0)[0][:, 0]
 
 
 def load_test_samples(

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,12 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fewtokens.analysis.evaluation import evaluating_eagerly, interval, unwrap_compiled
+from fewtokens.analysis.evaluation import evaluating_eagerly, images_at, interval, unwrap_compiled
 from fewtokens.analysis.throughput import AUTOCAST, autocast, trainer_precision
 from fewtokens.backbones.vit import ViT
 from fewtokens.data import seeding
-from fewtokens.data.cores import available_cores
-from fewtokens.data.datamodule import Loader, identity_collate
 from fewtokens.errors import FewtokensError, check, check_choice
 
 BIAS = 100.0  # value of the constant feature, so large that the regularization hardly acts on its weight
@@ -179,18 +176,8 @@ class Images:
     def batches(
         self, samples: Dataset, positions: Int[Tensor, " n"], device: torch.device
     ) -> Iterator[Float[Tensor, "b c *t h w"]]:
-        """Yield the images at some positions of `train_set` or `test_set`, preprocessed, on a device."""
-        receive = getattr(self.datamodule, "receive", None)
-        loader = Loader(
-            samples,
-            batch_size=self.batch_size,
-            sampler=positions.tolist(),
-            num_workers=min(getattr(self.datamodule, "num_workers", 0), available_cores()),
-            collate_fn=identity_collate,
-            receive=None if receive is None else partial(receive, None),
-        )
-        for stored, targets in loader:
-            yield self.datamodule.on_after_batch_transfer((stored.to(device), targets), 0)[0][:, 0]
+        """Return the images at some positions of `train_set` or `test_set`, preprocessed, on a device."""
+        return images_at(self.datamodule, samples, positions.tolist(), self.batch_size, device)
 
 
 @contextmanager

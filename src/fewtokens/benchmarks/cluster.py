@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from fewtokens.benchmarks.children import HOME
 from fewtokens.errors import FewtokensError, check
 from fewtokens.files import write_json
 from fewtokens.runs import report
 
-HOME = Path(__file__).parents[3]
 TOOLS = ("sbatch", "srun", "scontrol", "slurmctld", "slurmd", "munged", "ip")
 TINY = (
     "data.image_size=8 backbone.patch_size=2 backbone.dim=16 backbone.heads=2 backbone.depth=2 tokenizer.at=1 "

@@ -1,6 +1,5 @@
 """Compare methods by few-shot transfer at equal cost: python -m fewtokens.benchmarks.fewshot [key=value ...]."""
 
-import hashlib
 import logging
 import re
 import shlex
@@ -24,7 +23,7 @@ from fewtokens.analysis.pictures.drawing import write_png
 from fewtokens.analysis.throughput import autocast
 from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.budgets import gmacs, settings
-from fewtokens.benchmarks.variants import backbone_name, with_method
+from fewtokens.benchmarks.variants import backbone_name, sha256, with_method
 from fewtokens.data.cache import cached
 from fewtokens.errors import check
 from fewtokens.files import replace_file, write_json
@@ -184,14 +183,14 @@ def _origin(cfg: DictConfig, model: ViT, measure: Fewshot, images: Images, devic
     return {
         "title": cfg.title or f"Few-shot transfer: {data}, {name}",
         "backbone": name,
-        "weights": _sha256(*model.state_dict().values()),
+        "weights": sha256(*model.state_dict().values()),
         "image_size": cfg.data.image_size,
         "precision": measure.precision or cfg.trainer.precision,
         "data": data,
         "train_images": len(images.few),
-        "train_positions": _sha256(images.few),
+        "train_positions": sha256(images.few),
         "test_images": len(images.test),
-        "test_positions": _sha256(images.test),
+        "test_positions": sha256(images.test),
         "counted_images": min(cfg.counted_images, len(images.test)),
         "shares": list(cfg.shares),
         **{name: getattr(measure, name) for name in ("shots", "draws", "l2", "neighbors", "test_per_class", "seed")},
@@ -216,13 +215,6 @@ def _write(content: dict[str, Any], output: Path) -> None:
     with replace_file(output.with_name(f"{output.name}.md")) as file:
         file.write("\n".join([f"# {title}", "", notes, "", f"![{title}]({output.name}.png)", "", *table(content), ""]))
     print("\n".join(table(content)), f"\nWritten: {output}.json, .md and .png")
-
-
-def _sha256(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check(cfg: DictConfig) -> None:

@@ -27,12 +27,12 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fewtokens.benchmarks.children import HOME
 from fewtokens.errors import FewtokensError, check
 from fewtokens.files import write_json
 from fewtokens.masking import mask
 from fewtokens.runs import report
 
-HOME = Path(__file__).parents[3]
 DEFAULTS = {"root": "data/cifar10", "out": "docs/results/gpu", "minutes": 8.0, "smoke": False}
 TOKENIZERS = ["ats", "tome build.r=13", "evit at=[3,6,9]", "top_k at=[3,6,9]", "token_learner at=0.5"]
 # With these, random weights let ATS keep as many tokens as in docs/results/throughput_cpu.json: 2.97 GMACs.

@@ -12,14 +12,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fewtokens.analysis.evaluation import interval, proportion_interval
+from fewtokens.analysis.evaluation import interval
+from fewtokens.benchmarks.children import HOME
 from fewtokens.benchmarks.suite import page as suite
 from fewtokens.benchmarks.suite.trials import DENSE, FINE_TUNED
 from fewtokens.benchmarks.tradeoff import accuracy_at
 from fewtokens.errors import FewtokensError, check_choice
 from fewtokens.files import replace_file
 
-HOME = Path(__file__).parents[3]
 PAGE, RESULTS = HOME / "docs" / "benchmark.md", HOME / "docs" / "results"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LEVELS = (0.8, 0.7, 0.6, 0.5)
@@ -59,7 +59,7 @@ def filled(text: str, results: Path) -> str:
                 f"The table {name} needs {file}, but reading it failed: {error}. Write it with sh docs/results/"
                 f"{Path(file).stem}.sh, or remove the table."
             ) from error
-        return "\n".join([found[1], *_markdown(rows(content)), "", found[3]])
+        return "\n".join([found[1], *suite.markdown(rows(content)), "", found[3]])
 
     return BLOCK.sub(table, text)
 
@@ -96,12 +96,11 @@ def overview(content: suite.Content) -> list[list[str]]:
         if row["part"] != FINE_TUNED or row["method"] not in after:
             continue
         method, values = row["method"], after.pop(row["method"])
-        half = interval(values)
-        half = proportion_interval(values[0], content["test_images"]) if half is None else half
         shelf = [f"{level[option]:.1%}" if (option := method.split()[0]) in level else "-" for level in levels]
         faster = f"{speeds[method]['speedup_vs_dense']:.2f}" if method in speeds else "-"
         label = "dense" if method == DENSE else _short(method)
-        rows.append([label, *shelf, f"{mean(values):.1%} ± {100 * half:.1f}", f"{row['gmacs']:.3f}", faster])
+        spread = f"{mean(values):.1%} ± {suite.half_width(values, content):.1f}"
+        rows.append([label, *shelf, spread, f"{row['gmacs']:.3f}", faster])
     return rows
 
 
@@ -128,11 +127,6 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], list[list[str]]]]] = {
 
 def _short(method: str) -> str:
     return method.replace("build.", "")
-
-
-def _markdown(rows: list[list[str]]) -> list[str]:
-    head, *body = rows
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
 
 
 if __name__ == "__main__":

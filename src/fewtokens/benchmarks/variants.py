@@ -1,6 +1,7 @@
 """The tokenizers that a benchmark compares, as configs: its own config with another tokenizer."""
 
 import difflib
+import hashlib
 import logging
 import shlex
 from typing import Any
@@ -9,6 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from fewtokens.analysis.evaluation import unwrap_compiled
 from fewtokens.backbones.vit import ViT
@@ -18,15 +20,15 @@ from fewtokens.runs.config import instantiate
 log = logging.getLogger(__name__)
 
 
-def compose_with(entry: str, key: str = "tokenizers") -> DictConfig:
-    """Compose the command's config with another tokenizer: "tome build.r=13" is tokenizer=tome tokenizer.build.r=13.
+def overrides_of(entry: str, key: str = "tokenizers") -> list[str]:
+    """Return the overrides that an entry stands for: "tome build.r=13" is tokenizer=tome tokenizer.build.r=13.
 
     Args:
         entry: An option of configs/tokenizer, followed by its settings.
         key: The key of the config that holds the entry, for the error message.
 
     Raises:
-        FewtokensError: The entry names no option, or a setting is none of the tokenizer's.
+        FewtokensError: The entry names no option.
     """
     try:
         option, *settings = shlex.split(entry)
@@ -34,22 +36,35 @@ def compose_with(entry: str, key: str = "tokenizers") -> DictConfig:
         raise FewtokensError(
             f"`{key}` must name options of configs/tokenizer, got {entry!r}. Write one as 'tome build.r=13'."
         ) from None
+    return [f"tokenizer={option}", *(part if "@" in part else f"tokenizer.{part}" for part in settings)]
+
+
+def compose_with(entry: str, key: str = "tokenizers") -> DictConfig:
+    """Compose the command's config with another tokenizer.
+
+    Args:
+        entry: See `overrides_of`.
+        key: See `overrides_of`.
+
+    Raises:
+        FewtokensError: The entry names no option, or a setting is none of the tokenizer's.
+    """
+    option, *settings = overrides_of(entry, key)
     job = HydraConfig.get()
     given: Any = OmegaConf.to_container(job.overrides.task)  # with interpolations as they were given
     overrides = [part for part in given if not part.startswith(("tokenizer=", "tokenizer."))]
-    overrides.append(f"tokenizer={option}")
+    overrides.append(option)
     try:
-        return hydra.compose(
-            job.job.config_name,
-            [*overrides, *(part if "@" in part else f"tokenizer.{part}" for part in settings)],
-        )
+        return hydra.compose(job.job.config_name, [*overrides, *settings])
     except HydraException as error:
         default = hydra.compose(job.job.config_name, overrides)  # raises the error if the option is what is wrong
         keys = ["at", *(f"build.{name}" for name in default.tokenizer.build if not str(name).startswith("_"))]
-        near = [close for part in settings for close in difflib.get_close_matches(part.partition("=")[0], keys, n=1)]
+        names = [part.removeprefix("tokenizer.").partition("=")[0] for part in settings]
+        near = [close for name in names for close in difflib.get_close_matches(name, keys, n=1)]
         hint = f"Did you mean {near[0]}?" if near else "Write it as 'tome build.r=13'."
         raise FewtokensError(
-            f"`{key}` has an invalid setting in {entry!r}. The keys of {option} are {', '.join(keys)}. {hint}"
+            f"`{key}` has an invalid setting in {entry!r}. The keys of {option.removeprefix('tokenizer=')} are "
+            f"{', '.join(keys)}. {hint}"
         ) from error
 
 
@@ -84,3 +99,11 @@ def with_method(model: ViT, entry: str) -> tuple[ViT | None, str]:
         return None, name
     variant.load_state_dict({key: state[key] for key in own})
     return variant.eval(), name
+
+
+def sha256(*tensors: Tensor) -> str:
+    """Return the SHA-256 of the values of some tensors, such as the weights of a model."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

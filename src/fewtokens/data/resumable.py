@@ -1,4 +1,4 @@
-"""How the commands that write a data set end: with an error in a sentence, or stopped, to be continued."""
+"""The exit code of the commands that write a data set and continue where they were stopped."""
 
 import signal
 import sys

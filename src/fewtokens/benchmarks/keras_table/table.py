@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from fewtokens.analysis.cost import macs
 from fewtokens.analysis.evaluation import interval
+from fewtokens.benchmarks.children import HOME
 from fewtokens.benchmarks.keras_table.profiler_count import keras_flops
 from fewtokens.data.image.cifar10 import find_source
 from fewtokens.errors import FewtokensError
@@ -19,7 +20,6 @@ from fewtokens.files import replace_file
 from fewtokens.runs import report
 from fewtokens.runs.config import CONFIGS, instantiate
 
-HOME = Path(__file__).parents[4]
 Row = dict[str, str]
 COLUMNS = (
     *("row", "seed", "test_top1", "val_top1", "gmacs", "params", "epochs", "precision", "dataset"),

@@ -7,13 +7,11 @@ json file has a row as soon as its run has ended.
 """
 
 import copy
-import hashlib
 import json
 import logging
 import re
 import shlex
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,14 @@ from jaxtyping import Float
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
-from fewtokens.analysis.evaluation import unwrap_compiled
+from fewtokens.analysis.evaluation import images_at, unwrap_compiled
 from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.budgets import BUDGETS, settings
 from fewtokens.benchmarks.children import run_child
 from fewtokens.benchmarks.suite import page
-from fewtokens.benchmarks.suite.trials import DENSE, FINE_TUNED, OFF_THE_SHELF, Trial, row_of
+from fewtokens.benchmarks.suite.trials import DENSE, FINE_TUNED, OFF_THE_SHELF, Trial, row_of, trial_of
 from fewtokens.benchmarks.throughput import build_dense
-from fewtokens.benchmarks.variants import backbone_name, with_method
-from fewtokens.data.datamodule import Loader, identity_collate
+from fewtokens.benchmarks.variants import backbone_name, sha256, with_method
 from fewtokens.errors import FewtokensError, check, check_choice
 from fewtokens.masking import mask
 from fewtokens.runs import report
@@ -75,10 +72,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     content = _content(cfg, model, data, output.with_name(f"{output.name}.json"))
     save(cfg, directory)
     images = _images(data, cfg.counted_images)
-    failed = []
+    done, failed = {trial_of(row).key for row in content["rows"]}, []
     for trial in trials(cfg, model, images):
-        if trial.key in {(row["part"], row["method"], row["seed"]) for row in content["rows"]}:
+        if trial.key in done:
             continue
+        done.add(trial.key)  # two shares may have the same setting
         try:
             content["rows"].append(_ran(cfg, trial))
         except FewtokensError as error:
@@ -91,7 +89,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if failed:
         names = ", ".join(f"{trial.part} {trial.method}" for trial in failed)
         raise FewtokensError(f"{len(failed)} runs failed: {names}. The same command runs only these again.")
-    print(f"Written: {output}.json, .md and .png")
+    print(f"Written: {output}.json, {output}.md and its plots")
     return content
 
 
@@ -110,8 +108,9 @@ def trials(cfg: DictConfig, model: ViT, images: Float[Tensor, "b c h w"]) -> Ite
         if with_method(model, entry)[0] is None:  # has parameters
             continue
         found = list(settings(scratch, entry, cfg.shares, images, key="off_the_shelf"))
-        for exact, share in zip(found, cfg.shares if len(found) > 1 else [None], strict=True):
-            yield Trial(OFF_THE_SHELF, exact, share if exact != entry else None)
+        shares = [None] if found == [entry] else cfg.shares
+        for exact, share in zip(found, shares, strict=True):
+            yield Trial(OFF_THE_SHELF, exact, share)
     for entry in (cfg.fine_tuned if chosen is None else [DENSE, chosen]) if FINE_TUNED in cfg.parts else ():
         for exact in settings(scratch, str(entry), [cfg.fine_tuned_share], images, BUDGETS, "fine_tuned"):
             for seed in cfg.seeds:
@@ -175,13 +174,12 @@ def _content(cfg: DictConfig, model: ViT, data: Any, path: Path) -> dict[str, An
     protocol = {
         "title": cfg.title or f"Methods side by side: {described}, {backbone_name(cfg)}",
         "backbone": backbone_name(cfg),
-        "weights": _sha256(model),
+        "weights": sha256(*model.state_dict().values()),
         "image_size": cfg.data.image_size,
         "data": described,
         "metric": METRIC,
         "test_images": len(data.dataset("test")),
         "counted_images": cfg.counted_images,
-        "train": [part for part in map(str, cfg.train) if "/" not in part.partition("=")[2] or "experiment" in part],
     }
     try:
         old = json.loads(path.read_text()) if path.is_file() else {}
@@ -198,23 +196,8 @@ def _content(cfg: DictConfig, model: ViT, data: Any, path: Path) -> dict[str, An
 def _images(data: Any, count: int) -> Float[Tensor, "b c h w"]:
     """Return images spread evenly over the test set, as the model gets them."""
     samples = data.dataset("test")
-    positions = list(range(0, len(samples), max(1, len(samples) // count)))[:count]
-    loader = Loader(
-        samples,
-        batch_size=count,
-        sampler=positions,
-        collate_fn=identity_collate,
-        receive=partial(data.receive, None),
-    )
-    stored, targets = next(iter(loader))
-    return data.on_after_batch_transfer((stored, targets), 0)[0][:, 0]
-
-
-def _sha256(model: ViT) -> str:
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    positions = range(0, len(samples), max(1, len(samples) // count))[:count]
+    return next(images_at(data, samples, positions, count))
 
 
 def _check(cfg: DictConfig) -> None:

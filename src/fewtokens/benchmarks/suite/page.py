@@ -78,6 +78,18 @@ def accuracies(content: Content, part: str) -> dict[str, list[float]]:
     return found
 
 
+def half_width(values: Sequence[float], content: Content) -> float:
+    """Return half the width of the interval of an accuracy in percent: over seeds, or else over images."""
+    half = interval(values)
+    return 100 * (proportion_interval(values[0], content["test_images"]) if half is None else half)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table, whose first row is its heading."""
+    head, *body = rows
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
 def _protocol(content: Content) -> Iterator[str]:
     rows, speed = content["rows"], content["speed"]
     dates, commits = (sorted({row[key] for row in rows if row[key]}) for key in ("date", "commit"))
@@ -115,19 +127,17 @@ def _fine_tuned(content: Content) -> tuple[list[str], None]:
     if not rows:
         return [], None
     example = next(iter(rows.values()))
-    headings = ("method", "setting", "GMACs", "of dense", "off the shelf", "trained", "gain", "seeds")
-    lines = [f"The training: `{example['command']}`.", ""]
-    lines += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    table = [["method", "setting", "GMACs", "of dense", "off the shelf", "trained", "gain", "seeds"]]
     ranked = sorted(rows, key=lambda method: (method != DENSE, -mean(after[method])))
     for method in ranked:
         trial, row = trial_of(rows[method]), rows[method]
         shelf, trained = before.get(method), mean(after[method])
-        lines.append(
-            f"| {'dense' if method == DENSE else trial.option} | {trial.setting} | {_gmacs(row)} | {row['share']:.0%} "
-            f"| {'-' if shelf is None else f'{shelf[0]:.2%}'} | {trained:.2%} ± {_half(after[method], content):.2f} "
-            f"| {'-' if shelf is None else f'{100 * (trained - shelf[0]):+.2f}'} | {len(after[method])} |"
-        )
-    return lines, None
+        compared = ["-", "-"] if shelf is None else [f"{shelf[0]:.2%}", f"{100 * (trained - shelf[0]):+.2f}"]
+        spread = f"{trained:.2%} ± {half_width(after[method], content):.2f}"
+        name = "dense" if method == DENSE else trial.option
+        cells = [name, trial.setting, _gmacs(row), f"{row['share']:.0%}", compared[0], spread, compared[1]]
+        table.append([*cells, str(len(after[method]))])
+    return [f"The training: `{example['command']}`.", "", *markdown(table)], None
 
 
 def _placement(content: Content) -> tuple[list[str], Figure | None]:
@@ -136,38 +146,32 @@ def _placement(content: Content) -> tuple[list[str], Figure | None]:
     placed = {method: place for method in rows if (place := _place(trial_of(rows[method]))) is not None}
     if len(placed) < 2:
         return [], None
-    lines = ["| method | tokens | before block | GMACs | of dense | accuracy |", "|---" * 6 + "|"]
+    table = [["method", "tokens", "before block", "GMACs", "of dense", "accuracy"]]
     figure = Figure(figsize=(6, 4.5), dpi=120, layout="constrained")
     axis = figure.subplots()
     for number, (option, tokens) in enumerate(sorted({(trial_of(rows[m]).option, t) for m, (_, t) in placed.items()})):
         own = [m for m, (_, t) in placed.items() if (trial_of(rows[m]).option, t) == (option, tokens)]
         own.sort(key=lambda method: placed[method])
         x, y = [rows[m]["gmacs"] for m in own], [100 * mean(after[m]) for m in own]
-        halves = [_half(after[m], content) for m in own]
+        halves = [half_width(after[m], content) for m in own]
         axis.errorbar(x, y, halves, label=f"{option}, {tokens} tokens", marker="osv^"[number % 4], capsize=2, lw=1.2)
         for m, gmacs, accuracy, half in zip(own, x, y, halves, strict=True):
-            cells = f"{gmacs:.3f} | {rows[m]['share']:.0%} | {accuracy:.2f}% ± {half:.2f}"
-            lines.append(f"| {option} | {tokens} | {placed[m][0]} | {cells} |")
+            cells = [f"{gmacs:.3f}", f"{rows[m]['share']:.0%}", f"{accuracy:.2f}% ± {half:.2f}"]
+            table.append([option, str(tokens), str(placed[m][0]), *cells])
             axis.annotate(f"at {placed[m][0]}", (gmacs, accuracy), (4, -10), textcoords="offset points", fontsize=7)
     if DENSE in after:
-        dense = [rows[DENSE]["gmacs"]], [100 * mean(after[DENSE])], [_half(after[DENSE], content)]
+        dense = [rows[DENSE]["gmacs"]], [100 * mean(after[DENSE])], [half_width(after[DENSE], content)]
         axis.errorbar(*dense, label="dense", color="black", marker="*", ms=11, capsize=2)
     axis.set(xlabel="GMACs per image", ylabel=f"{content['metric']} (%)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
-    return lines, figure
+    return markdown(table), figure
 
 
 def _place(trial: Trial) -> tuple[int, int] | None:
     """Return the block and the number of tokens of a TokenLearner in one place, or None."""
     found = re.fullmatch(r"at=(\d+) num_tokens=(\d+)", trial.setting)
     return (int(found[1]), int(found[2])) if found and trial.option in PLACED else None
-
-
-def _half(values: Sequence[float], content: Content) -> float:
-    """Return half the width of the interval of an accuracy in percentage points: over seeds, or else over images."""
-    half = interval(values)
-    return 100 * (proportion_interval(values[0], content["test_images"]) if half is None else half)
 
 
 def _gmacs(row: dict[str, Any]) -> str:

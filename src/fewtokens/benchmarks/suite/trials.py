@@ -1,12 +1,12 @@
 """The runs of the suite: a method with a setting, off the shelf or after a short training, and its row."""
 
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fewtokens.benchmarks.variants import overrides_of
 from fewtokens.errors import FewtokensError
 from fewtokens.runs.pages.record import read_run
 
@@ -59,9 +59,7 @@ class Trial:
             overrides: Overrides of every run.
             train: Overrides of a training, which come first.
         """
-        option, *settings = shlex.split(self.method)
-        tokenizer = [f"tokenizer={option}"]
-        tokenizer += [part if "@" in part else f"tokenizer.{part}" for part in settings]
+        tokenizer = overrides_of(self.method)
         if self.part == OFF_THE_SHELF:
             return ["eval.py", f"checkpoint={checkpoint}", *tokenizer, *overrides]
         return ["train.py", *train, f"init_from={checkpoint}", *tokenizer, f"seed={self.seed}", *overrides]
