@@ -80,6 +80,7 @@ $(OLDEST)/.installed: pyproject.toml
 	touch $@
 
 setup-cluster: $(STAMP)  ## Install SLURM and what else make test-cluster needs from Debian's packages (as root)
+	apt-get update -qq
 	apt-get install -y --no-install-recommends slurm-wlm slurmd slurmctld slurm-client munge iproute2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[slurm]'
 
