@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from PIL import Image
 
 from conftest import ROOT, TINY, environment
@@ -222,7 +223,7 @@ def test_child_processes_run_one_job_of_a_sweep(composed, no_launcher, tmp_path:
     no_launcher.setattr(sys, "argv", command)
 
     def inside() -> None:
-        with distributed.child_processes_run_this_job(tmp_path):
+        with distributed.child_processes_run_this_job(tmp_path, Trainer()):  # type: ignore[arg-type]
             job = ["seed=1", "tokenizer=tome"]
             assert sys.argv == ["train.py", "--config-dir=mine", "hydra.sweep.dir=x", *job, "hydra/job_logging=stdout"]
             assert os.environ[distributed.RUN_DIR] == str(tmp_path)
@@ -234,6 +235,27 @@ def test_child_processes_run_one_job_of_a_sweep(composed, no_launcher, tmp_path:
     assert sys.argv == command
     assert "LOCAL_RANK" not in os.environ
     assert distributed.RUN_DIR not in os.environ
+
+
+def test_a_failed_job_ends_its_processes_and_not_the_next_jobs(no_launcher, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(distributed, "SECONDS_TO_DIE", 0.5)
+    monkeypatch.setattr(distributed, "_job_arguments", lambda arguments: arguments)
+    trainer = Trainer()
+    commands = ("import sys; sys.exit(1)", "import time; time.sleep(60)")  # one has failed, one waits for others
+    processes = [subprocess.Popen([sys.executable, "-c", command]) for command in commands]
+    watched = trainer.procs = list(processes)  # type: ignore[assignment]
+    observer = _ChildProcessObserver(os.getpid(), watched)
+
+    def inside() -> None:
+        with distributed.child_processes_run_this_job(tmp_path, trainer):  # type: ignore[arg-type]
+            processes[0].wait()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        inside()
+    assert observer._run()  # it has finished, and would have killed this process
+    distributed.end_children(trainer)  # type: ignore[arg-type]
+    assert [process.returncode for process in processes] == [1, -signal.SIGKILL]
 
 
 # A measure, which rank 0 runs alone

@@ -156,11 +156,14 @@ class Loss(LightningModule):
 
 
 @pytest.mark.slow
-def test_a_search_of_real_runs(command, tmp_path: Path) -> None:
-    tiny = [*TINY, "trainer.max_epochs=4", "hydra.sweeper.n_trials=8", "hydra.sweeper.startup_trials=2"]
-    command("train.py", "-m", "hparams_search=digits", *tiny, f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    rows = read_table(tmp_path / "sweep")
-    assert len(rows) == 8
-    assert {row.state for row in rows} <= {"finished", "stopped"}
+@pytest.mark.parametrize("trainer", ["cpu", "ddp_cpu"])
+def test_a_search_of_real_runs(script, trainer: str, tmp_path: Path) -> None:
+    tiny = [*TINY, f"trainer={trainer}", "trainer.limit_train_batches=null", "trainer.max_epochs=2"]
+    trials = ["hydra.sweeper.n_trials=6", "hydra.sweeper.startup_trials=1"]
+    rates = "hydra.sweeper.params={optimizer.lr: 'choice(1e-7,3e-3)'}"  # with the first it learns nothing
+    script("train.py", "-m", "hparams_search=digits", *tiny, *trials, rates, f"hydra.sweep.dir={tmp_path}")
+    rows = read_table(tmp_path)
+    assert len(rows) == 6
+    assert {row.state for row in rows} == {"finished", "stopped"}
     assert all("val/loss" in row.numbers for row in rows if row.state == "finished")
     assert not any("test/top1" in row.numbers for row in rows)

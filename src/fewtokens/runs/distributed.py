@@ -140,7 +140,7 @@ def _told_by_rank_zero(name: str, value: Callable[[], str]) -> str:
 
 
 @contextmanager
-def child_processes_run_this_job(run_dir: Path) -> Iterator[None]:
+def child_processes_run_this_job(run_dir: Path, trainer: "Trainer") -> Iterator[None]:
     """Return a context in which Lightning's child processes run the current job, in the same directory.
 
     Lightning starts them with the command line of this process. In a sweep (`-m`) each of them would run the whole
@@ -148,6 +148,7 @@ def child_processes_run_this_job(run_dir: Path) -> Iterator[None]:
 
     Args:
         run_dir: Directory of the run.
+        trainer: The trainer of the job. After an error, `end_children` must follow.
     """
     if "LOCAL_RANK" in os.environ or started_by_torchrun():
         yield
@@ -156,6 +157,9 @@ def child_processes_run_this_job(run_dir: Path) -> Iterator[None]:
     os.environ[RUN_DIR] = str(run_dir)
     try:
         yield
+    except BaseException:
+        _leave_children_alone(trainer)
+        raise
     finally:
         _destroy_process_group()
         sys.argv = command
@@ -191,6 +195,17 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def end_children(trainer: "Trainer") -> None:
+    """Wait for the processes that Lightning started for a job that has failed, and kill those that do not end."""
+    until = time.monotonic() + SECONDS_TO_DIE
+    for process in _children(trainer):
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def lost_process(trainer: "Trainer", error: BaseException) -> str | None:
     """Return a sentence about a process of the job that has died, or None if this is not what an error is about.
 
@@ -200,7 +215,7 @@ def lost_process(trainer: "Trainer", error: BaseException) -> str | None:
     """
     if trainer.world_size == 1 or not any(word in str(error).lower() for word in LOST):
         return None
-    processes = getattr(trainer.strategy.launcher, "procs", ())
+    processes = _children(trainer)
     until = time.monotonic() + SECONDS_TO_DIE
     while processes and time.monotonic() < until and not any(process.poll() for process in processes):
         time.sleep(0.1)
@@ -214,6 +229,19 @@ def lost_process(trainer: "Trainer", error: BaseException) -> str | None:
         f"Rank {trainer.global_rank} has lost another process of the job, which torchrun or srun names with its exit "
         f"code: {first_line(error)}"
     )
+
+
+def _children(trainer: "Trainer") -> list[subprocess.Popen[bytes]]:
+    return getattr(trainer.strategy.launcher, "procs", [])
+
+
+def _leave_children_alone(trainer: "Trainer") -> None:
+    # Lightning's thread would kill this process within 5 seconds after one of them has failed, and with it the next
+    # jobs of a sweep. It looks at the list that is emptied here.
+    watched = _children(trainer)
+    if watched:
+        trainer.strategy.launcher.procs = list(watched)  # type: ignore[union-attr]
+        watched.clear()
 
 
 def _destroy_process_group() -> None:

@@ -24,7 +24,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """
     with job.running(cfg) as parts:
         load_weights(cfg, parts.task)
-        with child_processes_run_this_job(parts.directory):
+        with child_processes_run_this_job(parts.directory, parts.trainer):
             with skipped_videos.written_on_failure(parts):
                 parts.trainer.test(parts.task, parts.data, verbose=False)
             numbers = parts.metrics("test/")

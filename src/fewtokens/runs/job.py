@@ -32,7 +32,7 @@ from fewtokens.runs import config, extras, fsdp, report
 from fewtokens.runs.checkpoints import AtomicCheckpointIO
 from fewtokens.runs.config import instantiate
 from fewtokens.runs.directory import RunDirectory, TrainingRecord
-from fewtokens.runs.distributed import end_process_group, lost_process
+from fewtokens.runs.distributed import end_children, end_process_group, lost_process
 from fewtokens.runs.pages import run_page
 from fewtokens.tokenizers.base import Tokenizer
 
@@ -85,6 +85,8 @@ def running(cfg: DictConfig) -> Iterator[Job]:
             status = "success"
         except Exception as error:
             reason = None if job is None else lost_process(job.trainer, error)
+            if job is not None:
+                end_children(job.trainer)
             if reason is None:
                 raise
             raise FewtokensError(f"{reason} Continue with resume={run.path}") from error

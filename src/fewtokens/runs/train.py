@@ -43,7 +43,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         check(isinstance(cfg.test, bool), "test", "true or false", cfg.test)
         checkpoint, numbers = load_start_weights(cfg, parts.task)
         parts.record.numbers |= numbers | teacher.connect(cfg, parts.task, parts.data)
-        with child_processes_run_this_job(parts.directory):
+        with child_processes_run_this_job(parts.directory, parts.trainer):
             with skipped_videos.written_on_failure(parts):
                 numbers = fit(parts, checkpoint)
                 if cfg.test:
