@@ -176,11 +176,11 @@ class Trainer:
         self.procs = [Process(code) for code in codes]
 
 
-class Process:
-    pid = 123
+class Process(subprocess.Popen):
+    """A process that has ended with a code, or still runs."""
 
     def __init__(self, code: int | None) -> None:
-        self.returncode = code
+        self.returncode, self.pid = code, 123  # type: ignore[assignment]
 
     def poll(self) -> int | None:
         return self.returncode
