@@ -170,6 +170,7 @@ def test_every_experiment_builds_and_has_a_header(composed, experiment: str) -> 
     assert cfg.name == experiment
     header = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().split("\n\n")[0]
     assert f"experiment={experiment}" in header, "the header contains the command"
+    assert all(callback is None or instantiate(callback) is not None for callback in cfg.callbacks.values())
     if experiment.startswith("imagenet/"):
         assert "Published: " in header
         assert "Not run here" in header
