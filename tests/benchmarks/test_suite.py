@@ -103,6 +103,8 @@ def test_every_method_gets_the_setting_of_every_share(composed) -> None:
         ("parts=[shelf]", "`parts` must be 'off_the_shelf' or 'fine_tuned' or 'speed'"),
         ("shares=[50]", "`shares` must be shares between 0 and 1"),
         ("seeds=[a]", "`seeds` must be a list of ints"),
+        ("trainer.limit_test_batches=2", "`trainer.limit_test_batches` must be null: intervals and comparisons are"),
+        ('evaluate=["trainer.limit_test_batches=2"]', "`trainer.limit_test_batches` must be null"),
         ("seed=0", "`checkpoint` must be a run of a dense model"),
     ],
 )

@@ -211,6 +211,14 @@ def _check(cfg: DictConfig) -> None:
     check(all(isinstance(seed, int) for seed in cfg.seeds), "seeds", "a list of ints", cfg.seeds)
     counted = cfg.counted_images
     check(isinstance(counted, int) and counted >= 1, "counted_images", "an int >= 1", counted)
+    limited = any("limit_test_batches" in str(part) for part in [*cfg.train, *cfg.evaluate])
+    whole = cfg.trainer.get("limit_test_batches") is None and not limited
+    check(
+        whole,
+        "trainer.limit_test_batches",
+        "null: intervals and comparisons are those of the whole test set",
+        "a limit",
+    )
     check(not OmegaConf.is_missing(cfg, "checkpoint"), "checkpoint", "a run of a dense model", "nothing")
     checkpoint_of(cfg.checkpoint)
 

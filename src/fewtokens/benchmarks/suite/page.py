@@ -109,7 +109,8 @@ def _protocol(content: Content) -> Iterator[str]:
         yield f"  process, at least {rounds} rounds."
     if rows:
         devices = ", ".join(sorted({str(row["measured_on"]) for row in rows}))
-        yield f"- Runs: {dates[0][:10]} to {dates[-1][:10]}, on {devices},"
+        days = " to ".join(sorted({dates[0][:10], dates[-1][:10]}))
+        yield f"- Runs: {days}, on {devices},"
         yield f"  commits {', '.join(commit[:8] for commit in commits)}."
 
 
