@@ -300,6 +300,7 @@ def _quiet() -> None:
         ".*smaller than the logging interval.*",
         ".*`srun` command is available on your system but is not used.*",  # as on the login node of a cluster
         ".*WeightAveraging callback with a model that overrides.*",  # only FSDP shards, which refuses the callback
+        ".*Total length of `list` across ranks is zero.*",  # a data set without a validation part
         ".*Checkpoint directory .* exists and is not empty.*",  # it is not when a run resumes
     ):
         warnings.filterwarnings("ignore", message=message)
