@@ -172,7 +172,7 @@ def test_a_job_returns_the_number_to_optimize(composed) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_at_random_moments_ends_with_the_same_table(tmp_path: Path) -> None:
-    jobs = ["seed=0,1", "tokenizer=none,token_learner_v11", "trainer.max_epochs=12", "trainer.limit_train_batches=10"]
+    jobs = ["seed=0,1", "tokenizer=none,token_learner_v11", "trainer.max_epochs=40", "trainer.limit_train_batches=10"]
     command = [sys.executable, str(ROOT / "train.py"), "-m", *[part for part in TINY if part[:8] != "trainer."], *jobs]
     env = environment(FEWTOKENS_OUTPUTS=str(tmp_path))
 
@@ -189,7 +189,7 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_with_the_same_table(tmp_p
         where = f"sweep={directory}" if begun else f"hydra.sweep.dir={directory}"
         process = subprocess.Popen([*command, where], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=moments.uniform(2, 14))
+            process.wait(timeout=moments.uniform(2, 10))
             break
         except subprocess.TimeoutExpired:
             process.kill()
