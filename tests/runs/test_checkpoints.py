@@ -82,12 +82,14 @@ def test_only_the_tokenizer_is_named_if_only_its_parameters_differ(composed, tmp
         checkpoints.load_model(other, tmp_path / "a.ckpt")
 
 
-def test_as_many_patches_in_another_grid_are_refused(composed, tmp_path: Path) -> None:
-    cfg = composed(*TINY, "backbone.image_size=[4,16]")
+@pytest.mark.parametrize(("size", "patches"), [("[4,16]", "2x8"), ("16", "8x8")])
+def test_another_grid_of_patches_is_refused(composed, size: str, patches: str, tmp_path: Path) -> None:
+    cfg = composed(*TINY, f"backbone.image_size={size}")
     task = instantiate(cfg.task)
     torch.save({"state_dict": task.state_dict(), "config": OmegaConf.to_yaml(cfg)}, tmp_path / "a.ckpt")
     checkpoints.load_model(task, tmp_path / "a.ckpt")
-    with pytest.raises(FewtokensError, match=r"belong to 2x8 patches, and the configured model has 4x4\. .*init_from="):
+    said = rf"belong to {patches} patches, and the configured model has 4x4\. .*init_from="
+    with pytest.raises(FewtokensError, match=said):
         checkpoints.load_model(instantiate(composed(*TINY).task), tmp_path / "a.ckpt")
 
 

@@ -72,12 +72,13 @@ def load_model(task: nn.Module, path: Path) -> None:
             "dense run (tokenizer=none) for a method without parameters. A tokenizer with parameters must be trained "
             "first: train.py init_from=<run>."
         )
+    if all(name.endswith("vit.pos_embed") for name in differing):  # another image size is one of several causes
+        _check_grid(state, unwrap_compiled(task.model), path)
     if differing:
         raise FewtokensError(
             f"{path} does not fit the {len(own)} parameters and buffers of the configured model: {details}. Remove "
             "overrides that change the parameters. A tokenizer with parameters must be trained first."
         )
-    _check_grid(state, unwrap_compiled(task.model), path)
     task.load_state_dict(state, strict=False)  # names of the model were just checked; the state has no others
 
 
@@ -158,7 +159,7 @@ def _resample_positions(state: dict[str, Tensor], own: dict[str, Tensor], model:
 
 
 def _check_grid(state: dict[str, Tensor], model: Any, path: Path) -> None:
-    """Raise an error if the positions in `state` belong to as many patches in another grid.
+    """Raise an error if the positions in `state` belong to another grid of patches.
 
     Raises:
         FewtokensError: The image size in the config of the run gives other rows and columns.
