@@ -62,6 +62,7 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
         text=True,
         cwd=tmp_path,
         env=environment(FEWTOKENS_OUTPUTS=str(tmp_path / "outputs")),
+        start_new_session=True,
     )
 
 
@@ -370,12 +371,17 @@ def test_a_command_that_fails_prints_one_sentence(command, script, tmp_path: Pat
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
-def test_ctrl_c_and_a_closed_terminal_save_too(tmp_path: Path, number: signal.Signals) -> None:
-    run = tmp_path / "run"
-    process = start(tmp_path, *TINY, "trainer.max_epochs=3000", f"hydra.run.dir={run}")
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP))]
+)
+def test_a_signal_to_all_processes_of_a_job_saves_too(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C, a closed terminal, SLURM and systemd send it to the workers that load data, too."""
+    run, root = tmp_path / "run", pictures(tmp_path / "data", 4)
+    (root / "test").rename(root / "val")
+    data = ["data=imagenet", f"data.root={root}", "data.num_classes=2", "data.num_workers=1", "data.batch_size=4"]
+    process = start(tmp_path, *TINY, *data, "trainer.max_epochs=3000", f"hydra.run.dir={run}")
     _wait(lambda: (run / "checkpoints" / "last.ckpt").is_file(), process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + number, output
     assert f"Stopped by {number.name} after step {step(run)}. Continue with resume={run}" in output

@@ -14,6 +14,7 @@ from fewtokens.data import seeding
 from fewtokens.data.cores import available_cores
 from fewtokens.data.samplers import EvalSampler, TrainSampler, batch_position, resume_position
 from fewtokens.data.transforms.normalize import Pipeline, Transform
+from fewtokens.data.workers import leave_signals_to_parent
 from fewtokens.errors import FewtokensError, check
 
 Part = Literal["train", "val", "test"]
@@ -56,7 +57,7 @@ class Loader(DataLoader):
     """
 
     def __init__(self, *settings: Any, receive: Callable[[Any], Any] | None = None, **more: Any) -> None:
-        super().__init__(*settings, **more)
+        super().__init__(*settings, worker_init_fn=leave_signals_to_parent, **more)
         self.receive = receive
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

@@ -64,6 +64,13 @@ def test_the_timer_is_for_one_call(watched: WatchedProcess) -> None:
     assert watched.call("fill", size=1) == before
 
 
+def test_signals_that_stop_a_run_do_not_end_a_call(watched: WatchedProcess) -> None:
+    before = watched.call("fill", size=1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(before, number)
+    assert watched.call("fill", size=1) == before
+
+
 @pytest.mark.parametrize(("name", "match"), [("crash", "SIGSEGV"), ("leave", "exit code 3"), ("bug", "exit code 1")])
 def test_a_crash_is_told_and_the_next_call_works(watched: WatchedProcess, name: str, match: str) -> None:
     with pytest.raises(CallAborted, match=match):

@@ -187,7 +187,8 @@ def _answer(functions: Functions, request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer calls until the connection is closed. The kernel ends the process when a call exceeds its limit."""
     module, connection, file = sys.argv[1], Connection(int(sys.argv[2])), int(sys.argv[3])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run handles Ctrl-C and closes the connection
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the run handles them, and closes the connection
     memory: mmap.mmap | None = None
 
     def allocate(shape: tuple[int, ...]) -> np.ndarray:
