@@ -1,8 +1,19 @@
 """Worker processes of data loaders, which leave signals to the process that they load for."""
 
 import os
+import re
 import signal
 import threading
+
+# What torch says of a worker that has ended, and what ends one.
+LOST = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)"
+)
+CAUSES = {
+    "Killed": ", as by a system that is out of memory. Lower data.num_workers or data.batch_size.",
+    "Bus error": ", as when shared memory (/dev/shm) is full. Enlarge it, as with docker run --shm-size=8g, or lower "
+    "data.num_workers.",
+}
 
 
 def leave_signals_to_parent(worker: int | None = None) -> None:
@@ -26,3 +37,14 @@ def _end_for(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def lost_worker(error: BaseException) -> str | None:
+    """Return a sentence about a worker that has ended, or None if this is not what an error is about."""
+    found = LOST.search(str(error))
+    if found is None:
+        return None
+    if found[2] is None:
+        often = "Often memory has run out: lower data.num_workers or data.batch_size."
+        return f"A process that loads data ({found[1]}) has ended, see above. {often}"
+    return f"A process that loads data ({found[1]}) was ended ({found[2].lower()}){CAUSES.get(found[2], '.')}"

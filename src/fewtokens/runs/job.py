@@ -27,6 +27,7 @@ from fewtokens.callbacks.last_checkpoint import LastCheckpoint
 from fewtokens.callbacks.loggers import WandbRun, log_table
 from fewtokens.callbacks.pictures import log_picture, log_video
 from fewtokens.callbacks.pruning import trial_of_environment
+from fewtokens.data.workers import lost_worker
 from fewtokens.errors import FewtokensError, check, check_choice
 from fewtokens.runs import config, extras, fsdp, report
 from fewtokens.runs.checkpoints import AtomicCheckpointIO
@@ -84,7 +85,7 @@ def running(cfg: DictConfig) -> Iterator[Job]:
             yield job
             status = "success"
         except Exception as error:
-            reason = None if job is None else lost_process(job.trainer, error)
+            reason = None if job is None else lost_process(job.trainer, error) or lost_worker(error)
             if job is not None:
                 end_children(job.trainer)
             if reason is None:
