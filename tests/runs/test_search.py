@@ -60,8 +60,13 @@ def test_a_search_continues_where_it_was_interrupted(search, capsys, tmp_path: P
     study = optuna.load_study(study_name=NAME, storage=f"sqlite:///{tmp_path}/sweep/study.db")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
     assert study.best_value == min(row.numbers["val/loss"] for row in rows if row.state == "finished")
+    capsys.readouterr()
     assert search(job, "sweep=sweep", *settings, space) == 0
     assert len(ran) == 5
+    best = min((row for row in rows if row.state == "finished"), key=lambda row: row.numbers["val/loss"])
+    value, rate = best.numbers["val/loss"], best.overrides[-1]
+    said = f"Best val/loss: {value:.6g} in sweep/{best.path}\n  optimized_metric=val/loss backbone.dim=24 {rate}\n"
+    assert capsys.readouterr().out.endswith(said)
 
 
 def test_a_search_continues_with_other_bounds_only(search, capsys, tmp_path: Path) -> None:

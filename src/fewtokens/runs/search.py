@@ -83,6 +83,17 @@ class OptunaSweeper(TableSweeper):
                 _tell(study, trial, job, metric)
             batch = []
 
+    def summarize(self, jobs: list[SweepJob], directory: Path) -> None:
+        """Print the table of all trials, and the settings of the best one."""
+        super().summarize(jobs, directory)
+        metric, sign = str(self.cfg.optimized_metric), 1 if self.direction == "minimize" else -1
+        values = {job.path: job.numbers.get(metric, math.nan) for job in jobs if job.state == "finished"}
+        finished = [job for job in jobs if math.isfinite(values.get(job.path, math.nan))]
+        if finished:
+            best = min(finished, key=lambda job: sign * values[job.path])
+            settings = " ".join(part for part in best.overrides if not part.startswith(("hparams_search=", "hydra")))
+            print(f"Best {metric}: {values[best.path]:.6g} in {directory / best.path}\n  {settings}")
+
     def left(self, jobs: list[SweepJob]) -> list[SweepJob]:
         """Return the jobs that have failed. Those that were pruned have not."""
         return [job for job in jobs if job.state == "failed"]

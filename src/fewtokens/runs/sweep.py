@@ -103,7 +103,7 @@ class TableSweeper(Sweeper):
             self.run(arguments, directory, jobs)
         finally:
             if jobs and is_rank_zero():
-                print_table(jobs, directory, OmegaConf.select(self.cfg, "optimized_metric"))
+                self.summarize(jobs, directory)
         if left := len(self.left(jobs)):
             raise FewtokensError(
                 f"{left} of {len(jobs)} jobs have not finished. Run them again: the same command with sweep={directory}"
@@ -120,6 +120,10 @@ class TableSweeper(Sweeper):
         found, others = self._jobs(arguments, directory)
         jobs += found
         self.launch(jobs, others, directory)
+
+    def summarize(self, jobs: list[SweepJob], directory: Path) -> None:
+        """Print the table of all jobs."""
+        print_table(jobs, directory, OmegaConf.select(self.cfg, "optimized_metric"))
 
     def left(self, jobs: list[SweepJob]) -> list[SweepJob]:
         """Return the jobs that the same command would run again."""
