@@ -130,6 +130,8 @@ def test_runs_are_made_once_and_one_more_method_is_added(command, tmp_path: Path
     assert [record["tokenizer"].split()[0] for record in first["speed"]] == ["none", "tome"]
     assert str(tmp_path) not in json.dumps(first)
 
+    error = command("fewtokens.benchmarks.suite", *arguments, "method='sit at=1 build.x=1'", code=1).stderr
+    assert "`method` has an invalid setting in 'sit at=1 build.x=1'" in error
     command("fewtokens.benchmarks.suite", *arguments, "method='sit at=1'")
     second = json.loads(Path(f"{out}.json").read_text())
     assert second["rows"][:3] == first["rows"]

@@ -27,7 +27,7 @@ from fewtokens.benchmarks.children import run_child
 from fewtokens.benchmarks.suite import page
 from fewtokens.benchmarks.suite.trials import DENSE, FINE_TUNED, OFF_THE_SHELF, Trial, row_of, trial_of
 from fewtokens.benchmarks.throughput import build_dense
-from fewtokens.benchmarks.variants import backbone_name, sha256, with_method
+from fewtokens.benchmarks.variants import backbone_name, compose_with, sha256, with_method
 from fewtokens.errors import FewtokensError, check, check_choice
 from fewtokens.masking import mask
 from fewtokens.runs import report
@@ -65,6 +65,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     directory = Path(HydraConfig.get().runtime.output_dir)
     output = directory / "suite" if cfg.output is None else Path(str(cfg.output))
     start(cfg)
+    for key in ("off_the_shelf", "fine_tuned") if cfg.method is None else ("method",):
+        for entry in cfg[key] if cfg.method is None else [cfg.method]:
+            compose_with(str(entry), key)  # a wrong name ends here, and not after hours
     task = build_dense(cfg)
     model, data = unwrap_compiled(task.model).eval(), instantiate(cfg.data)
     data.prepare_data()
