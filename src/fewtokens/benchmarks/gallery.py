@@ -32,7 +32,15 @@ from fewtokens.analysis.pictures.sheet import (
     save_png,
     text_width,
 )
-from fewtokens.analysis.pictures.token_maps import Kind, count_tokens, kind_of, marks, origin_by_step, stage
+from fewtokens.analysis.pictures.token_maps import (
+    Kind,
+    count_tokens,
+    kind_of,
+    marks,
+    mosaic,
+    origin_by_step,
+    stage,
+)
 from fewtokens.backbones.encoder import block_indices
 from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.variants import backbone_name, with_method
@@ -50,6 +58,7 @@ from fewtokens.runs.job import start
 
 PHOTOGRAPHS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
 BETWEEN = 18  # pixels between the photographs
+FEW = 16  # tokens that mix many patches: up to so many get a heat map each
 TEXT = 17  # size of the text in pixels
 
 
@@ -183,12 +192,16 @@ def reduced(
         raise FewtokensError("A backbone that drops patches at random cannot be drawn. Set patch_drop_rate=0.")
     origins = [origin_by_step(trace[block], 1) for block in blocks]
     counts = [count_tokens(origin) for origin in origins]
-    drawn = [stage(pictures, origin, grid) for origin in origins]
+    kinds = [kind_of(origin, FEW) for origin in origins]
+    drawn = [
+        (mosaic if kind == "maps" else stage)(pictures, origin, grid)
+        for kind, origin in zip(kinds, origins, strict=True)
+    ]
     single = count(model, [images]).macs
     shares = [f"{each:.0%}" for each in sorted({round(x, 2) for x in (single / dense).tolist()})]
     cells = [[(drawn[s][p], counts[s][p]) for s in range(len(blocks))] for p in range(len(images))]
     cost = shares[0] if len(shares) == 1 else f"{shares[0][:-1]}-{shares[-1]}"
-    row = Row(f"{cost} of GMACs", cells, {kind_of(origin, 0) for origin in origins})
+    row = Row(f"{cost} of GMACs", cells, set(kinds))
     row.dropped = any(bool((origin.amax(dim=1) == 0).any()) for origin in origins)
     left = {str(block): number for block, number in zip(blocks, counts, strict=True)}
     return row, {"gmacs": (single / GIGA).tolist(), "share_of_dense": (single / dense).tolist(), "patch_tokens": left}

@@ -8,7 +8,7 @@ from matplotlib.image import imread
 
 from fewtokens.analysis.pictures.drawing import CELL, displayed, heat, merged, without_dropped
 from fewtokens.analysis.pictures.sheet import GAP, MARGIN, line_height, text_width
-from fewtokens.analysis.pictures.token_maps import TokenMaps, TokenPicture, kind_of, token_picture
+from fewtokens.analysis.pictures.token_maps import TokenMaps, TokenPicture, kind_of, mosaic, token_picture
 from fewtokens.tokenizers.token_fuser import TokenFuser
 from fewtokens.tokenizers.token_learner import TokenLearnerV11
 
@@ -183,3 +183,13 @@ def test_the_caption_names_label_and_prediction():
     labels = ["label: a\nprediction: b ✗", "label: a long\nname\nprediction: c", ""]
     caption = TokenPicture([], labels, 1, [], "").caption
     assert caption == "label: a, prediction: b ✗ | label: a long name, prediction: c"
+
+
+def test_a_mosaic_has_a_heat_map_for_every_token() -> None:
+    origin = torch.eye(4)[None, :3]  # three tokens, each of one patch
+    drawn = mosaic(torch.full((1, 3, 41, 41), 0.5), origin, (2, 2))[0]
+    assert (drawn[:, 21:, 21:] == 1).all(), "there is no fourth token"
+    colored = drawn[0] - drawn[2]  # the heat map is orange where a token looks
+    for number, (y, x) in enumerate(((0, 0), (0, 21), (21, 0))):
+        quarters = colored[y : y + 20, x : x + 20].unflatten(0, (2, 10)).unflatten(2, (2, 10)).mean(dim=(1, 3))
+        assert quarters.flatten().argmax() == number

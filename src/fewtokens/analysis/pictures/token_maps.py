@@ -9,6 +9,7 @@ Every image is a row. A clip has a row for every time step, and pictures of its 
   that have their largest share in the same token.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,7 @@ from typing import Literal
 import lightning as L
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -223,6 +225,26 @@ def stage(
     """
     drawn = pictures if kind_of(origin, 0) == "selection" else merged(pictures, origin.argmax(dim=1), grid)
     return without_dropped(drawn, origin.amax(dim=1) > 0, grid)
+
+
+def mosaic(
+    pictures: Float[Tensor, "b 3 h w"], origin: Float[Tensor, "b n patches"], grid: tuple[int, int]
+) -> Float[Tensor, "b 3 h w"]:
+    """Draw a few tokens that each mix many patches: a small heat map for each of them, on white.
+
+    Args:
+        pictures: (B, 3, H, W).
+        origin: Share of every patch in every token (B, tokens, patches).
+        grid: Height and width of the grid of patches.
+    """
+    height, width = pictures.shape[2:]
+    columns = math.ceil(math.sqrt(origin.shape[1]))
+    size = ((height - columns + 1) // columns, (width - columns + 1) // columns)  # with a line of a pixel in between
+    small, drawn = F.interpolate(pictures, size, mode="area"), torch.ones_like(pictures)
+    for number, shares in enumerate(origin.unbind(1)):
+        y, x = number // columns * (size[0] + 1), number % columns * (size[1] + 1)
+        drawn[:, :, y : y + size[0], x : x + size[1]] = heat(small, shares, grid)
+    return drawn
 
 
 def count_tokens(origin: Float[Tensor, "b n patches"]) -> list[int]:
