@@ -1,9 +1,11 @@
 """The table at the end of a run."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from fewtokens.runs import report
 from fewtokens.runs.config import instantiate
 from fewtokens.runs.job import method_name
 from fewtokens.runs.report import print_table
@@ -71,3 +73,19 @@ def test_skipped_videos_are_shown_if_there_are_any(capsys, skipped: float) -> No
 @pytest.mark.parametrize(("tokenizer", "name"), [("token_fuser", "TokenFuser"), ("none", None)])
 def test_the_method_is_named_by_the_model(composed, tokenizer: str, name: str | None) -> None:
     assert method_name(instantiate(composed(f"tokenizer={tokenizer}").backbone)) == name
+
+
+def test_the_commit_is_that_of_the_code_and_not_of_its_results(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "src" / "fewtokens" / "runs" / "report.py"))
+    assert report.commit() is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    head = report.commit()
+    assert head is not None
+    assert len(head) >= 40
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "docs" / "results" / "a.json").touch()
+    assert report.commit() == head
+    (tmp_path / "docs" / "a.md").touch()
+    assert report.commit() == f"{head}+changes"

@@ -26,6 +26,7 @@ PACKAGES = (
     "timm",
     "wandb",
 )
+WRITTEN = ("pictures", "results")  # folders in docs
 # Name in report.json, words, format. The same name with "_dense" is the number without the tokenizer, if there is one.
 # "*" stands for "image", "clip", or "view" if samples have several.
 TABLE = (
@@ -106,11 +107,15 @@ def unit(numbers: dict[str, float]) -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of the code, with "+changes" if files differ from it, or None outside a git repository."""
+    """Return the commit of the code, with "+changes" if files differ from it, or None outside a git repository.
+
+    Results and pictures of the docs do not count: a command that writes them changes them while it runs.
+    """
     git = ["git", "-C", str(Path(__file__).parents[3])]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        status = [*git, "status", "--porcelain", "--", ":/", *(f":(top,exclude)docs/{name}" for name in WRITTEN)]
+        changes = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changes.strip() else "")
