@@ -111,7 +111,7 @@ def _protocol(content: Content) -> Iterator[str]:
         devices = ", ".join(sorted({str(row["measured_on"]) for row in rows}))
         days = " to ".join(sorted({dates[0][:10], dates[-1][:10]}))
         yield f"- Runs: {days}, on {devices},"
-        yield f"  commits {', '.join(commit[:8] for commit in commits)}."
+        yield f"  commits {', '.join(dict.fromkeys(commit[:8] for commit in commits))}."
 
 
 def _off_the_shelf(content: Content) -> tuple[list[str], Figure | None]:
