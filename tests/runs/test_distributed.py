@@ -371,9 +371,7 @@ def test_a_command_that_fails_prints_one_sentence(command, script, tmp_path: Pat
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP))]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_to_all_processes_of_a_job_saves_too(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C, a closed terminal, SLURM and systemd send it to the workers that load data, too."""
     run, root = tmp_path / "run", pictures(tmp_path / "data", 4)
