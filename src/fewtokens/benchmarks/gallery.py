@@ -32,15 +32,7 @@ from fewtokens.analysis.pictures.sheet import (
     save_png,
     text_width,
 )
-from fewtokens.analysis.pictures.token_maps import (
-    Kind,
-    count_tokens,
-    kind_of,
-    marks,
-    mosaic,
-    origin_by_step,
-    stage,
-)
+from fewtokens.analysis.pictures.token_maps import Kind, count_tokens, kind_of, marks, origin_by_step, stage
 from fewtokens.backbones.encoder import block_indices
 from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.variants import backbone_name, with_method
@@ -192,16 +184,12 @@ def reduced(
         raise FewtokensError("A backbone that drops patches at random cannot be drawn. Set patch_drop_rate=0.")
     origins = [origin_by_step(trace[block], 1) for block in blocks]
     counts = [count_tokens(origin) for origin in origins]
-    kinds = [kind_of(origin, FEW) for origin in origins]
-    drawn = [
-        (mosaic if kind == "maps" else stage)(pictures, origin, grid)
-        for kind, origin in zip(kinds, origins, strict=True)
-    ]
+    drawn = [stage(pictures, origin, grid, FEW) for origin in origins]
     single = count(model, [images]).macs
     shares = [f"{each:.0%}" for each in sorted({round(x, 2) for x in (single / dense).tolist()})]
     cells = [[(drawn[s][p], counts[s][p]) for s in range(len(blocks))] for p in range(len(images))]
     cost = shares[0] if len(shares) == 1 else f"{shares[0][:-1]}-{shares[-1]}"
-    row = Row(f"{cost} of GMACs", cells, set(kinds))
+    row = Row(f"{cost} of GMACs", cells, {kind_of(origin, FEW) for origin in origins})
     row.dropped = any(bool((origin.amax(dim=1) == 0).any()) for origin in origins)
     left = {str(block): number for block, number in zip(blocks, counts, strict=True)}
     return row, {"gmacs": (single / GIGA).tolist(), "share_of_dense": (single / dense).tolist(), "patch_tokens": left}

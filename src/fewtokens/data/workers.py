@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that stop a run, after it has saved
 # What torch says of a worker that has ended, and what ends one.
 LOST = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)"
@@ -26,8 +27,9 @@ def leave_signals_to_parent(worker: int | None = None) -> None:
     Args:
         worker: Index of the worker, which DataLoader passes and nothing depends on.
     """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for number in SIGNALS:
+        if number != signal.SIGTERM:  # by which the parent ends it
+            signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM to all processes still ends the workers
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()

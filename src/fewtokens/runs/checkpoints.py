@@ -72,7 +72,7 @@ def load_model(task: nn.Module, path: Path) -> None:
             "dense run (tokenizer=none) for a method without parameters. A tokenizer with parameters must be trained "
             "first: train.py init_from=<run>."
         )
-    if all(name.endswith("vit.pos_embed") for name in differing):  # another image size is one of several causes
+    if all(name.endswith("vit.pos_embed") for name in differing):  # or nothing differs: another grid of as many patches
         _check_grid(state, unwrap_compiled(task.model), path)
     if differing:
         raise FewtokensError(

@@ -85,9 +85,10 @@ def running(cfg: DictConfig) -> Iterator[Job]:
             yield job
             status = "success"
         except Exception as error:
-            reason = None if job is None else lost_process(job.trainer, error) or lost_worker(error)
-            if job is not None:
-                end_children(job.trainer)
+            if job is None:
+                raise
+            reason = lost_process(job.trainer, error) or lost_worker(error)
+            end_children(job.trainer)
             if reason is None:
                 raise
             raise FewtokensError(f"{reason} Continue with resume={run.path}") from error

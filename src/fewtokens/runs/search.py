@@ -87,12 +87,11 @@ class OptunaSweeper(TableSweeper):
         """Print the table of all trials, and the settings of the best one."""
         super().summarize(jobs, directory)
         metric, sign = str(self.cfg.optimized_metric), 1 if self.direction == "minimize" else -1
-        values = {job.path: job.numbers.get(metric, math.nan) for job in jobs if job.state == "finished"}
-        finished = [job for job in jobs if math.isfinite(values.get(job.path, math.nan))]
-        if finished:
-            best = min(finished, key=lambda job: sign * values[job.path])
+        values = [(sign * value, job) for job in jobs if (value := _value(job, metric)) is not None]
+        if values:
+            best = min(values, key=lambda pair: pair[0])[1]
             settings = " ".join(part for part in best.overrides if not part.startswith(("hparams_search=", "hydra")))
-            print(f"Best {metric}: {values[best.path]:.6g} in {directory / best.path}\n  {settings}")
+            print(f"Best {metric}: {best.numbers[metric]:.6g} in {directory / best.path}\n  {settings}")
 
     def left(self, jobs: list[SweepJob]) -> list[SweepJob]:
         """Return the jobs that have failed. Those that were pruned have not."""
@@ -212,10 +211,16 @@ def _tell(study: "Study", trial: "Trial", job: SweepJob, metric: str) -> None:
     """Tell Optuna how a trial ended. One that was interrupted is still running, as far as it knows."""
     from optuna.trial import TrialState
 
-    value = job.numbers.get(metric, math.nan)
-    if job.state == "finished" and math.isfinite(value):
+    value = _value(job, metric)
+    if value is not None:
         study.tell(trial, value)
     elif job.state == "stopped" and job.reason.startswith("Pruned"):
         study.tell(trial, state=TrialState.PRUNED)
     elif job.state in ("finished", "failed"):
         study.tell(trial, state=TrialState.FAIL)
+
+
+def _value(job: SweepJob, metric: str) -> float | None:
+    """Return the metric of a trial, or None if it has not finished or has no finite one."""
+    value = job.numbers.get(metric, math.nan)
+    return value if job.state == "finished" and math.isfinite(value) else None

@@ -214,7 +214,7 @@ def kind_of(origin: Float[Tensor, "b n patches"], few: int) -> Kind:
 
 
 def stage(
-    pictures: Float[Tensor, "b 3 h w"], origin: Float[Tensor, "b n patches"], grid: tuple[int, int]
+    pictures: Float[Tensor, "b 3 h w"], origin: Float[Tensor, "b n patches"], grid: tuple[int, int], few: int = 0
 ) -> Float[Tensor, "b 3 h w"]:
     """Draw what a stage has left: groups of merged patches, kept patches as they are, and dropped ones faded.
 
@@ -222,21 +222,19 @@ def stage(
         pictures: (B, 3, H, W).
         origin: Share of every patch in every token (B, tokens, patches).
         grid: Height and width of the grid of patches.
+        few: Up to so many tokens that each mix many patches get a small heat map each, see `mosaic`.
     """
-    drawn = pictures if kind_of(origin, 0) == "selection" else merged(pictures, origin.argmax(dim=1), grid)
+    kind = kind_of(origin, few)
+    if kind == "maps":
+        return mosaic(pictures, origin, grid)
+    drawn = pictures if kind == "selection" else merged(pictures, origin.argmax(dim=1), grid)
     return without_dropped(drawn, origin.amax(dim=1) > 0, grid)
 
 
 def mosaic(
     pictures: Float[Tensor, "b 3 h w"], origin: Float[Tensor, "b n patches"], grid: tuple[int, int]
 ) -> Float[Tensor, "b 3 h w"]:
-    """Draw a few tokens that each mix many patches: a small heat map for each of them, on white.
-
-    Args:
-        pictures: (B, 3, H, W).
-        origin: Share of every patch in every token (B, tokens, patches).
-        grid: Height and width of the grid of patches.
-    """
+    """Draw a few tokens that each mix many patches: a small heat map for each of them, on white. See `stage`."""
     height, width = pictures.shape[2:]
     columns = math.ceil(math.sqrt(origin.shape[1]))
     size = ((height - columns + 1) // columns, (width - columns + 1) // columns)  # with a line of a pixel in between

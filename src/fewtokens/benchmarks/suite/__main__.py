@@ -65,9 +65,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     directory = Path(HydraConfig.get().runtime.output_dir)
     output = directory / "suite" if cfg.output is None else Path(str(cfg.output))
     start(cfg)
-    for key in ("off_the_shelf", "fine_tuned") if cfg.method is None else ("method",):
-        for entry in cfg[key] if cfg.method is None else [cfg.method]:
-            compose_with(str(entry), key)  # a wrong name ends here, and not after hours
+    for part in (OFF_THE_SHELF, FINE_TUNED):
+        for entry in _methods(cfg, part):
+            compose_with(entry, part if cfg.method is None else "method")  # a wrong name ends here, not after hours
     task = build_dense(cfg)
     model, data = unwrap_compiled(task.model).eval(), instantiate(cfg.data)
     data.prepare_data()
@@ -104,20 +104,25 @@ def trials(cfg: DictConfig, model: ViT, images: Float[Tensor, "b c h w"]) -> Ite
         model: The dense model. It stays as it is.
         images: The images over which costs are averaged.
     """
-    chosen = None if cfg.method is None else str(cfg.method)
     scratch = copy.deepcopy(model)
-    shelf = cfg.off_the_shelf if chosen is None else [chosen]
-    for entry in (DENSE, *map(str, shelf)) if OFF_THE_SHELF in cfg.parts else ():
+    for entry in (DENSE, *_methods(cfg, OFF_THE_SHELF)) if OFF_THE_SHELF in cfg.parts else ():
         if with_method(model, entry)[0] is None:  # has parameters
             continue
-        found = list(settings(scratch, entry, cfg.shares, images, key="off_the_shelf"))
+        found = list(settings(scratch, entry, cfg.shares, images, key=OFF_THE_SHELF))
         shares = [None] if found == [entry] else cfg.shares
         for exact, share in zip(found, shares, strict=True):
             yield Trial(OFF_THE_SHELF, exact, share)
-    for entry in (cfg.fine_tuned if chosen is None else [DENSE, chosen]) if FINE_TUNED in cfg.parts else ():
-        for exact in settings(scratch, str(entry), [cfg.fine_tuned_share], images, BUDGETS, "fine_tuned"):
+    for entry in _methods(cfg, FINE_TUNED) if FINE_TUNED in cfg.parts else ():
+        for exact in settings(scratch, entry, [cfg.fine_tuned_share], images, BUDGETS, FINE_TUNED):
             for seed in cfg.seeds:
                 yield Trial(FINE_TUNED, exact, cfg.fine_tuned_share if exact != entry else None, seed)
+
+
+def _methods(cfg: DictConfig, part: str) -> list[str]:
+    """Return the methods of a part: those of its list, or the one that `method` names. Its gain needs the dense row."""
+    if cfg.method is None:
+        return [str(entry) for entry in cfg[part]]
+    return [*([DENSE] if part == FINE_TUNED else []), str(cfg.method)]
 
 
 def _ran(cfg: DictConfig, trial: Trial) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from fewtokens.data.workers import SIGNALS
 from fewtokens.errors import FewtokensError
 
 _GRACE = 10.0  # extra seconds for a process that even the kernel cannot end, as it waits for a dead file server
@@ -187,7 +188,7 @@ def _answer(functions: Functions, request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer calls until the connection is closed. The kernel ends the process when a call exceeds its limit."""
     module, connection, file = sys.argv[1], Connection(int(sys.argv[2])), int(sys.argv[3])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the run handles them, and closes the connection
     memory: mmap.mmap | None = None
 
