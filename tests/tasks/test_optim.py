@@ -5,7 +5,9 @@ import pytest
 import timm
 import torch
 from timm.optim import param_groups_layer_decay
+from torch import nn
 
+from fewtokens.backbones.in_place import reduce
 from fewtokens.backbones.pretrained import timm_vit
 from fewtokens.backbones.vit import vit
 from fewtokens.backbones.vivit import PLAIN
@@ -14,7 +16,7 @@ from fewtokens.tasks.optim import parameter_groups, scale_learning_rates, warmup
 from fewtokens.tokenizers.token_learner import TokenLearner
 
 
-def model() -> torch.nn.Module:
+def model() -> nn.Module:
     recipe = {"at": 1, "build": lambda context: TokenLearner(context, num_tokens=2)}
     return vit(image_size=8, patch_size=2, num_classes=3, tokenizer=recipe, dim=8, depth=2, heads=2, pool="token")
 
@@ -47,8 +49,8 @@ def test_layer_decay_lowers_the_learning_rate_from_layer_to_layer() -> None:
     scale_learning_rates(optimizer)
     names = {id(p): name for name, p in net.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert rates["vit.head.weight"] == 1.0
-    assert rates["encoder.layers.1.block.mlp.fc1.weight"] == rates["encoder.layers.1.tokenizer.norm.weight"] == 0.5
+    assert rates["vit.head.weight"] == rates["encoder.layers.1.tokenizer.norm.weight"] == 1.0
+    assert rates["encoder.layers.1.block.mlp.fc1.weight"] == 0.5
     assert rates["vit.norm.weight"] == 0.5  # belongs to the last block, as in timm
     assert rates["encoder.layers.0.block.norm1.bias"] == 0.25
     assert rates["vit.pos_embed"] == rates["vit.patch_embed.proj.weight"] == 0.125
@@ -87,6 +89,21 @@ def test_the_groups_of_layer_decay_equal_timms(name: str) -> None:
         for p in g["params"]
     }
     assert found == wanted
+
+
+def test_layer_decay_spares_a_tokenizer_in_a_model_of_timm() -> None:
+    net = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=12, num_heads=2, img_size=32, num_classes=2)
+    before = _scales(net)
+    after = _scales(reduce(net, "token_learner", at=0, num_tokens=2))
+    assert {scale for name, scale in after.items() if ".tokenizer." in name} == {1.0}
+    assert {name: scale for name, scale in after.items() if ".tokenizer." not in name} == before
+    assert before["blocks.0.attn.qkv.weight"] == 0.25
+
+
+def _scales(net: nn.Module) -> dict[str, float]:
+    names = {id(p): name for name, p in net.named_parameters()}
+    groups = parameter_groups(net, 0.1, layer_decay=0.5)
+    return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
 
 
 @pytest.mark.parametrize("settings", [{"warmup": -1}, {"warmup": float("inf")}, {"final": 2.0}])

@@ -101,8 +101,10 @@ class InPlaceViT(ViT):
         return cast(Any, super(ViT, self)).no_weight_decay()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's description of the layers, for learning-rate decay by layer."""
-        return cast(Any, super(ViT, self)).group_matcher(coarse)
+        """Return timm's description of the layers, for learning-rate decay by layer. Tokenizers belong to the head."""
+        found: dict[str, Any] = cast(Any, super(ViT, self)).group_matcher(coarse)
+        own = r"(\d+)\.(?!tokenizer\.)"
+        return found | {"blocks": [(name.replace(r"(\d+)", own), last) for name, last in found["blocks"]]}
 
     def set_input_size(self, *_: object, **__: object) -> NoReturn:
         """Raise an error, since tokenizers are built for one grid of patches."""

@@ -114,10 +114,11 @@ class ViT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's description of the layers, from the embedding to the head, for learning-rate decay by layer."""
         stem = str(self.vit.group_matcher()["stem"]).removeprefix("^")
-        # The final norm belongs to the last layer. What is named nowhere belongs to the head: fc_norm, attn_pool.
+        # The final norm belongs to the last layer. What is named nowhere belongs to the head: fc_norm, attn_pool, and
+        # the tokenizers, which are new where the layers are trained, and learn too little at an early layer's rate.
         return {
             "stem": rf"^vit\.(?:{stem})",
-            "blocks": [(r"^encoder\.layers\.(\d+)", None), (r"^vit\.norm\.", (99999,))],
+            "blocks": [(r"^encoder\.layers\.(\d+)\.block\.", None), (r"^vit\.norm\.", (99999,))],
         }
 
     def _pool(self, tokens: Tokens) -> Float[Tensor, "b c"]:
