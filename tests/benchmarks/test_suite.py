@@ -29,6 +29,7 @@ def test_the_page_has_every_number_with_its_interval(content: dict[str, Any], tm
     text = (tmp_path / "found.md").read_text()
     assert "| tome | r=[1,2] | 85.00% ± 6.99 | 1.0000 | 50% | 1.90 | 190 |" in text
     assert f"± {100 * proportion_interval(0.85, 100):.2f}" == "± 6.99"
+    assert "| 1.2000 ± 0.1000 | 60% |" in text  # the method's cost depends on the image
     # Student's interval of two seeds: 12.71 times their standard error of 1 point.
     assert "| tome | r=[1,2] | 1.000 | 50% | 85.00% | 87.00% ± 12.71 | +2.00 | 2 |" in text
     assert "| dense |  | 2.000 | 100% | 90.00% | 91.00% ± " in text

@@ -31,6 +31,7 @@ class Point:
         commit: Commit of the code, if known.
         measured_on: Device of the measures, if known.
         test_images: Number of test images, if known.
+        gmacs_std: Standard deviation of the multiply-adds over images (1e9), if known.
     """
 
     method: str
@@ -43,6 +44,7 @@ class Point:
     commit: str | None
     measured_on: str | None
     test_images: int | float | None = None  # a csv file has floats
+    gmacs_std: float | None = None
 
 
 def read_points(paths: Iterable[Path], metric: str) -> tuple[list[Point], list[str]]:
@@ -137,6 +139,7 @@ def point_of(run: RunRecord, settings: Mapping[str, str], metric: str) -> Point:
         numbers.get("throughput/images_per_s"),
         run.about.get("commit"),
         run.about.get("measured_on", run.about.get("device")),
+        gmacs_std=numbers.get("cost/gmacs_std"),
     )
 
 

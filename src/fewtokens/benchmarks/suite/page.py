@@ -64,6 +64,7 @@ def points(content: Content) -> list[Point]:
                     row["commit"],
                     row["measured_on"],
                     content["test_images"],
+                    row["gmacs_std"],
                 )
             )
     return sorted(found, key=lambda point: (point.method != tradeoff.DENSE, point.method, -point.gmacs))
