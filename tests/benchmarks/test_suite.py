@@ -35,7 +35,7 @@ def test_the_page_has_every_number_with_its_interval(content: dict[str, Any], tm
     assert "| dense |  | 2.000 | 100% | 90.00% | 91.00% ± " in text
     assert "| token_learner | 8 | 3 | 0.600 | 30% | 80.00% ± 7.77 |" in text
     assert text.index("| token_learner | 8 | 3 |") < text.index("| token_learner | 8 | 6 |")
-    for name in ("off", "where"):
+    for name in ("off", "after", "where"):
         assert f"(found_{name}.png)" in text
         assert (tmp_path / f"found_{name}.png").is_file()
 

@@ -123,7 +123,7 @@ def _off_the_shelf(content: Content) -> tuple[list[str], Figure | None]:
     return pareto.tables(found, metric).splitlines(), pareto.plot(found, metric)
 
 
-def _fine_tuned(content: Content) -> tuple[list[str], None]:
+def _fine_tuned(content: Content) -> tuple[list[str], Figure | None]:
     before, after = accuracies(content, OFF_THE_SHELF), accuracies(content, FINE_TUNED)
     rows = {row["method"]: row for row in content["rows"] if row["part"] == FINE_TUNED}
     if not rows:
@@ -139,7 +139,31 @@ def _fine_tuned(content: Content) -> tuple[list[str], None]:
         name = "dense" if method == DENSE else trial.option
         cells = [name, trial.setting, _gmacs(row), f"{row['share']:.0%}", compared[0], spread, compared[1]]
         table.append([*cells, str(len(after[method]))])
-    return [f"The training: `{example['command']}`.", "", *markdown(table)], None
+    figure = _gains(content, ranked, before, after)
+    return [f"The training: `{example['command']}`.", "", *markdown(table)], figure
+
+
+def _gains(
+    content: Content, ranked: Sequence[str], before: dict[str, list[float]], after: dict[str, list[float]]
+) -> Figure:
+    """Return a plot of the accuracy of every method before and after its training, the best on top."""
+    figure = Figure(figsize=(7, 1.2 + 0.26 * len(ranked)), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    trained, halves = [100 * mean(after[m]) for m in ranked], [half_width(after[m], content) for m in ranked]
+    shelf = [(100 * before[m][0], row) for row, m in enumerate(ranked) if m in before]
+    axis.hlines([row for _, row in shelf], [x for x, _ in shelf], [trained[row] for _, row in shelf], "0.7", lw=1.5)
+    if shelf:
+        axis.plot(*zip(*shelf, strict=True), "o", mfc="white", color="C1", ms=5, label="off the shelf")
+    axis.errorbar(trained, range(len(ranked)), xerr=halves, fmt="o", ms=5, capsize=2, label="trained")
+    if DENSE in before:
+        axis.axvline(100 * before[DENSE][0], color="black", lw=0.8, ls="--", label="dense, off the shelf")
+    names = ["dense" if m == DENSE else m.replace("build.", "") for m in ranked]
+    axis.set_yticks(range(len(ranked)), [name if len(name) <= 40 else f"{name[:37]}..." for name in names], fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xlabel=f"{content['metric']} (%)")
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize=7, loc="upper left")
+    return figure
 
 
 def _placement(content: Content) -> tuple[list[str], Figure | None]:
