@@ -1,11 +1,11 @@
 #!/bin/sh
 # ViViT on the surveillance camera fight data set: dense models, TokenLearner, ATS and ToMe, over three random splits of
 # 200 training and 100 test clips, with a single frame as a control. Then writes what the runs recorded.
-#   sh docs/results/surveillance.sh <folder with fight/ and no_fight/> <weights of a ViT-S/14> [python]
+#   sh docs/results/surveillance.sh <folder with fight/ and no_fight/> <weights of a ViT-S/14> [python] ["0 1 2"]
 # About two hours per split on one CPU core. Finished runs are skipped and interrupted ones continue, so that the script
-# can be stopped and started again. No frame of the clips leaves outputs/.
+# can be stopped and started again, and splits can run side by side. No frame of the clips leaves outputs/.
 set -e
-root=$1 weights=$2 python=${3:-python} out=outputs/surveillance
+root=$1 weights=$2 python=${3:-python} splits=${4:-0 1 2} out=outputs/surveillance
 mkdir -p "$out"
 
 split() {  # argument: seed. Lists 100 and 50 clips of each class, and decodes and copies them.
@@ -45,7 +45,7 @@ evaluate() {  # arguments: seed, name, overrides ... A method in the dense model
   "$python" eval.py checkpoint="$out/$seed/model1" measure=cost measure.cost.num_images=100 hydra.run.dir="$run" "$@"
 }
 
-for seed in 0 1 2; do
+for seed in $splits; do
   if [ ! -e "$out/$seed/clips/test.csv" ]; then split $seed; fi
   train $seed model1
   train $seed stills data.frames=1 data.stride=1 backbone.tubelets.frames=1
