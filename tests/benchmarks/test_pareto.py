@@ -73,6 +73,8 @@ def test_methods_are_compared_on_lines_between_their_points_and_not_beyond() -> 
     assert accuracy_at(points, lambda p: p.share, 0.5) == {"a": pytest.approx(0.7)}
     assert accuracy_at(points, lambda p: p.share, 0.95) == {"a": pytest.approx(0.8875), "b": pytest.approx(0.8)}
     assert accuracy_at(points, lambda p: p.share, 0.3) == {}
+    assert accuracy_at(points, lambda p: p.share, 0.392) == {"a": 0.6}  # the last point is near enough
+    assert accuracy_at(points, lambda p: p.share, 0.385) == {}
     assert accuracy_at(points, lambda p: p.speedup, 1.0) == {}
 
 
