@@ -13,10 +13,10 @@ from statistics import mean
 from typing import Any
 
 from fewtokens.analysis.evaluation import interval
+from fewtokens.benchmarks import tradeoff
 from fewtokens.benchmarks.children import HOME
 from fewtokens.benchmarks.suite import page as suite
 from fewtokens.benchmarks.suite.trials import DENSE, FINE_TUNED
-from fewtokens.benchmarks.tradeoff import accuracy_at
 from fewtokens.errors import FewtokensError, check_choice
 from fewtokens.files import replace_file
 
@@ -87,20 +87,26 @@ def transfer(content: dict[str, Any]) -> list[list[str]]:
 
 
 def overview(content: suite.Content) -> list[list[str]]:
-    """Return a row for every method of the suite: off the shelf at equal cost, after training, and its speed."""
+    """Return a row for every method of the suite: off the shelf at equal cost, after training, and its speed.
+
+    Trained methods come first. The others have no single setting, and thus neither GMACs nor a speed.
+    """
     points = suite.points(content)
-    levels = [accuracy_at(points, lambda point: point.share, level) for level in LEVELS]
+    levels = [tradeoff.accuracy_at(points, lambda point: point.share, level) for level in LEVELS]
     after, speeds = suite.accuracies(content, FINE_TUNED), {r["tokenizer"]: r for r in content["speed"]}
+    costs = {row["method"]: row["gmacs"] for row in content["rows"] if row["part"] == FINE_TUNED}
+    options = [point.method for point in points if point.method != tradeoff.DENSE]
+    trained = {method.split()[0] for method in after}
     rows = [["method", *(f"off the shelf, {level:.0%}" for level in LEVELS), "trained", "GMACs", "times dense"]]
-    for row in content["rows"]:
-        if row["part"] != FINE_TUNED or row["method"] not in after:
-            continue
-        method, values = row["method"], after.pop(row["method"])
+    for method in dict.fromkeys([*after, *(option for option in options if option not in trained)]):
         shelf = [f"{level[option]:.1%}" if (option := method.split()[0]) in level else "-" for level in levels]
-        faster = f"{speeds[method]['speedup_vs_dense']:.2f}" if method in speeds else "-"
-        label = "dense" if method == DENSE else _short(method)
-        spread = f"{mean(values):.1%} ± {suite.half_width(values, content):.1f}"
-        rows.append([label, *shelf, spread, f"{row['gmacs']:.3f}", faster])
+        found = ["-", "-", "-"]
+        if method in after:
+            found[0] = f"{mean(after[method]):.1%} ± {suite.half_width(after[method], content):.1f}"
+            found[1] = f"{costs[method]:.3f}"
+        if method in speeds:
+            found[2] = f"{speeds[method]['speedup_vs_dense']:.2f}"
+        rows.append(["dense" if method == DENSE else _short(method), *shelf, *found])
     return rows
 
 
