@@ -84,7 +84,7 @@ def plot(points: Sequence[Point], metric: str) -> Figure:
             axis.plot(*zip(*own, strict=True), label=method, **marker)
         axis.set(xlabel=label, ylabel=f"{metric} (%)")
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7, loc="lower right")
     return figure
 
 
