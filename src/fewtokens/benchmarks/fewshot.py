@@ -23,7 +23,7 @@ from fewtokens.analysis.pictures.drawing import write_png
 from fewtokens.analysis.throughput import autocast
 from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.budgets import gmacs, settings
-from fewtokens.benchmarks.variants import backbone_name, sha256, with_method
+from fewtokens.benchmarks.variants import DENSE, backbone_name, sha256, short_name, with_method
 from fewtokens.data.cache import cached
 from fewtokens.errors import check
 from fewtokens.files import replace_file, write_json
@@ -34,7 +34,6 @@ from fewtokens.runs.config import instantiate, plain, save
 from fewtokens.runs.job import start
 
 log = logging.getLogger(__name__)
-DENSE = "none"
 OF_PICTURES = ("parts", "labels", "subset", "preset", "crop_pct", "interpolation", "image_backend")  # of data=imagenet
 
 
@@ -71,7 +70,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     content = _origin(cfg, model, measure, images, device) | {"gmacs_dense": dense / GIGA, "methods": []}
     for entry in (DENSE, *map(str, cfg.methods)):
         for variant, exact in variants(model, entry, cfg.shares, counted):
-            record: dict[str, Any] = {"method": exact, "name": "dense" if entry == DENSE else entry.split()[0]}
+            record: dict[str, Any] = {"method": exact, "name": short_name(entry).split()[0]}
             record["gmacs"] = gmacs(variant, counted)
             record["share"] = record["gmacs"] / content["gmacs_dense"]
             found = measure.probe(images, *_features(cfg, variant, exact, content, images, device))
@@ -146,8 +145,7 @@ def _cells(content: dict[str, Any]) -> list[list[str]]:
         numbers = [
             f"{record[p]:.1%}" + (f" ± {100 * half:.1f}" if half is not None else "") for p, half in spread.items()
         ]
-        name = "dense" if record["name"] == "dense" else record["method"].replace("build.", "")
-        rows.append([name, f"{record['gmacs']:.3f}", f"{record['share']:.1%}", *numbers])
+        rows.append([short_name(record["method"]), f"{record['gmacs']:.3f}", f"{record['share']:.1%}", *numbers])
     return rows
 
 

@@ -58,13 +58,19 @@ def tables(points: Sequence[Point], metric: str) -> str:
     for p in points:
         speed = [f"{p.speedup:.2f}" if p.speedup else "-", f"{p.images_per_s:,.0f}" if p.images_per_s else "-"]
         marks = ["yes" if p in chosen else "" for chosen in (best, fastest)]
-        cells = [p.method, p.setting, _accuracy(p), _gmacs(p), f"{p.share:.0%}", *speed, *marks]
+        cost = with_spread(p.gmacs, p.gmacs_std, 4)
+        cells = [p.method, p.setting, _accuracy(p), cost, f"{p.share:.0%}", *speed, *marks]
         lines.append(f"| {' | '.join(cells)} |")
     if rows := _accuracy_table(points, lambda p: p.share, SHARES, "{:.0%}"):
         lines += ["", "At equal multiply-adds (share of the dense model's):", "", *rows]
     if rows := _accuracy_table(points, lambda p: p.speedup, SPEEDUPS, "{:g} x"):
         lines += ["", "At equal speed (measured speed-up over the dense model):", "", *rows]
     return "\n".join(lines)
+
+
+def with_spread(value: float, std: float | None, digits: int) -> str:
+    """Return a mean over images and, if they differ, its standard deviation."""
+    return f"{value:.{digits}f}" + (f" ± {std:.{digits}f}" if std else "")
 
 
 def plot(points: Sequence[Point], metric: str) -> Figure:
@@ -92,10 +98,6 @@ def _accuracy(point: Point) -> str:
     if point.test_images is None:
         return f"{point.accuracy:.2%}"
     return f"{point.accuracy:.2%} ± {100 * proportion_interval(point.accuracy, int(point.test_images)):.2f}"
-
-
-def _gmacs(point: Point) -> str:
-    return f"{point.gmacs:.4f}" + (f" ± {point.gmacs_std:.4f}" if point.gmacs_std else "")
 
 
 def _accuracy_table(

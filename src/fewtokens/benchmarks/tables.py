@@ -16,7 +16,8 @@ from fewtokens.analysis.evaluation import interval
 from fewtokens.benchmarks import tradeoff
 from fewtokens.benchmarks.children import HOME
 from fewtokens.benchmarks.suite import page as suite
-from fewtokens.benchmarks.suite.trials import DENSE, FINE_TUNED
+from fewtokens.benchmarks.suite.trials import FINE_TUNED
+from fewtokens.benchmarks.variants import short_name
 from fewtokens.errors import FewtokensError, check_choice
 from fewtokens.files import replace_file
 
@@ -70,8 +71,7 @@ def speed(records: list[dict[str, Any]]) -> list[list[str]]:
     for record in records:
         numbers = [f"{record['images_per_s']:,.1f}", f"{record['speedup_vs_dense']:.2f}"]
         numbers += [f"{record[name]:.2f}" for name in ("gmacs", "gmacs_padded", "realised_over_theoretical")]
-        method = "dense" if record["tokenizer"] == DENSE else _short(record["tokenizer"])
-        rows.append([str(record["batch"]), method, *numbers])
+        rows.append([str(record["batch"]), short_name(record["tokenizer"]), *numbers])
     return rows
 
 
@@ -81,8 +81,7 @@ def transfer(content: dict[str, Any]) -> list[list[str]]:
     rows = [["method", "GMACs", "of dense", *(p.replace("shot", "-shot").replace("knn", "k-NN") for p in probes)]]
     for record in content["methods"]:
         found = [f"{record[p]:.1%} ± {100 * record[f'{p}_interval']:.1f}" for p in probes]
-        method = "dense" if record["name"] == "dense" else _short(record["method"])
-        rows.append([method, f"{record['gmacs']:.3f}", f"{record['share']:.0%}", *found])
+        rows.append([short_name(record["method"]), f"{record['gmacs']:.3f}", f"{record['share']:.0%}", *found])
     return rows
 
 
@@ -94,19 +93,19 @@ def overview(content: suite.Content) -> list[list[str]]:
     points = suite.points(content)
     levels = [tradeoff.accuracy_at(points, lambda point: point.share, level) for level in LEVELS]
     after, speeds = suite.accuracies(content, FINE_TUNED), {r["tokenizer"]: r for r in content["speed"]}
-    costs = {row["method"]: row["gmacs"] for row in content["rows"] if row["part"] == FINE_TUNED}
-    options = [point.method for point in points if point.method != tradeoff.DENSE]
-    trained = {method.split()[0] for method in after}
+    trained = suite.fine_tuned_rows(content)
+    tried = {method.split()[0] for method in trained}
+    others = [point.method for point in points if point.method not in {tradeoff.DENSE, *tried}]
     rows = [["method", *(f"off the shelf, {level:.0%}" for level in LEVELS), "trained", "GMACs", "times dense"]]
-    for method in dict.fromkeys([*after, *(option for option in options if option not in trained)]):
+    for method in dict.fromkeys([*trained, *others]):
         shelf = [f"{level[option]:.1%}" if (option := method.split()[0]) in level else "-" for level in levels]
-        found = ["-", "-", "-"]
-        if method in after:
-            found[0] = f"{mean(after[method]):.1%} ± {suite.half_width(after[method], content):.1f}"
-            found[1] = f"{costs[method]:.3f}"
+        accuracy = cost = faster = "-"
+        if method in trained:
+            accuracy = f"{mean(after[method]):.1%} ± {suite.half_width(after[method], content):.1f}"
+            cost = f"{trained[method]['gmacs']:.3f}"
         if method in speeds:
-            found[2] = f"{speeds[method]['speedup_vs_dense']:.2f}"
-        rows.append(["dense" if method == DENSE else _short(method), *shelf, *found])
+            faster = f"{speeds[method]['speedup_vs_dense']:.2f}"
+        rows.append([short_name(method), *shelf, accuracy, cost, faster])
     return rows
 
 
@@ -129,10 +128,6 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], list[list[str]]]]] = {
     "suite": ("finetune_cifar10.json", overview),
     "surveillance": ("surveillance.json", clips),
 }
-
-
-def _short(method: str) -> str:
-    return method.replace("build.", "")
 
 
 if __name__ == "__main__":

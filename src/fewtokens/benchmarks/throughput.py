@@ -19,8 +19,8 @@ from torch import nn
 from fewtokens.analysis.evaluation import unwrap_compiled
 from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.sharpening import sharpen
-from fewtokens.benchmarks.timing import DENSE, Setting, time_models, timm_reference
-from fewtokens.benchmarks.variants import backbone_name, compose_with
+from fewtokens.benchmarks.timing import Setting, time_models, timm_reference
+from fewtokens.benchmarks.variants import DENSE, backbone_name, compose_with
 from fewtokens.errors import check, check_choice
 from fewtokens.files import write_json
 from fewtokens.masking import mask

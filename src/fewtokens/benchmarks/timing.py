@@ -19,10 +19,10 @@ from fewtokens.analysis.cost import macs
 from fewtokens.analysis.memory import peak_bytes
 from fewtokens.analysis.throughput import AUTOCAST, Run, autocast, interquartile_range, seconds_on, time_in_turns
 from fewtokens.backbones.vit import ViT
+from fewtokens.benchmarks.variants import DENSE
 from fewtokens.errors import FewtokensError, check, check_choice
 from fewtokens.tasks.classification import compile_model
 
-DENSE = "none"
 PRECISIONS = ("32-true", "bf16-true", *AUTOCAST)
 MODES = ("inference", "training")
 COMPILED = {"none": "eager", "layers": "compiled layers", "model": "compiled", "graph": "CUDA graph"}

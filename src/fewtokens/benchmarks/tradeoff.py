@@ -102,20 +102,22 @@ def accuracy_at(points: Sequence[Point], value: Callable[[Point], float | None],
     """Return the accuracy of every method where `value` equals `level`, interpolated linearly between its points.
 
     The dense model is a point of every method, which then drops nothing. Methods whose points do not enclose the level
-    are not returned, unless the last of them is nearer to it than `NEAR`, which then counts as it is: the cost that was
-    aimed at is hardly ever met exactly.
+    are not returned, unless the nearest of them is at most `NEAR` away and counts as it is: the cost that was aimed at
+    is hardly ever met exactly.
     """
     dense = [point for point in points if point.method == DENSE]
     found = {}
     for method in dict.fromkeys(point.method for point in points if point.method != DENSE):
         own = [point for point in points if point.method == method] + dense
         known = sorted((x, point.accuracy) for point in own if (x := value(point)) is not None)
-        for x, accuracy in (known[0], known[-1]) if known else ():
-            if abs(x - level) <= NEAR:
-                found[method] = accuracy
-        for (low, first), (high, second) in pairwise(known):
-            if low <= level <= high:
-                found[method] = first if low == high else first + (second - first) * (level - low) / (high - low)
+        if not known:
+            continue
+        at = min(max(level, known[0][0]), known[-1][0])
+        if abs(at - level) > NEAR:
+            continue
+        for (low, first), (high, second) in pairwise([known[0], *known]):  # so that a single point is enough
+            if low <= at <= high:
+                found[method] = first if low == high else first + (second - first) * (at - low) / (high - low)
                 break
     return found
 

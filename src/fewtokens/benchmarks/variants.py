@@ -18,6 +18,7 @@ from fewtokens.errors import FewtokensError
 from fewtokens.runs.config import instantiate
 
 log = logging.getLogger(__name__)
+DENSE = "none"  # the entry of the dense model: the option of configs/tokenizer that reduces nothing
 
 
 def overrides_of(entry: str, key: str = "tokenizers") -> list[str]:
@@ -37,6 +38,11 @@ def overrides_of(entry: str, key: str = "tokenizers") -> list[str]:
             f"`{key}` must name options of configs/tokenizer, got {entry!r}. Write one as 'tome build.r=13'."
         ) from None
     return [f"tokenizer={option}", *(part if "@" in part else f"tokenizer.{part}" for part in settings)]
+
+
+def short_name(entry: str) -> str:
+    """Return an entry as tables and plots show it: "tome r=13", or "dense"."""
+    return "dense" if entry == DENSE else entry.replace("build.", "")
 
 
 def compose_with(entry: str, key: str = "tokenizers") -> DictConfig:

@@ -25,9 +25,9 @@ from fewtokens.backbones.vit import ViT
 from fewtokens.benchmarks.budgets import BUDGETS, settings
 from fewtokens.benchmarks.children import run_child
 from fewtokens.benchmarks.suite import page
-from fewtokens.benchmarks.suite.trials import DENSE, FINE_TUNED, OFF_THE_SHELF, Trial, row_of, trial_of
+from fewtokens.benchmarks.suite.trials import FINE_TUNED, OFF_THE_SHELF, Trial, row_of, trial_of
 from fewtokens.benchmarks.throughput import build_dense
-from fewtokens.benchmarks.variants import backbone_name, compose_with, sha256, with_method
+from fewtokens.benchmarks.variants import DENSE, backbone_name, compose_with, sha256, with_method
 from fewtokens.errors import FewtokensError, check, check_choice
 from fewtokens.masking import mask
 from fewtokens.runs import report

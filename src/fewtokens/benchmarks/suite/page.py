@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from fewtokens.analysis.evaluation import interval, proportion_interval
 from fewtokens.analysis.pictures.drawing import write_png
 from fewtokens.benchmarks import pareto, tradeoff
-from fewtokens.benchmarks.suite.trials import DENSE, FINE_TUNED, OFF_THE_SHELF, Trial, trial_of
+from fewtokens.benchmarks.suite.trials import FINE_TUNED, OFF_THE_SHELF, Trial, trial_of
 from fewtokens.benchmarks.tradeoff import Point
+from fewtokens.benchmarks.variants import DENSE, short_name
 from fewtokens.files import replace_file, write_json
 
 Content = dict[str, Any]
@@ -79,6 +80,11 @@ def accuracies(content: Content, part: str) -> dict[str, list[float]]:
     return found
 
 
+def fine_tuned_rows(content: Content) -> dict[str, dict[str, Any]]:
+    """Return a row of every trained method, the last of its seeds. They differ in accuracy, see `accuracies`."""
+    return {row["method"]: row for row in content["rows"] if row["part"] == FINE_TUNED}
+
+
 def half_width(values: Sequence[float], content: Content) -> float:
     """Return half the width of the interval of an accuracy in percent: over seeds, or else over images."""
     half = interval(values)
@@ -125,7 +131,7 @@ def _off_the_shelf(content: Content) -> tuple[list[str], Figure | None]:
 
 def _fine_tuned(content: Content) -> tuple[list[str], Figure | None]:
     before, after = accuracies(content, OFF_THE_SHELF), accuracies(content, FINE_TUNED)
-    rows = {row["method"]: row for row in content["rows"] if row["part"] == FINE_TUNED}
+    rows = fine_tuned_rows(content)
     if not rows:
         return [], None
     example = next(iter(rows.values()))
@@ -136,8 +142,8 @@ def _fine_tuned(content: Content) -> tuple[list[str], Figure | None]:
         shelf, trained = before.get(method), mean(after[method])
         compared = ["-", "-"] if shelf is None else [f"{shelf[0]:.2%}", f"{100 * (trained - shelf[0]):+.2f}"]
         spread = f"{trained:.2%} ± {half_width(after[method], content):.2f}"
-        name = "dense" if method == DENSE else trial.option
-        cells = [name, trial.setting, _gmacs(row), f"{row['share']:.0%}", compared[0], spread, compared[1]]
+        cost = pareto.with_spread(row["gmacs"], row["gmacs_std"], 3)
+        cells = [short_name(trial.option), trial.setting, cost, f"{row['share']:.0%}", compared[0], spread, compared[1]]
         table.append([*cells, str(len(after[method]))])
     figure = _gains(content, ranked, before, after)
     return [f"The training: `{example['command']}`.", "", *markdown(table)], figure
@@ -157,8 +163,7 @@ def _gains(
     axis.errorbar(trained, range(len(ranked)), xerr=halves, fmt="o", ms=5, capsize=2, label="trained")
     if DENSE in before:
         axis.axvline(100 * before[DENSE][0], color="black", lw=0.8, ls="--", label="dense, off the shelf")
-    names = ["dense" if m == DENSE else m.replace("build.", "") for m in ranked]
-    axis.set_yticks(range(len(ranked)), [name if len(name) <= 40 else f"{name[:37]}..." for name in names], fontsize=7)
+    axis.set_yticks(range(len(ranked)), map(short_name, ranked), fontsize=7)
     axis.invert_yaxis()
     axis.set(xlabel=f"{content['metric']} (%)")
     axis.grid(alpha=0.3, axis="x")
@@ -168,7 +173,7 @@ def _gains(
 
 def _placement(content: Content) -> tuple[list[str], Figure | None]:
     after = accuracies(content, FINE_TUNED)
-    rows = {row["method"]: row for row in content["rows"] if row["part"] == FINE_TUNED}
+    rows = fine_tuned_rows(content)
     placed = {method: place for method in rows if (place := _place(trial_of(rows[method]))) is not None}
     if len(placed) < 2:
         return [], None
@@ -198,7 +203,3 @@ def _place(trial: Trial) -> tuple[int, int] | None:
     """Return the block and the number of tokens of a TokenLearner in one place, or None."""
     found = re.fullmatch(r"at=(\d+) num_tokens=(\d+)", trial.setting)
     return (int(found[1]), int(found[2])) if found and trial.option in PLACED else None
-
-
-def _gmacs(row: dict[str, Any]) -> str:
-    return f"{row['gmacs']:.3f}" + (f" ± {row['gmacs_std']:.3f}" if row["gmacs_std"] > 0 else "")

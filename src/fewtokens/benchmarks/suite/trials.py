@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fewtokens.benchmarks.variants import overrides_of
+from fewtokens.benchmarks.variants import overrides_of, short_name
 from fewtokens.errors import FewtokensError
 from fewtokens.runs.pages.record import read_run
 
 OFF_THE_SHELF, FINE_TUNED = "off_the_shelf", "fine_tuned"
-DENSE = "none"
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Trial:
     @property
     def setting(self) -> str:
         """Return the settings, as in "at=6 num_tokens=8"."""
-        return self.method.removeprefix(self.option).strip().replace("build.", "")
+        return short_name(self.method).partition(" ")[2].strip()
 
     @property
     def key(self) -> tuple[str, str, int]:
