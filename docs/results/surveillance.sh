@@ -3,7 +3,8 @@
 # 200 training and 100 test clips, with a single frame as a control. Then writes what the runs recorded.
 #   sh docs/results/surveillance.sh <folder with fight/ and no_fight/> <weights of a ViT-S/14> [python] ["0 1 2"]
 # About two hours per split on one CPU core. Finished runs are skipped and interrupted ones continue, so that the script
-# can be stopped and started again, and splits can run side by side. No frame of the clips leaves outputs/.
+# can be stopped and started again, and splits can run side by side. The last part, speed, needs a machine that does nothing
+# else: start it alone. No frame of the clips leaves outputs/.
 set -e
 root=$1 weights=$2 python=${3:-python} splits=${4:-0 1 2} out=outputs/surveillance
 mkdir -p "$out"
@@ -59,14 +60,40 @@ for seed in $splits; do
   train $seed model2_token_learner backbone.model=factorised_encoder tokenizer=token_learner_v11 tokenizer.at=0.5
 done
 
-"$python" - "$out"/[0-9]*/*/report.json <<'END'
-import json, sys
+speed() {  # arguments: model, tokenizers. Test clips of the first split, one process, in turns.
+  if [ -e "$out/speed_$1/throughput.json" ]; then return; fi
+  "$python" -m fewtokens.benchmarks.throughput checkpoint="$out/0/$1" images=test data.root="$PWD/$out/0/clips" \
+    'batch=[4]' min_images=16 seconds=60 timm=false "tokenizers=[$2]" hydra.run.dir="$out/speed_$1"
+}
+
+if [ "$splits" = "0 1 2" ]; then  # all: they do not run side by side now
+  speed model1 "ats,'ats build.budget=128','tome build.r=32','token_learner_v11 at=0.5'"
+  speed model2 "'token_learner_v11 at=0.5'"
+fi
+
+"$python" - "$out" <<'END'
+import json, re, sys
 from pathlib import Path
 
-found = []
-for report in map(Path, sys.argv[1:]):
-    run = json.loads(report.with_name("run.json").read_text())
-    found.append({"split": int(report.parts[-3]), "name": report.parts[-2], "run": run,
-                  "report": json.loads(report.read_text())})
-Path("docs/results/surveillance.json").write_text(json.dumps(found, indent=2) + "\n")
+out = Path(sys.argv[1])
+runs, speed = [], []
+for report in sorted(out.glob("[0-9]*/*/report.json"), key=lambda path: path.stat().st_mtime):
+    run, numbers = json.loads(report.with_name("run.json").read_text()), json.loads(report.read_text())
+    command = re.sub(r"=/\S*/outputs/", "=outputs/", run["command"])  # without the paths of this machine
+    command = re.sub(r"(init_image\.weights)=\S+", r"\1=<weights>", command)
+    option, *settings = re.findall(r"\btokenizer[.=](\S+)", command) or ["none"]
+    runs.append({
+        "split": int(report.parts[-3]),
+        "model": "2" if "=factorised_encoder" in command else "1, one frame" if "data.frames=1 " in command else "1",
+        "method": " ".join([option, *settings]),
+        "training": f"{numbers['train/epochs']:.0f} epochs" if "train.py" in command else "off the shelf",
+        "command": command,
+        **{key: run[key] for key in ("seed", "commit", "versions", "measured_on", "written")},
+        "report": numbers,
+    })
+for path in sorted(out.glob("speed_model*/throughput.json")):
+    name = path.parent.name.removeprefix("speed_")
+    records = json.loads(path.read_text())
+    speed += [{**record, "model": name.removeprefix("model"), "checkpoint": f"<{name}>"} for record in records]
+Path("docs/results/surveillance.json").write_text(json.dumps({"runs": runs, "speed": speed}, indent=2) + "\n")
 END

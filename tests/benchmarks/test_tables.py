@@ -38,9 +38,19 @@ def test_an_unknown_table_and_a_missing_result_are_errors(tmp_path: Path) -> Non
         tables.filled("<!-- table: surveillance -->\n<!-- end -->", tmp_path)
 
 
-def test_means_over_splits_and_seeds() -> None:
-    runs = [{"name": "model1", "report": {"test/top1": top1, "cost/gmacs": 20.0}} for top1 in (0.8, 0.9)]
-    assert tables.clips(runs)[1] == ["model1", "85.0% ± 63.5", "20.00", "2"], "12.71 standard errors of 5 points"
+def test_clips_have_means_over_splits_and_their_speed() -> None:
+    def run(split: int, top1: float, **other: str) -> dict:
+        numbers = {"test/top1": top1, "test/videos": 100.0, "cost/gmacs": 20.0, "cost/gmacs_std": 1.5}
+        row = {"model": "1", "method": "ats build.budget=8", "training": "10 epochs", "split": split, "report": numbers}
+        return row | other
+
+    runs = [run(0, 0.8), run(0, 0.7, model="2"), run(1, 0.9), run(0, 0.6, training="off the shelf")]
+    speed = [{"model": "1", "tokenizer": "ats build.budget=8", "speedup_vs_dense": 1.5}]
+    rows = tables.clips({"runs": runs, "speed": speed})
+    numbers = ["20.00 ± 1.50", "1.50"]
+    assert rows[1] == ["1", "ats budget=8", "10 epochs", "85.0% ± 63.5", *numbers, "2"], "12.71 standard errors"
+    assert rows[2] == ["1", "ats budget=8", "off the shelf", "60.0% ± 9.4", *numbers, "1"], "Wilson's for one split"
+    assert rows[3] == ["2", "ats budget=8", "10 epochs", "70.0% ± 8.8", "20.00 ± 1.50", "-", "1"]
 
 
 def test_the_overview_has_a_row_for_every_method() -> None:

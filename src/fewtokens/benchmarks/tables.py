@@ -12,8 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fewtokens.analysis.evaluation import interval
-from fewtokens.benchmarks import tradeoff
+from fewtokens.benchmarks import pareto, tradeoff
 from fewtokens.benchmarks.children import HOME
 from fewtokens.benchmarks.suite import page as suite
 from fewtokens.benchmarks.suite.trials import FINE_TUNED
@@ -109,16 +108,21 @@ def overview(content: suite.Content) -> list[list[str]]:
     return rows
 
 
-def clips(runs: list[dict[str, Any]]) -> list[list[str]]:
-    """Return the rows of the runs on clips: means over the splits, with Student's interval."""
-    rows = [["model", "test accuracy", "GMACs per clip", "splits"]]
-    for name in dict.fromkeys(run["name"] for run in runs):
-        reports = [run["report"] for run in runs if run["name"] == name]
+def clips(content: dict[str, Any]) -> list[list[str]]:
+    """Return a row for every model and method on clips: means over the splits, with their interval, and the speed."""
+    faster = {(record["model"], record["tokenizer"]): record["speedup_vs_dense"] for record in content["speed"]}
+    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for run in content["runs"]:
+        runs.setdefault((run["model"], run["method"], run["training"]), []).append(run["report"])
+    rows = [["ViViT model", "method", "training", "top-1", "GMACs per view", "times dense", "splits"]]
+    for (model, method, training), reports in sorted(runs.items(), key=lambda item: item[0][0]):
         values = [report["test/top1"] for report in reports]
-        half = interval(values)
-        spread = "" if half is None else f" ± {100 * half:.1f}"
-        cost = mean(report["cost/gmacs"] for report in reports)
-        rows.append([name, f"{mean(values):.1%}{spread}", f"{cost:.2f}", str(len(values))])
+        spread = suite.half_width(values, {"test_images": int(reports[0]["test/videos"])})
+        gmacs, std = (mean(report[name] for report in reports) for name in ("cost/gmacs", "cost/gmacs_std"))
+        speed = f"{faster[model, method]:.2f}" if (model, method) in faster else "-"
+        accuracy = f"{mean(values):.1%} ± {spread:.1f}"
+        cost = pareto.with_spread(gmacs, std, 2)
+        rows.append([model, short_name(method), training, accuracy, cost, speed, str(len(values))])
     return rows
 
 
