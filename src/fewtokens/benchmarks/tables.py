@@ -130,6 +130,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], list[list[str]]]]] = {
     "trained_attention": ("trained_attention.json", speed),
     "fewshot": ("fewshot_cifar10.json", transfer),
     "suite": ("finetune_cifar10.json", overview),
+    "longer": ("finetune_cifar10_long.json", suite.fine_tuned_table),
     "surveillance": ("surveillance.json", clips),
 }
 

@@ -31,7 +31,7 @@ def write(content: Content, output: Path) -> None:
     lines = [f"# {content['title']}", "", *_protocol(content)]
     for heading, section in (
         ("Off the shelf", _off_the_shelf),
-        ("After the same short training", _fine_tuned),
+        ("After the same training", _fine_tuned),
         ("Where TokenLearner stands", _placement),
     ):
         found, figure = section(content)
@@ -129,15 +129,12 @@ def _off_the_shelf(content: Content) -> tuple[list[str], Figure | None]:
     return pareto.tables(found, metric).splitlines(), pareto.plot(found, metric)
 
 
-def _fine_tuned(content: Content) -> tuple[list[str], Figure | None]:
+def fine_tuned_table(content: Content) -> list[list[str]]:
+    """Return the heading and a row for every trained method, the dense model first and then the best."""
     before, after = accuracies(content, OFF_THE_SHELF), accuracies(content, FINE_TUNED)
     rows = fine_tuned_rows(content)
-    if not rows:
-        return [], None
-    example = next(iter(rows.values()))
     table = [["method", "setting", "GMACs", "of dense", "off the shelf", "trained", "gain", "seeds"]]
-    ranked = sorted(rows, key=lambda method: (method != DENSE, -mean(after[method])))
-    for method in ranked:
+    for method in _ranked(after):
         trial, row = trial_of(rows[method]), rows[method]
         shelf, trained = before.get(method), mean(after[method])
         compared = ["-", "-"] if shelf is None else [f"{shelf[0]:.2%}", f"{100 * (trained - shelf[0]):+.2f}"]
@@ -145,8 +142,20 @@ def _fine_tuned(content: Content) -> tuple[list[str], Figure | None]:
         cost = pareto.with_spread(row["gmacs"], row["gmacs_std"], 3)
         cells = [short_name(trial.option), trial.setting, cost, f"{row['share']:.0%}", compared[0], spread, compared[1]]
         table.append([*cells, str(len(after[method]))])
-    figure = _gains(content, ranked, before, after)
-    return [f"The training: `{example['command']}`.", "", *markdown(table)], figure
+    return table
+
+
+def _ranked(after: dict[str, list[float]]) -> list[str]:
+    return sorted(after, key=lambda method: (method != DENSE, -mean(after[method])))
+
+
+def _fine_tuned(content: Content) -> tuple[list[str], Figure | None]:
+    before, after = accuracies(content, OFF_THE_SHELF), accuracies(content, FINE_TUNED)
+    if not after:
+        return [], None
+    example = next(iter(fine_tuned_rows(content).values()))
+    lines = [f"The training: `{example['command']}`.", "", *markdown(fine_tuned_table(content))]
+    return lines, _gains(content, _ranked(after), before, after)
 
 
 def _gains(
