@@ -22,5 +22,5 @@ suite finetune_cifar10 'parts=[off_the_shelf,fine_tuned]' "title=\"$title\"" "$@
 # Ten times as long, for the question whether TokenLearner needs more training: at equal cost, which is its own at block 6.
 suite finetune_cifar10_long 'parts=[off_the_shelf,fine_tuned]' "title=\"$title, with a longer training\"" \
   "fine_tuned=[none,tome,'token_learner_v11 at=6 build.num_tokens=8']" fine_tuned_share=0.57 \
-  'off_the_shelf=[tome]' 'shares=[0.57]' 'train=[experiment=cifar10/finetune_method,trainer.max_epochs=10]' "$@"
+  'off_the_shelf=[tome]' 'shares=[0.57]' "train=['experiment=cifar10/finetune_method','trainer.max_epochs=10']" "$@"
 suite finetune_cifar10 'parts=[speed]' "title=\"$title\"" "$@"

@@ -239,6 +239,18 @@ def test_settings_reach_both_encoders_of_model_2() -> None:
     assert net(clips()).shape == (2, 5)
 
 
+@torch.no_grad()
+def test_layer_scale_does_not_keep_the_clip_from_the_second_class_token_of_model_2() -> None:
+    net = build("factorised_encoder", pool="token", options={"init_values": 1e-5})
+    assert isinstance(net, FactorisedEncoder)
+    assert net.temporal is not None
+    scaled = [name for name, _ in net.named_parameters() if name.endswith("gamma")]
+    assert len(scaled) == 2 * SIZES["depth"]
+    assert all(name.startswith("encoder.") for name in scaled)
+    first, second = net.temporal(torch.randn(2, 16, 3, 1))
+    assert (first - second).abs().max() > 1e-2, "the class token does not see the clip"
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_reach_every_parameter(model: Model) -> None:
     net = build(model, tokenizer={"at": 1, "build": partial(TokenLearner, num_tokens=2)})

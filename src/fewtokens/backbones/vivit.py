@@ -165,7 +165,7 @@ def vivit(
         grad_checkpointing: Recompute the activations of every layer in the backward pass, which saves memory.
         options: Further arguments of timm's VisionTransformer. `drop_path_rate` is timm's stochastic depth, which
             divides the kept samples by the probability to keep them; scenic's ViViT does not. `act_layer: gelu_tanh` is
-            Flax's GELU.
+            Flax's GELU. LayerScale (`init_values`) is in the blocks of the image model alone.
 
     Raises:
         FewtokensError: The sizes do not fit together, or the model does not have an option.
@@ -197,7 +197,9 @@ def vivit(
 
 def _temporal_encoder(settings: dict[str, Any], sizes: dict[str, int], steps: int, depth: int, num_classes: int) -> ViT:
     timm_model = build_timm(
-        settings | {"patch_drop_rate": 0.0},  # drops patches, and there are only time steps here
+        # Only patches are dropped, no time steps. LayerScale is absent, as in scenic: at 1e-5, as in image models, the
+        # class token would say nothing about the clip, and hardly learn to in a fine-tuning.
+        settings | {"patch_drop_rate": 0.0, "init_values": None},
         **sizes,
         depth=depth,
         in_chans=sizes["embed_dim"],
