@@ -318,6 +318,7 @@ def test_two_ranks_share_one_directory_and_count_every_sample_once(
     assert (report(one)["test/top1"] * 11) % 1 == pytest.approx(0, abs=1e-4), "11 samples, none twice"
 
 
+@pytest.mark.slow
 def test_torchrun_agrees_on_one_directory(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = environment(FEWTOKENS_OUTPUTS=str(tmp_path / "outputs"), **alone(tmp_path / "package"))
@@ -371,7 +372,10 @@ def test_a_command_that_fails_prints_one_sentence(command, script, tmp_path: Pat
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_signal_to_all_processes_of_a_job_saves_too(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C, a closed terminal, SLURM and systemd send it to the workers that load data, too."""
     run, root = tmp_path / "run", pictures(tmp_path / "data", 4)

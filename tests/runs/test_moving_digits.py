@@ -29,6 +29,7 @@ FEW = [
 ]
 
 
+@pytest.mark.slow
 def test_the_quick_start_leaves_a_report_and_a_picture_of_its_tokens(composed, all_videos: Path, tmp_path) -> None:
     numbers = training.run(composed(START, f"data.root={all_videos}", *FEW))
     run = tmp_path / "run"

@@ -130,7 +130,7 @@ def test_a_killed_run_continues(many: list[str], tmp_path: Path) -> None:
     assert len(list((tmp_path / "copies").iterdir())) == 40
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_run_ends_at_once_without_a_traceback(number: int, many: list[str], tmp_path: Path) -> None:
     process = start(many, tmp_path, 2)
     process.send_signal(number)
