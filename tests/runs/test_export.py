@@ -20,7 +20,7 @@ from fewtokens.tokenizers.base import Tokenizer
 
 TOKENIZERS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml"))
 # One method each that acts before, inside and around a block, and one whose shapes depend on values in eager mode.
-ALWAYS = ("token_learner", "tome", "ats")
+ALWAYS = ("token_learner", "tome", "token_fuser", "ats")
 
 
 def model_with(composed, *overrides: str, seed: int = 0) -> ViT:

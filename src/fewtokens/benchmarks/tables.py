@@ -100,7 +100,7 @@ def overview(content: suite.Content) -> list[list[str]]:
         shelf = [f"{level[option]:.1%}" if (option := method.split()[0]) in level else "-" for level in levels]
         accuracy = cost = faster = "-"
         if method in trained:
-            accuracy = f"{mean(after[method]):.1%} ± {suite.half_width(after[method], content):.1f}"
+            accuracy = f"{mean(after[method]):.1%} ± {suite.half_width(after[method], content['test_images']):.1f}"
             cost = f"{trained[method]['gmacs']:.3f}"
         if method in speeds:
             faster = f"{speeds[method]['speedup_vs_dense']:.2f}"
@@ -117,7 +117,7 @@ def clips(content: dict[str, Any]) -> list[list[str]]:
     rows = [["ViViT model", "method", "training", "top-1", "GMACs per view", "times dense", "splits"]]
     for (model, method, training), reports in sorted(runs.items(), key=lambda item: item[0][0]):
         values = [report["test/top1"] for report in reports]
-        spread = suite.half_width(values, {"test_images": int(reports[0]["test/videos"])})
+        spread = suite.half_width(values, int(reports[0]["test/videos"]))
         gmacs, std = (mean(report[name] for report in reports) for name in ("cost/gmacs", "cost/gmacs_std"))
         speed = f"{faster[model, method]:.2f}" if (model, method) in faster else "-"
         accuracy = f"{mean(values):.1%} ± {spread:.1f}"

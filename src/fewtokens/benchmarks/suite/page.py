@@ -85,10 +85,10 @@ def fine_tuned_rows(content: Content) -> dict[str, dict[str, Any]]:
     return {row["method"]: row for row in content["rows"] if row["part"] == FINE_TUNED}
 
 
-def half_width(values: Sequence[float], content: Content) -> float:
-    """Return half the width of the interval of an accuracy in percent: over seeds, or else over images."""
+def half_width(values: Sequence[float], samples: int) -> float:
+    """Return half the width of the interval of accuracies in percent: over seeds, or of one over its test samples."""
     half = interval(values)
-    return 100 * (proportion_interval(values[0], content["test_images"]) if half is None else half)
+    return 100 * (proportion_interval(values[0], samples) if half is None else half)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -138,7 +138,7 @@ def fine_tuned_table(content: Content) -> list[list[str]]:
         trial, row = trial_of(rows[method]), rows[method]
         shelf, trained = before.get(method), mean(after[method])
         compared = ["-", "-"] if shelf is None else [f"{shelf[0]:.2%}", f"{100 * (trained - shelf[0]):+.2f}"]
-        spread = f"{trained:.2%} ± {half_width(after[method], content):.2f}"
+        spread = f"{trained:.2%} ± {half_width(after[method], content['test_images']):.2f}"
         cost = pareto.with_spread(row["gmacs"], row["gmacs_std"], 3)
         cells = [short_name(trial.option), trial.setting, cost, f"{row['share']:.0%}", compared[0], spread, compared[1]]
         table.append([*cells, str(len(after[method]))])
@@ -164,7 +164,8 @@ def _gains(
     """Return a plot of the accuracy of every method before and after its training, the best on top."""
     figure = Figure(figsize=(7, 1.2 + 0.26 * len(ranked)), dpi=120, layout="constrained")
     axis = figure.subplots()
-    trained, halves = [100 * mean(after[m]) for m in ranked], [half_width(after[m], content) for m in ranked]
+    trained = [100 * mean(after[m]) for m in ranked]
+    halves = [half_width(after[m], content["test_images"]) for m in ranked]
     shelf = [(100 * before[m][0], row) for row, m in enumerate(ranked) if m in before]
     axis.hlines([row for _, row in shelf], [x for x, _ in shelf], [trained[row] for _, row in shelf], "0.7", lw=1.5)
     if shelf:
@@ -193,14 +194,14 @@ def _placement(content: Content) -> tuple[list[str], Figure | None]:
         own = [m for m, (_, t) in placed.items() if (trial_of(rows[m]).option, t) == (option, tokens)]
         own.sort(key=lambda method: placed[method])
         x, y = [rows[m]["gmacs"] for m in own], [100 * mean(after[m]) for m in own]
-        halves = [half_width(after[m], content) for m in own]
+        halves = [half_width(after[m], content["test_images"]) for m in own]
         axis.errorbar(x, y, halves, label=f"{option}, {tokens} tokens", marker="osv^"[number % 4], capsize=2, lw=1.2)
         for m, gmacs, accuracy, half in zip(own, x, y, halves, strict=True):
             cells = [f"{gmacs:.3f}", f"{rows[m]['share']:.0%}", f"{accuracy:.2f}% ± {half:.2f}"]
             table.append([option, str(tokens), str(placed[m][0]), *cells])
             axis.annotate(f"at {placed[m][0]}", (gmacs, accuracy), (4, -10), textcoords="offset points", fontsize=7)
     if DENSE in after:
-        dense = [rows[DENSE]["gmacs"]], [100 * mean(after[DENSE])], [half_width(after[DENSE], content)]
+        dense = rows[DENSE]["gmacs"], 100 * mean(after[DENSE]), half_width(after[DENSE], content["test_images"])
         axis.errorbar(*dense, label="dense", color="black", marker="*", ms=11, capsize=2)
     axis.set(xlabel="GMACs per image", ylabel=f"{content['metric']} (%)")
     axis.grid(alpha=0.3)
