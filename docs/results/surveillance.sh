@@ -37,7 +37,8 @@ train() {  # arguments: seed, name, overrides ...
   if [ -e "$run/report.json" ]; then return; fi
   if [ -e "$run/checkpoints/last.ckpt" ]; then "$python" train.py resume="$run"; return; fi
   "$python" train.py experiment=video/surveillance data.root="$PWD/$out/$seed/clips" init_image.weights="$weights" \
-    seed="$seed" logger=wandb logger.wandb.mode=offline measure=cost measure.cost.num_images=20 hydra.run.dir="$run" "$@"
+    seed="$seed" trainer.precision=bf16-mixed logger=wandb logger.wandb.mode=offline measure=cost \
+    measure.cost.num_images=20 hydra.run.dir="$run" "$@"
 }
 
 evaluate() {  # arguments: seed, name, overrides ... A method in the dense model, without training.
@@ -56,6 +57,8 @@ for seed in $splits; do
   train $seed token_learner tokenizer=token_learner_v11 tokenizer.at=0.5
   train $seed ats tokenizer=ats tokenizer.build.budget=128
   train $seed tome tokenizer=tome tokenizer.build.r=32
+done
+for seed in $splits; do
   train $seed model2 backbone.model=factorised_encoder
   train $seed model2_token_learner backbone.model=factorised_encoder tokenizer=token_learner_v11 tokenizer.at=0.5
 done
