@@ -50,12 +50,20 @@ def test_clips_have_means_over_splits_and_their_speed() -> None:
         return row | other
 
     runs = [run(0, 0.8), run(0, 0.7, model="2"), run(1, 0.9), run(0, 0.6, training="off the shelf")]
+    runs += [run(2, 0.9, method="none"), run(1, 0.84, method="none"), run(0, 0.75, method="none")]
+    runs += [run(0, 0.5, method="none", model="1, one frame")]
     speed = [{"model": "1", "tokenizer": "ats build.budget=8", "speedup_vs_dense": 1.5}]
     rows = tables.clips({"runs": runs, "speed": speed})
     numbers = ["20.00 ± 1.50", "1.50"]
-    assert rows[1] == ["1", "ats budget=8", "10 epochs", "85.0% ± 63.5", *numbers, "2"], "12.71 standard errors"
-    assert rows[2] == ["1", "ats budget=8", "off the shelf", "60.0% ± 9.4", *numbers, "1"], "Wilson's for one split"
-    assert rows[3] == ["2", "ats budget=8", "10 epochs", "70.0% ± 8.8", "20.00 ± 1.50", "-", "1"]
+    assert rows[1] == ["1", "ats budget=8", "10 epochs", "85.0% ± 63.5", "+5.5 ± 6.4", *numbers, "2"], (
+        "12.71 std. errors"
+    )
+    assert rows[2] == ["1", "ats budget=8", "off the shelf", "60.0% ± 9.4", "-15.0", *numbers, "1"], (
+        "Wilson's for one split"
+    )
+    assert rows[3] == ["1", "dense", "10 epochs", "83.0% ± 18.8", "-", "20.00 ± 1.50", "-", "3"]
+    assert rows[4] == ["1, one frame", "dense", "10 epochs", "50.0% ± 9.6", "-25.0", "20.00 ± 1.50", "-", "1"]
+    assert rows[5] == ["2", "ats budget=8", "10 epochs", "70.0% ± 8.8", "-", "20.00 ± 1.50", "-", "1"], "no dense model"
 
 
 def test_the_overview_has_a_row_for_every_method() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from fewtokens.analysis.evaluation import interval
 from fewtokens.benchmarks import pareto, tradeoff
 from fewtokens.benchmarks.children import HOME
 from fewtokens.benchmarks.suite import page as suite
@@ -109,21 +110,36 @@ def overview(content: suite.Content) -> list[list[str]]:
 
 
 def clips(content: dict[str, Any]) -> list[list[str]]:
-    """Return a row for every model and method on clips: means over the splits, with their interval, and the speed."""
+    """Return a row for every model and method on clips: means over the splits, with their interval, and the speed.
+
+    A split is hard or easy for all methods alike, so the difference from the dense model is taken split by split.
+    """
     faster = {(record["model"], record["tokenizer"]): record["speedup_vs_dense"] for record in content["speed"]}
-    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    runs: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
     for run in content["runs"]:
-        runs.setdefault((run["model"], run["method"], run["training"]), []).append(run["report"])
-    rows = [["ViViT model", "method", "training", "top-1", "GMACs per view", "times dense", "splits"]]
+        runs.setdefault((run["model"], run["method"], run["training"]), {})[run["split"]] = run["report"]
+    dense = {model: reports for (model, method, _), reports in runs.items() if method == "none"}
+    rows = [["ViViT model", "method", "training", "top-1", "minus dense", "GMACs per view", "times dense", "splits"]]
     for (model, method, training), reports in sorted(runs.items(), key=lambda item: item[0][0]):
-        values = [report["test/top1"] for report in reports]
-        spread = suite.half_width(values, int(reports[0]["test/videos"]))
-        gmacs, std = (mean(report[name] for report in reports) for name in ("cost/gmacs", "cost/gmacs_std"))
+        values = [report["test/top1"] for report in reports.values()]
+        spread = suite.half_width(values, int(next(iter(reports.values()))["test/videos"]))
+        gmacs, std = (mean(report[name] for report in reports.values()) for name in ("cost/gmacs", "cost/gmacs_std"))
         speed = f"{faster[model, method]:.2f}" if (model, method) in faster else "-"
         accuracy = f"{mean(values):.1%} ± {spread:.1f}"
-        cost = pareto.with_spread(gmacs, std, 2)
-        rows.append([model, short_name(method), training, accuracy, cost, speed, str(len(values))])
+        cost, baseline = pareto.with_spread(gmacs, std, 2), dense.get(model.partition(",")[0], {})  # "1, one frame"
+        difference = "-" if baseline is reports else _minus(reports, baseline)
+        rows.append([model, short_name(method), training, accuracy, difference, cost, speed, str(len(values))])
     return rows
+
+
+def _minus(reports: Mapping[int, dict[str, Any]], baseline: Mapping[int, dict[str, Any]]) -> str:
+    """Return the mean difference in points over the splits that both have, with its interval if there are several."""
+    accuracy = "test/top1"
+    differences = [100 * (reports[split][accuracy] - baseline[split][accuracy]) for split in reports.keys() & baseline]
+    if not differences:
+        return "-"
+    half = interval(differences)
+    return f"{mean(differences):+.1f}" + ("" if half is None else f" ± {half:.1f}")
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Any], list[list[str]]]]] = {
