@@ -1,12 +1,12 @@
 #!/bin/sh
 # ViViT on the surveillance camera fight data set: dense models, TokenLearner, ATS and ToMe, over three random splits of
 # 200 training and 100 test clips, with a single frame as a control. Then writes what the runs recorded.
-#   sh docs/results/surveillance.sh <folder with fight/ and no_fight/> <weights of a ViT-S/14> [python] ["0 1 2"]
+#   sh docs/results/surveillance.sh <folder with fight/ and no_fight/> <weights of a ViT-S/14> [python] ["0 1 2 speed"]
 # About two hours per split on one CPU core. Finished runs are skipped and interrupted ones continue, so that the script
 # can be stopped and started again, and splits can run side by side. The last part, speed, needs a machine that does nothing
-# else: start it alone. No frame of the clips leaves outputs/.
+# else, and one finished split: start it alone. No frame of the clips leaves outputs/.
 set -e
-root=$1 weights=$2 python=${3:-python} splits=${4:-0 1 2} out=outputs/surveillance
+root=$1 weights=$2 python=${3:-python} splits=${4:-0 1 2 speed} out=outputs/surveillance
 mkdir -p "$out"
 
 split() {  # argument: seed. Lists 100 and 50 clips of each class, and decodes and copies them.
@@ -47,7 +47,7 @@ evaluate() {  # arguments: seed, name, overrides ... A method in the dense model
   "$python" eval.py checkpoint="$out/$seed/model1" measure=cost measure.cost.num_images=100 hydra.run.dir="$run" "$@"
 }
 
-for seed in $splits; do
+for seed in ${splits%speed}; do
   if [ ! -e "$out/$seed/clips/test.csv" ]; then split $seed; fi
   train $seed model1
   train $seed stills data.frames=1 data.stride=1 backbone.tubelets.frames=1
@@ -58,22 +58,23 @@ for seed in $splits; do
   train $seed ats tokenizer=ats tokenizer.build.budget=128
   train $seed tome tokenizer=tome tokenizer.build.r=32
 done
-for seed in $splits; do  # at model 1's learning rate of 3e-4, model 2 hardly learns
+for seed in ${splits%speed}; do  # at model 1's learning rate of 3e-4, model 2 hardly learns
   train $seed model2 backbone.model=factorised_encoder optimizer.lr=1.0e-4
   train $seed model2_token_learner backbone.model=factorised_encoder optimizer.lr=1.0e-4 \
     tokenizer=token_learner_v11 tokenizer.at=0.5
 done
 
-speed() {  # arguments: model, tokenizers. Test clips of the first split, one process, in turns.
+speed() {  # arguments: model, tokenizers. Test clips of a split, one process, in turns.
   if [ -e "$out/speed_$1/throughput.json" ]; then return; fi
-  "$python" -m fewtokens.benchmarks.throughput checkpoint="$out/0/$1" images=test data.root="$PWD/$out/0/clips" \
+  run=$(ls -d "$out"/[0-9]*/"$1" | head -n 1)
+  "$python" -m fewtokens.benchmarks.throughput checkpoint="$run" images=test data.root="$PWD/$(dirname "$run")/clips" \
     'batch=[4]' min_images=16 seconds=60 timm=false "tokenizers=[$2]" hydra.run.dir="$out/speed_$1"
 }
 
-if [ "$splits" = "0 1 2" ]; then  # all: they do not run side by side now
+case $splits in *speed)
   speed model1 "ats,'ats build.budget=128','tome build.r=32','token_learner_v11 at=0.5'"
   speed model2 "'token_learner_v11 at=0.5'"
-fi
+esac
 
 "$python" - "$out" <<'END'
 import json, re, sys
@@ -81,10 +82,15 @@ from pathlib import Path
 
 out = Path(sys.argv[1])
 runs, speed = [], []
+
+
+def public(command):  # without the paths of this machine
+    return re.sub(r"(init_image\.weights)=\S+", r"\1=<weights>", re.sub(r"=/\S*/outputs/", "=outputs/", command))
+
+
 for report in sorted(out.glob("[0-9]*/*/report.json"), key=lambda path: path.stat().st_mtime):
     run, numbers = json.loads(report.with_name("run.json").read_text()), json.loads(report.read_text())
-    command = re.sub(r"=/\S*/outputs/", "=outputs/", run["command"])  # without the paths of this machine
-    command = re.sub(r"(init_image\.weights)=\S+", r"\1=<weights>", command)
+    command = public(run["command"])
     option, *settings = re.findall(r"\btokenizer[.=](\S+)", command) or ["none"]
     runs.append({
         "split": int(report.parts[-3]),
@@ -98,7 +104,8 @@ for report in sorted(out.glob("[0-9]*/*/report.json"), key=lambda path: path.sta
 for path in sorted(out.glob("speed_model*/throughput.json")):
     name = path.parent.name.removeprefix("speed_")
     records = json.loads(path.read_text())
-    speed += [{**record, "model": name.removeprefix("model"), "checkpoint": f"<{name}>"} for record in records]
+    found = {"model": name.removeprefix("model"), "checkpoint": f"<{name}>"}
+    speed += [{**record, **found, "command": public(record["command"])} for record in records]
 table = Path("docs/results/surveillance.json")  # rows of runs that are on another machine stay
 old = json.loads(table.read_text()) if table.exists() else {"runs": [], "speed": []}
 rows = {tuple(row[name] for name in ("split", "model", "method", "training")): row for row in [*old["runs"], *runs]}
