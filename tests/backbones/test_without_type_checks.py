@@ -10,7 +10,7 @@ from test_methods import HOOKED, METHODS
 
 # Whole runs come first: torch refuses to fork a process after some of the tests of compilation.
 FILES = [str(ROOT / "tests" / name) for name in ("runs/test_fsdp.py", "test_methods.py", "test_encoder_layer.py")]
-COMPILED = ("ats", "token_learner_v11", "tome")
+COMPILED = ("ats", "tome")
 
 pytestmark = pytest.mark.skipif(not HOOKED, reason="nothing to do: the tests ran where they stand")
 

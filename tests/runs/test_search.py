@@ -69,6 +69,7 @@ def test_a_search_continues_where_it_was_interrupted(search, capsys, tmp_path: P
     assert capsys.readouterr().out.endswith(said)
 
 
+@pytest.mark.slow
 def test_a_search_continues_with_other_bounds_only(search, capsys, tmp_path: Path) -> None:
     def job(cfg) -> None:
         run = Path(HydraConfig.get().runtime.output_dir)
