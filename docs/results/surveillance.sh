@@ -57,8 +57,7 @@ for seed in ${splits%speed}; do
   train $seed token_learner tokenizer=token_learner_v11 tokenizer.at=0.5
   train $seed ats tokenizer=ats tokenizer.build.budget=128
   train $seed tome tokenizer=tome tokenizer.build.r=32
-done
-for seed in ${splits%speed}; do  # at model 1's learning rate of 3e-4, model 2 hardly learns
+  # At model 1's learning rate of 3e-4, model 2 hardly learns.
   train $seed model2 backbone.model=factorised_encoder optimizer.lr=1.0e-4
   train $seed model2_token_learner backbone.model=factorised_encoder optimizer.lr=1.0e-4 \
     tokenizer=token_learner_v11 tokenizer.at=0.5
