@@ -38,6 +38,7 @@ class InPlaceLayer(EncoderLayer, Block):
         block.tokenizer = tokenizer
         plain = Block.__new__(Block)
         nn.Module.__init__(plain)
+        plain.training = block.training
         plain.__dict__["_modules"] = block._modules
         block.__dict__["plain"] = plain
 
@@ -45,6 +46,11 @@ class InPlaceLayer(EncoderLayer, Block):
     def block(self) -> Block:  # type: ignore[override]  # a property in place of a child
         """Return the block without the tokenizer."""
         return self.__dict__["plain"]
+
+    def train(self, mode: bool = True) -> "InPlaceLayer":
+        """Set the mode of the block without the tokenizer, too, which is no child."""
+        self.block.training = mode
+        return super().train(mode)
 
 
 class InPlaceEncoder(Encoder, nn.Sequential):
