@@ -81,14 +81,14 @@ def test_the_middle_of_a_photograph_reaches_the_model(make, tmp_path: Path) -> N
 
 
 def test_trained_tokenizers_are_drawn_from_their_run_and_otherwise_left_out(draw, composed, tmp_path, caplog) -> None:
-    left_out = draw(*SMALL, "methods=[token_learner,pool]")["methods"]
-    assert left_out[0] == {"method": "token_learner", "left_out": "its parameters are not in the weights"}
+    skipped = draw(*SMALL, "methods=[token_learner,pool]")["methods"]
+    assert skipped[0] == {"method": "token_learner", "skipped": "its parameters are not in the weights"}
     assert "token_learner is left out" in caplog.text
     training.run(composed(*TINY, "tokenizer.build.num_tokens=3", "test=false", directory="trained"))
     found = draw(f"checkpoint={tmp_path / 'trained'}", "methods=[run,'token_learner at=1',tome]", "width=48")
     assert [record["method"] for record in found["methods"]] == ["run", "token_learner at=1", "tome"]
     assert found["methods"][0]["patch_tokens"]["1"] == [3, 3]
-    assert "left_out" in found["methods"][1], "8 tokens do not fit the parameters for 3"
+    assert "skipped" in found["methods"][1], "8 tokens do not fit the parameters for 3"
     assert found["backbone"] == "vit"
 
 

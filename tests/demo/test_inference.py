@@ -23,12 +23,12 @@ LEARNED = {"token_learner", "token_learner_v11", "token_learner_v11_grouped", "p
 def test_methods_without_parameters_are_offered_and_the_others_named_with_the_reason() -> None:
     methods = Methods(small(size=(16, 16), depth=4))
     assert {"ats", "evit", "tome", "top_k", "random_drop", "pool", "dpc_knn", "k_medoids"} <= set(methods.found)
-    assert LEARNED | {"dynamic_vit", "token_fuser"} <= set(methods.left_out)
+    assert LEARNED | {"dynamic_vit", "token_fuser"} <= set(methods.skipped)
     assert OWN not in methods.found, "the model is dense"
     assert methods.found["ats"].title.startswith("Adaptive Token Sampling")
     pooled = Methods(small(size=(16, 16), depth=4, pool="avg"))
     assert "tome" in pooled.found
-    assert "class token" in pooled.left_out["ats"]
+    assert "class token" in pooled.skipped["ats"]
 
 
 @pytest.mark.parametrize("method", ["tome", "evit", "top_k", "random_drop", "dpc_knn", "k_medoids", "pool"])

@@ -136,7 +136,7 @@ def compare(
     for entry in methods:
         variant, name = with_method(model, entry)
         if variant is None:
-            records.append({"method": entry, "left_out": "its parameters are not in the weights"})
+            records.append({"method": entry, "skipped": "its parameters are not in the weights"})
             continue
         row, record = reduced(variant, images, pictures, blocks)
         settings = [setting.removeprefix("build.") for setting in shlex.split(entry)[1:]]

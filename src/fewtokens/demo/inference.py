@@ -88,7 +88,7 @@ class Predictor:
         self.model, self.pipeline, self.seconds = model.eval(), pipeline, seconds
         self.names = None if names is None else _distinct(names)
         self.methods = Methods(model)
-        check(len(self.methods.found) > 0, "backbone", "a model for which a method works", self.methods.left_out)
+        check(len(self.methods.found) > 0, "backbone", "a model for which a method works", self.methods.skipped)
         self._lock = Lock()
 
     def predict(self, picture: Image.Image, method: str, budget: float | int) -> Result:

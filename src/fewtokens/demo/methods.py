@@ -42,14 +42,14 @@ class Methods:
 
     Attributes:
         found: The methods by name, the model's own first.
-        left_out: The reason for every other method.
+        skipped: The reason for every other method.
     """
 
     def __init__(self, model: ViT, folder: Path = CONFIGS / "tokenizer") -> None:
         self.own = model.encoder.tokenizers
         self.grid = self.own[0].context.grid
         self.found: dict[str, Method] = {}
-        self.left_out: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
         self._configs: dict[str, Any] = {}
         names = list(dict.fromkeys(type(each).__name__ for each in self.own if type(each) is not Tokenizer))
         if names:
@@ -81,7 +81,7 @@ class Methods:
         """Add a method, or the reason why it is left out."""
         cfg = OmegaConf.load(path)
         if "defaults" in cfg:
-            self.left_out[path.stem] = "It wraps another method and has parameters of its own."
+            self.skipped[path.stem] = "It wraps another method and has parameters of its own."
             return
         argument = next((str(key) for key in cfg.build if key in BUDGETS), None)
         title = path.read_text().partition("\n")[0].removeprefix("# ")
@@ -92,7 +92,7 @@ class Methods:
         except FewtokensError as error:
             reason = str(error)
         if reason:
-            self.left_out[path.stem] = reason
+            self.skipped[path.stem] = reason
             del self.found[path.stem]
 
 

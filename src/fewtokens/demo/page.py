@@ -197,9 +197,9 @@ def build(
             with gr.Column(scale=3, min_width=320):
                 prediction = _prediction_outputs(predictor.names is not None)
         stages = _stage_outputs()
-        if predictor.methods.left_out:
+        if predictor.methods.skipped:
             with gr.Accordion("Methods that this model cannot show", open=False):
-                gr.Markdown("\n".join(f"- `{name}`: {why}" for name, why in predictor.methods.left_out.items()))
+                gr.Markdown("\n".join(f"- `{name}`: {why}" for name, why in predictor.methods.skipped.items()))
         gr.on(
             [page.load, picture.change, method.change, budget.release],
             partial(_answer, predictor),
