@@ -78,7 +78,7 @@ class Methods:
         return build_tokenizers(instantiate(cfg["build"]), cfg["at"], self.own[0].context), " ".join(settings)
 
     def _add(self, path: Path) -> None:
-        """Add a method, or the reason why it is left out."""
+        """Add a method, or the reason why it is skipped."""
         cfg = OmegaConf.load(path)
         if "defaults" in cfg:
             self.skipped[path.stem] = "It wraps another method and has parameters of its own."
