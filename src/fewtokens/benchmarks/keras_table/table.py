@@ -152,7 +152,8 @@ def page(rows: Sequence[Row], costs: Mapping[str, tuple[float, float]]) -> str:
         lines = [_line(name, chosen, costs[name]) for name in PUBLISHED]
         parts.append("\n".join([head, "|---|---|---|---|---|---|---|", *lines]))
         missing = [name for name in PUBLISHED if all(row["row"] != name for row in chosen)]
-        parts.append(f"Not run: {', '.join(missing) or 'nothing, every row has a run'}.")
+        if missing:
+            parts.append(f"Not run: {', '.join(missing)}.")
     if not any("official archive" in setting[0] for setting in settings):
         parts.append("No run has used the official archive, on which the published numbers were measured.")
     return "\n\n".join(parts) + "\n"
