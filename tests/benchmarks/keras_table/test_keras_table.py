@@ -184,6 +184,13 @@ def test_the_page_says_what_was_run_and_what_was_not(args):
     assert "No run has used the official archive" in page
 
 
+def test_a_page_with_a_run_of_every_row_names_none_as_missing(args):
+    for row in keras_table.PUBLISHED:
+        write_run(args, row)
+    assert reproduce.tabulate(args) == []
+    assert "not run" not in args.table.with_suffix(".md").read_text().lower()
+
+
 def test_the_page_depends_on_the_csv_alone(args):
     write_run(args)
     reproduce.tabulate(args)
