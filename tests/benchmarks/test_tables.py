@@ -31,6 +31,14 @@ def test_a_table_is_replaced_and_the_text_around_it_stays(tmp_path: Path) -> Non
     assert tables.filled(text, tmp_path) == text
 
 
+def test_records_of_several_processes_are_one_row_with_the_median_and_the_range_of_the_speed_up() -> None:
+    records = [RECORD | {"batch": batch, "tokenizer": "ats", "speedup_vs_dense": speed, "images_per_s": 10 * speed}
+               for speed in (1.6, 1.4, 1.5) for batch in (16, 1)]  # fmt: skip
+    rows = tables.speed([RECORD, *records, RECORD, RECORD])
+    assert rows[1] == ["16", "dense", "10.0", "1.00", "6.00", "6.00", "1.00"]
+    assert rows[2:] == [[b, "ats", "15.0", "1.50 (1.40 to 1.60)", "6.00", "6.00", "1.00"] for b in ("16", "1")]
+
+
 def test_an_unknown_table_and_a_missing_result_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FewtokensError, match="'nothing'"):
         tables.filled("<!-- table: nothing -->\n<!-- end -->", tmp_path)

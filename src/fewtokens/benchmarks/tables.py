@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from fewtokens.analysis.evaluation import interval
@@ -24,6 +24,7 @@ from fewtokens.files import replace_file
 PAGE, RESULTS = HOME / "docs" / "benchmark.md", HOME / "docs" / "results"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LEVELS = (0.8, 0.7, 0.6, 0.5)
+SPEED = ("images_per_s", "gmacs", "gmacs_padded", "realised_over_theoretical")
 
 
 def main() -> int:
@@ -66,12 +67,20 @@ def filled(text: str, results: Path) -> str:
 
 
 def speed(records: list[dict[str, Any]]) -> list[list[str]]:
-    """Return the rows of a throughput.json."""
-    rows = [["batch", "method", "images/s", "times dense", "GMACs", "padded", "realised/theoretical"]]
+    """Return a row for every batch size and method of one or several throughput.json, one for each process.
+
+    With several, numbers are medians over the processes, and the lowest and the highest speed-up follow in brackets.
+    """
+    processes: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for record in records:
-        numbers = [f"{record['images_per_s']:,.1f}", f"{record['speedup_vs_dense']:.2f}"]
-        numbers += [f"{record[name]:.2f}" for name in ("gmacs", "gmacs_padded", "realised_over_theoretical")]
-        rows.append([str(record["batch"]), short_name(record["tokenizer"]), *numbers])
+        processes.setdefault((record["batch"], record["tokenizer"]), []).append(record)
+    rows = [["batch", "method", "images/s", "times dense", "GMACs", "padded", "realised/theoretical"]]
+    for (batch, tokenizer), found in processes.items():
+        faster = [record["speedup_vs_dense"] for record in found]
+        spread = f" ({min(faster):.2f} to {max(faster):.2f})" if min(faster) < max(faster) else ""
+        rate, *numbers = (median(record[name] for record in found) for name in SPEED)
+        row = [f"{rate:,.1f}", f"{median(faster):.2f}{spread}", *(f"{number:.2f}" for number in numbers)]
+        rows.append([str(batch), short_name(tokenizer), *row])
     return rows
 
 
