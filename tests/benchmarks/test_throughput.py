@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import initialize_config_dir
+from torch import Tensor
 
 from conftest import CONFIGS, TINY
 from fewtokens.benchmarks import throughput
@@ -82,6 +84,22 @@ def test_clips_are_timed_without_video_data(composed, tmp_path: Path, capsys) ->
     )
     assert {(record["frames"], record["image_size"]) for record in found} == {(4, 16)}
     assert "clips/s" in capsys.readouterr().out
+
+
+def test_several_small_batches_hold_different_images(composed, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[Tensor] = []
+    time_models = throughput.time_models
+
+    def remember(models: Any, images: Tensor, *settings: Any) -> Any:
+        timed.append(images)
+        return time_models(models, images, *settings)
+
+    monkeypatch.setattr(throughput, "time_models", remember)
+    small = [*SMALL, "tokenizers=[]", "timm=false", "batch=[2,1]", "seconds=0.05", "min_images=5"]
+    cfg = composed(*small, base="throughput")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        throughput.run(cfg)
+    assert [len(images.unique(dim=0)) for images in timed] == [5, 5]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,10 @@ def test_padding_costs_what_a_batch_computes(make):
         block.attn.qkv.weight.data[:16] *= 200  # peaked attention keeps different numbers
     record = time_models({"none": dense, "ats": adaptive}, images(8), Setting(batch=8), 0.05)[1]
     assert record["gmacs"] < record["gmacs_padded"] < record["gmacs_dense"]
+    alone = [macs(adaptive, image) / 1e9 for image in images(20).split(1)]
+    assert len(set(alone)) > 1
+    record = time_models({"none": dense, "ats": adaptive}, images(20), Setting(batch=5), 0.05, min_images=20)[1]
+    assert record["gmacs"] == pytest.approx(sum(alone) / 20)
 
 
 def test_batches_are_whole_and_small_ones_are_several():

@@ -57,7 +57,8 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     task = build_dense(cfg).to(device)
-    dense, images = unwrap_compiled(task.model), load_images(cfg, task, cfg.images, max(s.batch for s in settings))
+    count = max(cfg.min_images, *(setting.batch for setting in settings))  # one image repeated is not several
+    dense, images = unwrap_compiled(task.model), load_images(cfg, task, cfg.images, count)
     if cfg.sharpen is not None:
         reached = sharpen(dense, images[:8], list(cfg.sharpen))
         log.info("Sharpened: ATS keeps %s tokens", ", ".join(f"{count:.0f}" for count in reached))

@@ -27,7 +27,6 @@ PRECISIONS = ("32-true", "bf16-true", *AUTOCAST)
 MODES = ("inference", "training")
 COMPILED = {"none": "eager", "layers": "compiled layers", "model": "compiled", "graph": "CUDA graph"}
 MIN_IMAGES = 8  # images timed together: at batch 1, the time of an adaptive tokenizer depends on the image
-COUNTED_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -127,9 +126,10 @@ def in_batches(
 
 
 def macs_per_image(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]]) -> tuple[float, float]:
-    """Return the multiply-adds of an image alone, averaged over up to 16 images, and per image in these batches."""
+    """Return the multiply-adds of an image alone, averaged over all images, and per image in these batches."""
     images = torch.cat(batches)
-    counted = images[:COUNTED_IMAGES].split(1)
+    adaptive = any(getattr(module, "adaptive", False) for module in model.modules())
+    counted = (images if adaptive else images[:1]).split(1)  # otherwise they do not depend on the image
     padded = sum(macs(model, batch) for batch in batches) / len(images)
     return sum(macs(model, image) for image in counted) / len(counted), padded
 
