@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fewtokens.analysis.cost import macs
+from fewtokens.analysis.flops import count
 from fewtokens.analysis.memory import peak_bytes
 from fewtokens.analysis.throughput import AUTOCAST, Run, autocast, interquartile_range, seconds_on, time_in_turns
 from fewtokens.backbones.vit import ViT
@@ -127,11 +128,11 @@ def in_batches(
 
 def macs_per_image(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]]) -> tuple[float, float]:
     """Return the multiply-adds of an image alone, averaged over all images, and per image in these batches."""
-    images = torch.cat(batches)
-    adaptive = any(getattr(module, "adaptive", False) for module in model.modules())
-    counted = (images if adaptive else images[:1]).split(1)  # otherwise they do not depend on the image
-    padded = sum(macs(model, batch) for batch in batches) / len(images)
-    return sum(macs(model, image) for image in counted) / len(counted), padded
+    if not isinstance(model, ViT):  # timm's own, in which all images cost the same
+        cost = float(macs(model, batches[0][:1]))
+        return cost, cost
+    counts = count(model, batches, skip_equal=True)
+    return counts.macs.double().mean().item(), counts.padded.mean().item()
 
 
 def peak_memory(model: nn.Module, batches: list[Float[Tensor, "b c *t h w"]], setting: Setting) -> float | None:
