@@ -1,5 +1,6 @@
 """Signals outside of a training step. What happens within is tested with whole runs in tests/runs."""
 
+import csv
 import json
 import os
 import signal
@@ -89,3 +90,22 @@ def test_a_signal_waits_for_the_step_and_at_the_end_of_an_epoch_for_its_validati
     content = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert len(seen) == content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == ready
     assert ("val/loss" in content["numbers"]) == (ready == 5)
+
+
+def test_the_step_of_the_stop_is_logged_once(composed, tmp_path: Path, monkeypatch) -> None:
+    seen: list[int] = []
+
+    def step(*_: object) -> None:
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = ["trainer.limit_train_batches=4", "trainer.log_every_n_steps=1", "test=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "on_train_batch_start", step, raising=False)
+        with pytest.raises(Stopped):
+            training.run(composed(*TINY, *settings))
+    training.run(composed(f"resume={tmp_path / 'run'}"))
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == [0, 1, 2, 3]

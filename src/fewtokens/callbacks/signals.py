@@ -73,6 +73,8 @@ class StopOnSignal(Checkpoint):
             # A run resumed after the last batch of an epoch would skip the validation. The checkpoint is written
             # nevertheless, since some systems kill a process soon after the signal.
             if not trainer.is_last_batch:
+                # Lightning logs a step after the callbacks, and the resumed run begins with the next step.
+                trainer._logger_connector.update_train_step_metrics()
                 self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
