@@ -63,11 +63,13 @@ for seed in ${splits%speed}; do
     tokenizer=token_learner_v11 tokenizer.at=0.5
 done
 
-speed() {  # arguments: model, tokenizers. Test clips of a split, one process, in turns.
-  if [ -e "$out/speed_$1/throughput.json" ]; then return; fi
+speed() {  # arguments: model, tokenizers. 16 test clips of a split, three processes, in each of them all in turns.
   run=$(ls -d "$out"/[0-9]*/"$1" | head -n 1)
-  "$python" -m fewtokens.benchmarks.throughput checkpoint="$run" images=test data.root="$PWD/$(dirname "$run")/clips" \
-    'batch=[4]' min_images=16 seconds=60 timm=false "tokenizers=[$2]" hydra.run.dir="$out/speed_$1"
+  for process in 1 2 3; do
+    if [ -e "$out/speed_$1/$process/throughput.json" ]; then continue; fi
+    "$python" -m fewtokens.benchmarks.throughput checkpoint="$run" images=test data.root="$PWD/$(dirname "$run")/clips" \
+      'batch=[4]' min_images=16 seconds=60 timm=false "tokenizers=[$2]" hydra.run.dir="$out/speed_$1/$process"
+  done
 }
 
 case $splits in *speed)
@@ -100,8 +102,8 @@ for report in sorted(out.glob("[0-9]*/*/report.json"), key=lambda path: path.sta
         **{key: run[key] for key in ("seed", "commit", "versions", "measured_on", "written")},
         "report": numbers,
     })
-for path in sorted(out.glob("speed_model*/throughput.json")):
-    name = path.parent.name.removeprefix("speed_")
+for path in sorted(out.glob("speed_model*/*/throughput.json")):
+    name = path.parts[-3].removeprefix("speed_")
     records = json.loads(path.read_text())
     found = {"model": name.removeprefix("model"), "checkpoint": f"<{name}>"}
     speed += [{**record, **found, "command": public(record["command"])} for record in records]

@@ -60,9 +60,9 @@ def test_clips_have_means_over_splits_and_their_speed() -> None:
     runs = [run(0, 0.8), run(0, 0.7, model="2"), run(1, 0.9), run(0, 0.6, training="off the shelf")]
     runs += [run(2, 0.9, method="none"), run(1, 0.84, method="none"), run(0, 0.75, method="none")]
     runs += [run(0, 0.5, method="none", model="1, one frame")]
-    speed = [{"model": "1", "tokenizer": "ats build.budget=8", "speedup_vs_dense": 1.5}]
+    speed = [{"model": "1", "tokenizer": "ats build.budget=8", "speedup_vs_dense": s} for s in (1.5, 1.25, 1.75)]
     rows = tables.clips({"runs": runs, "speed": speed})
-    numbers = ["20.00 ± 1.50", "1.50"]
+    numbers = ["20.00 ± 1.50", "1.50 (1.25 to 1.75)"]
     assert rows[1] == ["1", "ats budget=8", "10 epochs", "85.0% ± 63.5", "+5.5 ± 6.4", *numbers, "2"], (
         "12.71 std. errors"
     )

@@ -76,10 +76,8 @@ def speed(records: list[dict[str, Any]]) -> list[list[str]]:
         processes.setdefault((record["batch"], record["tokenizer"]), []).append(record)
     rows = [["batch", "method", "images/s", "times dense", "GMACs", "padded", "realised/theoretical"]]
     for (batch, tokenizer), found in processes.items():
-        faster = [record["speedup_vs_dense"] for record in found]
-        spread = f" ({min(faster):.2f} to {max(faster):.2f})" if min(faster) < max(faster) else ""
         rate, *numbers = (median(record[name] for record in found) for name in SPEED)
-        row = [f"{rate:,.1f}", f"{median(faster):.2f}{spread}", *(f"{number:.2f}" for number in numbers)]
+        row = [f"{rate:,.1f}", _times_dense(found), *(f"{number:.2f}" for number in numbers)]
         rows.append([str(batch), short_name(tokenizer), *row])
     return rows
 
@@ -123,7 +121,9 @@ def clips(content: dict[str, Any]) -> list[list[str]]:
 
     A split is hard or easy for all methods alike, so the difference from the dense model is taken split by split.
     """
-    faster = {(record["model"], record["tokenizer"]): record["speedup_vs_dense"] for record in content["speed"]}
+    timed: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in content["speed"]:
+        timed.setdefault((record["model"], record["tokenizer"]), []).append(record)
     runs: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
     for run in content["runs"]:
         runs.setdefault((run["model"], run["method"], run["training"]), {})[run["split"]] = run["report"]
@@ -136,10 +136,17 @@ def clips(content: dict[str, Any]) -> list[list[str]]:
         baseline = dense.get(model.partition(",")[0], {})  # that of "1, one frame" is model 1
         difference = "-" if baseline is reports else _minus(reports, baseline)
         gmacs, std = (mean(report[name] for report in found) for name in ("cost/gmacs", "cost/gmacs_std"))
-        speed = f"{faster[model, method]:.2f}" if (model, method) in faster else "-"
+        speed = _times_dense(timed[model, method]) if (model, method) in timed else "-"
         cost = pareto.with_spread(gmacs, std, 2)
         rows.append([model, short_name(method), training, accuracy, difference, cost, speed, str(len(found))])
     return rows
+
+
+def _times_dense(processes: list[dict[str, Any]]) -> str:
+    """Return the median speed-up of the records of one method, and the lowest and the highest if they differ."""
+    faster = [record["speedup_vs_dense"] for record in processes]
+    spread = f" ({min(faster):.2f} to {max(faster):.2f})" if min(faster) < max(faster) else ""
+    return f"{median(faster):.2f}{spread}"
 
 
 def _minus(reports: Mapping[int, dict[str, Any]], baseline: Mapping[int, dict[str, Any]]) -> str:
@@ -154,6 +161,7 @@ def _minus(reports: Mapping[int, dict[str, Any]], baseline: Mapping[int, dict[st
 
 TABLES: Mapping[str, tuple[str, Callable[[Any], list[list[str]]]]] = {
     "trained_attention": ("trained_attention.json", speed),
+    "ats_layouts": ("ats_layouts.json", speed),
     "fewshot": ("fewshot_cifar10.json", transfer),
     "suite": ("finetune_cifar10.json", overview),
     "surveillance": ("surveillance.json", clips),
