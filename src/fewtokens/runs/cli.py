@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fewtokens.errors import FewtokensError, first_line
 from fewtokens.files import replace_file
 from fewtokens.masking import mask, mask_logs, masked
+from fewtokens.runs.allocator import keep_freed_memory
 from fewtokens.runs.compose import compose_on_saved_runs, first_values, reference_overrides
 from fewtokens.runs.config import CONFIGS
 from fewtokens.runs.distributed import end_with_parent, is_rank_zero, rank, share_timestamp
@@ -61,6 +62,7 @@ def command(name: str, job: Callable[[DictConfig], Any]) -> None:
     # libgomp's own 300,000 turns, 1.3 s with these and 2.0 s with none; beside a second such job 75, 2.9 and 1.9 s.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of other runtimes than libgomp
+    keep_freed_memory()
     try:
         read_env_file(CONFIGS.resolve().parent / ".env")
         sys.argv[1:] = [translated(argument, name) for argument in sys.argv[1:]]
