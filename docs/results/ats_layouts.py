@@ -2,7 +2,7 @@
 
 The images of a batch keep different numbers of tokens. `fewtokens.tokenizers.ats.ATS` pads them and computes the
 feed-forward part on the real tokens only. These classes have the same output, for inference on a CPU, in blocks
-without dropout, drop path and gate.
+without dropout, drop path and gate, and for tokens that were not merged before.
 """
 
 from dataclasses import replace

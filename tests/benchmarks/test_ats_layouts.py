@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewtokens.analysis.cost import macs
 from fewtokens.backbones.vit import ViT, vit
@@ -33,12 +33,16 @@ def model_with(kind: type[ATS]) -> ViT:
     return model.eval()
 
 
+def images() -> Tensor:
+    """Return images that differ in contrast, so that they keep different numbers of patches."""
+    contrast = torch.linspace(0.1, 4, 6)[:, None, None, None]
+    return contrast * torch.randn(6, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["Padded", "LinearOnReal", "AllOnReal"])
 def test_a_layout_computes_what_ats_computes(layouts: ModuleType, name: str) -> None:
-    ours, other = model_with(ATS), model_with(getattr(layouts, name))
-    contrast = torch.linspace(0.1, 4, 6)[:, None, None, None]
-    batch = contrast * torch.randn(6, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    ours, other, batch = model_with(ATS), model_with(getattr(layouts, name)), images()
     mask = ours.trace(batch)[-1].mask
     assert mask is not None, "otherwise nothing is tested"
     torch.testing.assert_close(other(batch), ours(batch), rtol=1e-5, atol=1e-5)
@@ -48,7 +52,7 @@ def test_a_layout_computes_what_ats_computes(layouts: ModuleType, name: str) -> 
 
 @torch.no_grad()
 def test_layouts_compute_less_and_less_of_the_padding(layouts: ModuleType) -> None:
-    batch = torch.linspace(0.1, 4, 6)[:, None, None, None] * torch.randn(6, 3, 24, 24)
+    batch = images()
     found = [macs(model_with(kind), batch) for kind in (layouts.Padded, ATS, layouts.LinearOnReal, layouts.AllOnReal)]
     alone = sum(macs(model_with(ATS), image[None]) for image in batch)
     assert found[0] > found[1] > found[2] > found[3] >= alone
