@@ -235,14 +235,14 @@ def test_type_device_and_mode_are_those_of_the_model() -> None:
 
 
 @torch.no_grad()
-def test_the_feed_forward_skips_padding_only_outside_of_training() -> None:
+def test_padding_is_skipped_only_outside_of_training() -> None:
     model: Any = fewtokens.reduce(timm_model(), "ats", at=1, budget=0.5)
     shapes: list[torch.Size] = []
     model.blocks[1].mlp.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[:-1]))
     tokens = model.eval().encoder(model.embed(IMAGES))
     assert tokens.mask is not None
     assert not tokens.mask.all()
-    assert shapes == [(int(tokens.mask.sum()),)]
+    assert shapes == [(1, int(tokens.mask.sum()))]
     model.train()(IMAGES)
     assert shapes[1:] == [tokens.x.shape[:2]]
 

@@ -7,7 +7,7 @@ set -e
 python=${1:-python} run=outputs/ats_layouts
 test $# -eq 0 || shift
 layouts=
-for name in Padded LinearOnReal AllOnReal; do layouts="$layouts,'ats build._target_=ats_layouts.$name'"; done
+for name in Padded FeedForwardOnReal LinearOnReal; do layouts="$layouts,'ats build._target_=ats_layouts.$name'"; done
 for process in 1 2 3; do
   PYTHONPATH=docs/results FEWTOKENS_ALLOW_TARGETS=ats_layouts. \
     "$python" -m fewtokens.benchmarks.throughput trainer=cpu images=test data.root=data/imagenet-sample data.num_workers=0 \

@@ -209,7 +209,8 @@ def test_an_adaptive_tokenizer_costs_the_mean_over_the_whole_test_set(adaptive, 
     assert found["cost/gmacs_std"] > 0
     padded = [macs(adaptive, part) for part in load_test_images(task, data, 100).split(3)]
     assert found["cost/gmacs_padded"] == pytest.approx(sum(padded) / 31 / 1e9)
-    assert found["cost/gmacs"] < found["cost/gmacs_padded"] < found["cost/gmacs_dense"] * 1.05
+    assert found["cost/gmacs"] == pytest.approx(found["cost/gmacs_padded"]), "a CPU computes no padding"
+    assert found["cost/gmacs"] < found["cost/gmacs_dense"] * 1.05
     with (tmp_path / "cost_histogram.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert sum(int(row["images"]) for row in rows) == 31

@@ -59,7 +59,7 @@ def test_an_adaptive_tokenizer_costs_every_clip_its_own(model: Model) -> None:
     assert len(set(found.macs.tolist())) > 3
     padded = [macs(net, part) / len(part) for part in many.split(5)]
     assert found.padded.tolist() == [padded[0]] * 5 + [padded[1]] * 3
-    assert found.padded.mean() > found.macs.double().mean()
+    assert found.padded.mean() == pytest.approx(found.macs.double().mean().item()), "a CPU computes no padding"
     # Of a clip the tokens of all its time steps together, each of which keeps its own number.
     with torch.no_grad():
         masks = [tokens.mask for tokens in net.eval().trace(many)]

@@ -66,7 +66,8 @@ def test_padding_costs_what_a_batch_computes(make):
     for block in adaptive.encoder.blocks:
         block.attn.qkv.weight.data[:16] *= 200  # peaked attention keeps different numbers
     record = time_models({"none": dense, "ats": adaptive}, images(8), Setting(batch=8), 0.05)[1]
-    assert record["gmacs"] < record["gmacs_padded"] < record["gmacs_dense"]
+    assert record["gmacs"] == pytest.approx(record["gmacs_padded"]), "a CPU computes no padding"
+    assert record["gmacs"] < record["gmacs_dense"]
     alone = [macs(adaptive, image) / 1e9 for image in images(20).split(1)]
     assert len(set(alone)) > 1
     record = time_models({"none": dense, "ats": adaptive}, images(20), Setting(batch=5), 0.05, min_images=20)[1]

@@ -1,5 +1,6 @@
 """Attention and Block: equality with timm, the attention state, sizes and padding."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def block(**settings: Any) -> Block:
     torch.manual_seed(0)
     return Block(24, 3, qkv_bias=True, norm_layer=norm_layer, attn_layer=Attention, **settings)
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
 
 
 def explicit_attention(state: AttentionState) -> Tensor:
@@ -183,15 +188,60 @@ def test_padding_never_changes_real_tokens(garbage: float, sized: bool) -> None:
 
 
 @torch.no_grad()
-def test_evaluation_spends_no_feed_forward_on_padding() -> None:
-    layer = block().train()
+@pytest.mark.parametrize("settings", [{}, {"init_values": 0.1, "qk_norm": True}, {"scale_attn_norm": True}], ids=str)
+@pytest.mark.parametrize("sized", [False, True], ids=["no sizes", "sizes"])
+@pytest.mark.parametrize("chosen", [None, "equal", "padded"])
+@pytest.mark.parametrize("padded", [False, True], ids=["no padding", "padding"])
+def test_inference_on_packed_tokens_equals_that_with_padding(
+    settings: dict[str, Any], sized: bool, chosen: str | None, padded: bool
+) -> None:
+    layer = block(**settings).train()
+    mask = torch.tensor([[True] * 6, [True, True, False, True, True, False], [True] * 3 + [False] * 3])
+    tokens = Tokens(randn(3, 6, 24), prefix=2, mask=mask if padded else None,
+                    size=randn(3, 6, seed=3).abs() + 0.5 if sized else None)  # fmt: skip
+    index = torch.tensor([[3, 0], [1, 2], [0, 2]])
+    kept = torch.tensor([[True, True], [True, False], [True, False]]) if chosen == "padded" else None
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def choose(state: Any) -> tuple[Tensor, Tensor | None]:
+        seen.append((state.class_attention(), state.value_norms()))
+        return index, kept
+
+    trace: list[Tokens] = []
+    expected = layer(tokens, choose if chosen else None)
+    found = layer.eval()(replace(tokens, trace=trace), choose if chosen else None)
+    assert trace == [found]
+    real = torch.ones_like(found.x[..., 0], dtype=torch.bool) if found.mask is None else found.mask
+    torch.testing.assert_close(found.x[real], expected.x[real], rtol=1e-5, atol=1e-6)
+    assert found.x[~real].abs().sum() == 0
+    for name in ("prefix", "frames", "grid", "size", "mask"):
+        assert_equal(getattr(found, name), getattr(expected, name))
+    if chosen:
+        everywhere = mask if padded else torch.ones_like(mask)
+        (attention, norms), (packed_attention, packed_norms) = seen
+        torch.testing.assert_close(packed_attention, attention, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(packed_norms, norms * everywhere, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_inference_computes_nothing_on_padding() -> None:
+    layer, rows = block(), list[tuple[int, ...]]()
     tokens = Tokens(randn(2, 5, 24), mask=torch.tensor([[True] * 5, [True, True, False, True, False]]))
-    everywhere, rows = layer.feed_forward(tokens).x, []
-    layer.mlp.register_forward_hook(lambda module, args, output: rows.append(args[0].shape))
-    found = layer.eval().feed_forward(tokens)
-    assert rows == [(8, 24)]
-    torch.testing.assert_close(found.x[tokens.mask], everywhere[tokens.mask])
-    assert torch.equal(found.x[~tokens.mask], tokens.x[~tokens.mask])  # finite: attention multiplies it by 0
+    for part in (layer.norm1, layer.attn.qkv, layer.attn.proj, layer.mlp):
+        part.register_forward_hook(lambda module, args, output: rows.append(tuple(args[0].shape)))
+    layer.train()(tokens)
+    layer.eval()(tokens)
+    assert rows == [(2, 5, 24)] * 4 + [(1, 8, 24)] * 4
+
+
+def test_gradients_flow_through_packed_tokens() -> None:
+    layer, mask = block(), torch.tensor([[True] * 5, [True, True, False, True, False]])
+    gradients = []
+    for mode in (True, False):
+        x = randn(2, 5, 24).requires_grad_()
+        found = layer.train(mode)(Tokens(x, prefix=1, mask=mask), lambda state: (torch.tensor([[0, 2], [0, 2]]), None))
+        gradients.append(torch.autograd.grad((found.x * found.mask[..., None]).square().sum(), x)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_of_size_three_acts_as_three_equal_tokens() -> None:

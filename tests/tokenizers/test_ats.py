@@ -394,7 +394,7 @@ def test_only_survivors_attend() -> None:
     block.attn.proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     tokens = model.encoder.blocks[0](model.embed(images(3)))
     out = model.encoder.tokenizers[1](tokens, block)
-    assert seen == [out.x.shape[1]]
+    assert seen == [out.x.shape[0] * out.x.shape[1]], "the images lie one behind the other"
     assert out.x.shape[1] <= 7
     attended, state = block.attend(tokens)
     index, mask = model.encoder.tokenizers[1].choose(tokens, state)

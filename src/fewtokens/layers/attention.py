@@ -44,6 +44,14 @@ class AttentionState:
             logits = logits + self.bias.float()
         return logits.softmax(dim=-1) if self.keep_mask is None else masked_softmax(logits, self.keep_mask)
 
+    def class_attention(self) -> Float[Tensor, "b h n"]:
+        """Return the attention weights of the first token, which is the class token (B, heads, N), in float32."""
+        return self.attention_rows(1)[:, :, 0]
+
+    def value_norms(self) -> Float[Tensor, "b n"]:
+        """Return the norm of the values, concatenated over heads (B, N), in float32."""
+        return torch.linalg.vector_norm(self.value.float(), dim=(1, 3))
+
 
 class Attention(TimmAttention):
     """timm's attention with its parameters and their names, split into `project_qkv` and `attend`."""
@@ -52,7 +60,7 @@ class Attention(TimmAttention):
         self,
         x: Float[Tensor, "b n c"],
         bias: Float[Tensor, "b 1 1 n"] | None,
-        num_queries: int | None = None,
+        asking: Float[Tensor, "b q c"] | None = None,
         keep_mask: Float[Tensor, "b n"] | None = None,
     ) -> AttentionState:
         """Compute queries, keys and values of x (B, N, C).
@@ -60,16 +68,14 @@ class Attention(TimmAttention):
         Args:
             x: Normalized tokens.
             bias: Additive attention bias (B, 1, 1, N), or None.
-            num_queries: Compute the queries of the first tokens only, as many as this; None for all.
+            asking: Normalized tokens (B, Q, C), of which the queries are computed; None for x itself.
             keep_mask: See `Tokens.keep_mask`.
         """
-        if num_queries is None:
+        if asking is None:
             query, key, value = self._split(self.qkv(x), 3)
             return AttentionState(self.q_norm(query), self.k_norm(key), value, bias, self.scale, keep_mask)
         key, value = self._split(self._project(x, slice(self.attn_dim, None)), 2)
-        return AttentionState(
-            self.project_queries(x[:, :num_queries]), self.k_norm(key), value, bias, self.scale, keep_mask
-        )
+        return AttentionState(self.project_queries(asking), self.k_norm(key), value, bias, self.scale, keep_mask)
 
     def project_queries(self, x: Float[Tensor, "b q c"]) -> Float[Tensor, "b h q d"]:
         """Compute only the queries (B, heads, Q, D) of tokens (B, Q, C)."""
@@ -77,8 +83,26 @@ class Attention(TimmAttention):
 
     def attend(self, state: AttentionState, x: Float[Tensor, "b q c"]) -> Float[Tensor, "b q c"]:
         """Return the attention output (B, Q, C), projected. x holds the normalized tokens of the Q queries."""
-        out = self._weighted_values(state)
-        out = self.norm(out.transpose(1, 2).reshape(x.shape[0], -1, self.attn_dim))
+        return self.project_out(self.weighted_values(state), x)
+
+    def weighted_values(self, state: AttentionState) -> Float[Tensor, "b h q d"]:
+        """Return the values, weighted by attention (B, heads, Q, D)."""
+        dropout = self.attn_drop.p if self.training else 0.0
+        query, key, value = state.query, state.key, state.value
+        if state.keep_mask is not None:
+            weights = state.attention_rows(query.shape[2]).to(value.dtype)
+            return F.dropout(weights, dropout) @ value
+        bias = None if state.bias is None else state.bias.to(query.dtype)
+        if query.device.type == "cpu" and (dropout or self._has_slow_backward(key)):
+            # The CPU has no fused kernel with dropout, and torch's fallback copies everything to float32.
+            logits = (query * self.scale) @ key.transpose(-2, -1)
+            weights = (logits if bias is None else logits + bias).softmax(dim=-1)
+            return F.dropout(weights, dropout) @ value
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+
+    def project_out(self, values: Float[Tensor, "b h q d"], x: Float[Tensor, "b q c"]) -> Float[Tensor, "b q c"]:
+        """Project the weighted values (B, heads, Q, D) of normalized tokens x to the attention output (B, Q, C)."""
+        out = self.norm(values.transpose(1, 2).reshape(x.shape[0], -1, self.attn_dim))
         if self.gate is not None:
             out = out * torch.sigmoid(self.gate(x))
         return self.proj_drop(self.proj(out))
@@ -99,20 +123,6 @@ class Attention(TimmAttention):
         # In half precision the backward of the CPU's fused kernel took 5 times as long as the explicit one at 65
         # tokens and twice as long at 197. Beyond 785 tokens both took equally long.
         return self.training and torch.is_grad_enabled() and key.dtype != torch.float32 and key.shape[2] <= 512
-
-    def _weighted_values(self, state: AttentionState) -> Float[Tensor, "b h q d"]:
-        dropout = self.attn_drop.p if self.training else 0.0
-        query, key, value = state.query, state.key, state.value
-        if state.keep_mask is not None:
-            weights = state.attention_rows(query.shape[2]).to(value.dtype)
-            return F.dropout(weights, dropout) @ value
-        bias = None if state.bias is None else state.bias.to(query.dtype)
-        if query.device.type == "cpu" and (dropout or self._has_slow_backward(key)):
-            # The CPU has no fused kernel with dropout, and torch's fallback copies everything to float32.
-            logits = (query * self.scale) @ key.transpose(-2, -1)
-            weights = (logits if bias is None else logits + bias).softmax(dim=-1)
-            return F.dropout(weights, dropout) @ value
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
 
 
 def masked_softmax(logits: Float[Tensor, "b h q n"], keep_mask: Float[Tensor, "b n"]) -> Float[Tensor, "b h q n"]:
@@ -146,7 +156,10 @@ def _single_row(query: Float[Tensor, "b h 1 d"], key: Float[Tensor, "b h n d"]) 
     this was measured to be 2 to 5 times faster for batches of 4 to 64 images, though slower for one (by 0.03 ms). With
     the factors swapped, the same product takes 2 to 4 times as long.
     """
-    heads = query.shape[1]
-    eye = torch.eye(heads, dtype=query.dtype, device=query.device)
-    blocks = (query[:, :, 0, None] * eye[..., None]).flatten(2)  # block-diagonal: zero for the keys of other heads
-    return (blocks @ key.transpose(1, 2).flatten(2).transpose(1, 2))[:, :, None]
+    return (block_diagonal(query[:, :, 0]) @ key.transpose(1, 2).flatten(2).transpose(1, 2))[:, :, None]
+
+
+def block_diagonal(query: Float[Tensor, "b h d"]) -> Float[Tensor, "b h c"]:
+    """Return one query per head as rows of length C that are zero for the keys of other heads."""
+    eye = torch.eye(query.shape[1], dtype=query.dtype, device=query.device)
+    return (query[:, :, None] * eye[..., None]).flatten(2)

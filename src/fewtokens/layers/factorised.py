@@ -51,6 +51,9 @@ class FactorisedBlock(Block):
     def _attend(self, tokens: Tokens) -> tuple[Tokens, AttentionState]:
         return super().attend(tokens)
 
+    def _packs(self, tokens: Tokens) -> bool:
+        return False  # `attend` refuses padding
+
 
 class SelfAttentionBlock(FactorisedBlock):
     """Block of model 3: attention within time steps, attention over time, and an MLP.
@@ -101,7 +104,8 @@ class DotProductAttention(Attention):
 
     frames: int = 1
 
-    def _weighted_values(self, state: AttentionState) -> Float[Tensor, "b h q d"]:
+    def weighted_values(self, state: AttentionState) -> Float[Tensor, "b h q d"]:
+        """Return the values, weighted over time and within time steps (B, heads, Q, D)."""
         half = self.num_heads // 2
         over_time, over_space = self._along(state, slice(half), 3), self._along(state, slice(half, None), 2)
         return torch.cat([over_time, over_space], dim=1)
@@ -113,7 +117,7 @@ class DotProductAttention(Attention):
             t[:, heads].unflatten(2, (self.frames, -1)).movedim(batch_dim, 1).flatten(0, 1)
             for t in (state.query, state.key, state.value)
         )
-        out = super()._weighted_values(replace(state, query=query, key=key, value=value))
+        out = super().weighted_values(replace(state, query=query, key=key, value=value))
         return out.unflatten(0, (batch, -1)).movedim(1, batch_dim).flatten(2, 3)
 
 

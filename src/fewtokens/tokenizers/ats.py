@@ -15,6 +15,7 @@ from torch import Tensor
 from fewtokens.errors import check, check_choice
 from fewtokens.layers.attention import AttentionState
 from fewtokens.layers.block import Block, Choice
+from fewtokens.layers.packed import PackedState
 from fewtokens.tokenizers.base import LayerContext, Tokenizer, check_class_token, one_per_stage, valid_patches
 from fewtokens.tokens import Tokens
 
@@ -35,6 +36,7 @@ class ATS(Tokenizer):
 
     Nothing is random, not even in training, and an image keeps the same patches alone and in any batch. Since images
     keep different numbers of patches, the batch is padded to the largest number, and `Tokens.mask` marks the padding.
+    Inference on a CPU computes nothing on padding (see `Block`).
 
     In which sense it is differentiable: the selection is a hard gather. Gradients flow through the attention of the
     patches that stay, through the keys and values of all patches that these attend to, including those dropped here,
@@ -62,8 +64,8 @@ class ATS(Tokenizer):
             register tokens): an int; a float in (0, 1], as a share of the embedded patches; None for as many as those
             (official); or "all" to drop nothing, which gives the plain transformer. A list has one of the first three
             for each block in `tokenizer.at`.
-        static: Keep min(K, patches) slots, including padding, so that shapes do not depend on values. This costs the
-            computation on the padding. torch.compile and torch.export always do so.
+        static: Keep min(K, patches) slots, including padding, so that shapes after the block do not depend on values.
+            Where padding is computed, this costs more of it. torch.compile and torch.export always do so.
 
     Raises:
         FewtokensError: There is no class token, or the rule or the budget is invalid.
@@ -91,10 +93,10 @@ class ATS(Tokenizer):
         """Return the sampled tokens after the block (B, P + kept, C), with padding and without a grid."""
         if self.probes is None:
             return block(tokens)
-        return block.feed_forward(block.attend(tokens, partial(self.choose, tokens))[0])
+        return block(tokens, partial(self.choose, tokens))
 
     @torch.no_grad()
-    def choose(self, tokens: Tokens, state: AttentionState) -> Choice:
+    def choose(self, tokens: Tokens, state: AttentionState | PackedState) -> Choice:
         """Return the positions of the patches that stay (B, kept), and a mask of padding; None if there is none."""
         assert self.probes is not None
         scores = significance(state)[:, tokens.prefix :]
@@ -109,13 +111,12 @@ class ATS(Tokenizer):
         return index, mask if fewest < most else None
 
 
-def significance(state: AttentionState) -> Float[Tensor, "b n"]:
+def significance(state: AttentionState | PackedState) -> Float[Tensor, "b n"]:
     """Return the scores of all tokens (B, N), in float32 and not normalized (paper, equation 3).
 
     Only one row of the attention matrix is computed.
     """
-    attention = state.attention_rows(1)[:, :, 0].sum(dim=1)
-    return attention * torch.linalg.vector_norm(state.value.float(), dim=(1, 3))
+    return state.class_attention().sum(dim=1) * state.value_norms()
 
 
 def nearest(scores: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"], probes: int) -> Sample:

@@ -39,4 +39,4 @@ class TopK(Selector):
 
 def class_attention(state: AttentionState, prefix: int) -> Float[Tensor, "b m"]:
     """Return the attention of the class token, the first token, to every patch (B, N): the mean over heads."""
-    return state.attention_rows(1)[:, :, 0, prefix:].mean(dim=1)
+    return state.class_attention()[:, :, prefix:].mean(dim=1)
