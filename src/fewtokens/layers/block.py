@@ -57,8 +57,8 @@ class Block(TimmBlock):
 
     def forward(self, tokens: Tokens, choose: Choose | None = None) -> Tokens:  # type: ignore[override]  # of a tensor
         """Compute both halves. `choose` is described in `attend`."""
-        padded = tokens.mask is not None or (choose is not None and len(tokens.x) > 1)  # or may become so
-        if padded and self._packs(tokens):
+        # In this order, since torch.export must not see a comparison with the number of images. One needs no padding.
+        if self._packs(tokens) and (tokens.mask is not None or (choose is not None and len(tokens.x) > 1)):
             tokens, x, packing = self._attend_packed(tokens, choose)
             return _traced(tokens.update(packing.unpack(self._feed_forward(x))))
         return self.feed_forward(self.attend(tokens, choose)[0])
