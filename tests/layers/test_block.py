@@ -234,6 +234,18 @@ def test_inference_computes_nothing_on_padding() -> None:
     assert rows == [(2, 5, 24)] * 4 + [(1, 8, 24)] * 4
 
 
+@torch.no_grad()
+def test_the_feed_forward_half_alone_spends_nothing_on_padding() -> None:
+    layer = block().train()
+    tokens = Tokens(randn(2, 5, 24), mask=torch.tensor([[True] * 5, [True, True, False, True, False]]))
+    everywhere, rows = layer.feed_forward(tokens).x, []
+    layer.mlp.register_forward_hook(lambda module, args, output: rows.append(args[0].shape))
+    found = layer.eval().feed_forward(tokens)
+    assert rows == [(1, 8, 24)]
+    torch.testing.assert_close(found.x[tokens.mask], everywhere[tokens.mask])
+    assert found.x[~tokens.mask].abs().sum() == 0  # finite: attention multiplies it by 0
+
+
 def test_gradients_flow_through_packed_tokens() -> None:
     layer, mask = block(), torch.tensor([[True] * 5, [True, True, False, True, False]])
     gradients = []
